@@ -1,0 +1,101 @@
+// The contract of the weight normalization kernels (Salimans & Kingma 2016, eq. 2 and 3).
+//
+//   forward    norm   = ||v||                                             [units]
+//              w      = g * v / norm                                      [outer, units, inner]
+//   backward   grad_g = sum(grad_w * v) / norm                            [units]
+//              grad_v = (g / norm) * (grad_w - (grad_g / norm) * v)       [outer, units, inner]
+//
+// Norms and sums run over outer and inner, one per unit. Every weight layout collapses to this one:
+// Dense [in, out] is [in, out, 1], HWIO is [H*W*I, O, 1], a row layout [out, in] is [1, out, in],
+// one norm for a whole tensor is [1, 1, size].
+//
+// Guarantees, for every layout and type, CPU and CUDA alike:
+//   - a unit with v = 0 gets w = 0, grad_g = 0, grad_v = 0; no epsilon enters anywhere else;
+//   - norms from 1e-30 to 1e+30 neither underflow nor overflow when v is float32;
+//   - a result is a function of the arguments alone: not of the number of threads, not of timing;
+//   - sizes are 64-bit, and any size may be zero.
+//
+// Pointers, sizes and a way to run in parallel are all that a kernel knows: no framework in here.
+
+#ifndef TFWN_CSRC_WEIGHT_NORM_H_
+#define TFWN_CSRC_WEIGHT_NORM_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+namespace tfwn {
+
+enum class Type { kHalf, kBfloat16, kFloat, kDouble };
+
+struct Layout {
+  int64_t outer;
+  int64_t units;
+  int64_t inner;
+
+  int64_t size() const { return outer * units * inner; }
+};
+
+// The type of norm: double when v is double, float otherwise. Sums are kept at least as wide.
+constexpr Type NormType(Type v) { return v == Type::kDouble ? Type::kDouble : Type::kFloat; }
+
+constexpr size_t SizeOf(Type type) {
+  return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2;
+}
+
+struct Forward {
+  Layout layout;
+  Type v_type, g_type, w_type;
+  const void* v;  // v_type [outer, units, inner]
+  const void* g;  // g_type [units]
+  void* w;        // w_type [outer, units, inner]
+  void* norm;     // NormType(v_type) [units]
+};
+
+struct Backward {
+  Layout layout;
+  Type v_type, g_type, w_type;
+  const void* grad_w;  // w_type [outer, units, inner]
+  const void* v;       // v_type [outer, units, inner]
+  const void* g;       // g_type [units]
+  const void* norm;    // NormType(v_type) [units], as forward wrote it
+  void* grad_v;        // v_type [outer, units, inner]
+  void* grad_g;        // g_type [units]
+};
+
+namespace cpu {
+
+// Runs body(begin, end) over a partition of [0, n) and returns when all of it is done. How [0, n) is
+// cut and on how many threads is the caller's: results do not depend on it. bytes_per_task is the
+// memory traffic of one of the n tasks, from which the caller may judge what is worth a thread.
+using ParallelFor = std::function<void(int64_t n, int64_t bytes_per_task,
+                                       const std::function<void(int64_t, int64_t)>& body)>;
+
+// scratch: at least ScratchBytes(...) bytes, aligned to 64. Needs no initialization.
+size_t ScratchBytes(const Forward& arguments);
+size_t ScratchBytes(const Backward& arguments);
+void Run(const Forward& arguments, void* scratch, const ParallelFor& parallel_for);
+void Run(const Backward& arguments, void* scratch, const ParallelFor& parallel_for);
+
+// The instruction set in use on this machine: "avx512", "avx2" or "baseline".
+const char* SimdLevel();
+
+}  // namespace cpu
+
+namespace cuda {
+
+// scratch: at least ScratchBytes(...) bytes on the device, aligned to 256. multiprocessors is the
+// device's count of them: the split of the work, and so the last bit, may depend on it.
+// stream is a cudaStream_t. Returns a cudaError_t, 0 for success. Never waits for the device, so a
+// call can be captured in a CUDA graph.
+size_t ScratchBytes(const Forward& arguments, int multiprocessors);
+size_t ScratchBytes(const Backward& arguments, int multiprocessors);
+int Run(const Forward& arguments, int multiprocessors, void* scratch, void* stream);
+int Run(const Backward& arguments, int multiprocessors, void* scratch, void* stream);
+const char* ErrorString(int error);
+
+}  // namespace cuda
+
+}  // namespace tfwn
+
+#endif  // TFWN_CSRC_WEIGHT_NORM_H_
