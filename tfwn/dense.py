@@ -1,0 +1,66 @@
+"""Dense, the fully connected layer."""
+
+import tensorflow as tf
+
+from tfwn.layer import FeedForward, check_positive
+
+
+class Dense(FeedForward):
+    """Fully connected layer: act(x . w + b), w = g * v / ||v|| with one g per unit (eq. 1 and 2).
+
+    Names and defaults are Keras', except the first v ~ N(0, 0.05) (paper, section 3). The variables
+    are weight.v [in, units], weight.g [units] and b [units].
+
+    Arguments:
+      units: number of outputs.
+      activation: a callable, a Keras name, or None. `layer.pre_activation(x)` returns x . w + b.
+      use_bias: whether to add b.
+      kernel_initializer: of v, see `tfwn.Weight`.
+      bias_initializer: of b.
+      kernel_mask: fixed mask on v, [in, units] or broadcastable to it.
+      name: of the layer.
+      weight_options: parameterization, exponential_g, g_initializer, dtype, compute_dtype, see
+        `tfwn.Weight`.
+
+    Raises:
+      ValueError: bad options; inputs of rank below 2 or with a number of channels that is unknown
+        or differs from the first call's.
+
+    Inputs are [..., in], outputs [..., units] in compute_dtype.
+
+    >>> layer = tfwn.Dense(4, activation="relu")
+    >>> layer(tf.ones([8, 3])).shape
+    TensorShape([8, 4])
+    >>> [variable.name for variable in layer.trainable_variables]
+    ['dense/b:0', 'dense/weight/g:0', 'dense/weight/v:0']
+    """
+
+    def __init__(
+        self,
+        units,
+        activation=None,
+        use_bias=True,
+        *,
+        kernel_initializer=None,
+        bias_initializer="zeros",
+        kernel_mask=None,
+        name=None,
+        **weight_options,
+    ):
+        super().__init__(
+            check_positive("units", units),
+            activation,
+            use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_mask=kernel_mask,
+            name=name,
+            **weight_options,
+        )
+        self.units = units
+
+    def _weight_shape(self, channels):
+        return [channels, self.units]
+
+    def _linear(self, x, w):
+        return tf.matmul(x, w) if x.shape.rank == 2 else tf.tensordot(x, w, 1)

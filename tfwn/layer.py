@@ -1,0 +1,199 @@
+"""What all layers share: variables made once, and the feed-forward computation act(x . w + b).
+
+Data-dependent initialisation (paper, section 3) enters here and nowhere else: while
+`initializing(callback)` is active, each feed-forward layer hands callback(layer, t) its
+t = x . v / ||v||, units along the last axis, before it computes its output. The callback sets
+g by layer.weight.set_g(g), and layer.b where that is not None; the layer then goes on with them.
+"""
+
+import contextlib
+import contextvars
+import threading
+
+import tensorflow as tf
+
+from tfwn.weight import Weight, check_weight_options, initial_value
+
+# One lock for all layers, so that a layer can be copied and pickled. Reentrant: layers nest.
+_lock = threading.RLock()
+_callback = contextvars.ContextVar("tfwn_initialization", default=None)
+
+
+@contextlib.contextmanager
+def initializing(callback):
+    """While active in this thread, feed-forward layers call callback(layer, t); see above."""
+    token = _callback.set(callback)
+    try:
+        yield
+    finally:
+        _callback.reset(token)
+
+
+def is_initializing() -> bool:
+    """Whether a data-dependent initialisation is running in this thread."""
+    return _callback.get() is not None
+
+
+def refuse_initialization(layer) -> None:
+    """Raises where `layer` cannot be initialised from data."""
+    if is_initializing():
+        raise RuntimeError(
+            f"data-dependent initialisation reached the {type(layer).__name__} {layer.name!r}. It is "
+            "for feed-forward layers only, not for recurrent layers (paper, section 3) or "
+            "embeddings: initialise the feed-forward part of the model, on this layer's output"
+        )
+
+
+class Layer(tf.Module):
+    """A module that makes its variables once, in `_initialize`, when it first sees an input."""
+
+    def __init__(self, name=None):
+        super().__init__(name=name)
+        self._built = False
+
+    def build(self, input_shape) -> None:
+        """Makes the variables for inputs of this shape; without effect when they exist.
+
+        Calling the layer does this too. Safe between threads and inside a tf.function.
+        """
+        if self._built:
+            return
+        # Replicas of a strategy take turns within one process and create each variable together:
+        # one that waited for a lock would wait for ever.
+        with contextlib.nullcontext() if _in_replica() else _lock:
+            if not self._built:
+                with tf.init_scope(), self.name_scope:
+                    self._initialize(tf.TensorShape(input_shape))
+                self._built = True
+
+    def _initialize(self, input_shape: tf.TensorShape) -> None:
+        raise NotImplementedError
+
+
+def _in_replica() -> bool:
+    return tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
+
+
+def get_activation(activation):
+    """An activation from its Keras name, a callable, or None."""
+    return tf.keras.activations.get(activation) if isinstance(activation, str) else activation
+
+
+def check_positive(name: str, value) -> int:
+    """`value`, where it is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+class FeedForward(Layer):
+    """act(x . w + b): what Dense and the convolutions share. Subclasses give shapes and x . w.
+
+    A subclass sets `_rank` (of the inputs; None: at least 2), and implements `_weight_shape`
+    and `_linear`. `data_format` is "channels_last" unless the subclass changes it.
+    """
+
+    data_format = "channels_last"
+    _rank: int | None = None
+    _axis: int | tuple[int, ...] = -1
+
+    def __init__(
+        self,
+        units,
+        activation=None,
+        use_bias=True,
+        *,
+        kernel_initializer=None,
+        bias_initializer="zeros",
+        kernel_mask=None,
+        name=None,
+        **weight_options,
+    ):
+        super().__init__(name=name)
+        self._units = units
+        self.activation = get_activation(activation)
+        self.use_bias = use_bias
+        self.kernel_initializer = kernel_initializer
+        self.bias_initializer = bias_initializer
+        self.kernel_mask = kernel_mask
+        self._weight_options = check_weight_options(**weight_options)
+        self.compute_dtype = self._weight_options["compute_dtype"]
+        self._channels = None
+        self.b = None
+
+    def __call__(self, inputs, w=None) -> tf.Tensor:
+        """Returns act(x . w + b).
+
+        Arguments:
+          inputs: x; cast to the layer's compute_dtype.
+          w: the effective weight where the caller has it already, as in a loop; default
+            `self.weight()`.
+        """
+        outputs = self.pre_activation(inputs, w)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def pre_activation(self, inputs, w=None) -> tf.Tensor:
+        """Returns x . w + b; arguments as for calling the layer."""
+        x = tf.cast(inputs, self.compute_dtype)
+        self._check_rank(x.shape)
+        self.build(x.shape)
+        self._check_channels(x.shape)
+        first = self.data_format == "channels_first"
+        if first:
+            # TensorFlow's CPU kernels know channels_last only; on a GPU Grappler and XLA remove
+            # the transposes they do not need.
+            x = tf.transpose(x, [0, *range(2, self._rank), 1])
+        callback = _callback.get()
+        if callback is not None:
+            callback(self, self._linear(x, self.weight.direction()))
+        outputs = self._linear(x, self.weight() if w is None else w)
+        if self.b is not None:
+            outputs = outputs + tf.cast(self.b, self.compute_dtype)
+        return (
+            tf.transpose(outputs, [0, self._rank - 1, *range(1, self._rank - 1)])
+            if first
+            else outputs
+        )
+
+    def _initialize(self, input_shape):
+        self._check_rank(input_shape)
+        channels = input_shape[1 if self.data_format == "channels_first" else -1]
+        if channels is None:
+            raise ValueError(
+                f"inputs of {self.name!r} must have a known number of channels (the "
+                f"{'second' if self.data_format == 'channels_first' else 'last'} axis) when the "
+                f"layer makes its variables, got shape {input_shape}: set it with tf.ensure_shape"
+            )
+        self.weight = Weight(
+            self._weight_shape(channels),
+            self._axis,
+            initializer=self.kernel_initializer,
+            mask=self.kernel_mask,
+            **self._weight_options,
+        )
+        if self.use_bias:
+            shape = [self.weight.g_shape.num_elements()]
+            self.b = tf.Variable(
+                initial_value(self.bias_initializer, shape, self._weight_options["dtype"]), name="b"
+            )
+        self._channels = channels
+
+    def _check_rank(self, shape):
+        rank = shape.rank
+        if rank is None or (rank < 2 if self._rank is None else rank != self._rank):
+            rule = "at least 2" if self._rank is None else self._rank
+            raise ValueError(f"inputs of {self.name!r} must have rank {rule}, got shape {shape}")
+
+    def _check_channels(self, shape):
+        channels = shape[1 if self.data_format == "channels_first" else -1]
+        if channels is not None and channels != self._channels:
+            raise ValueError(
+                f"inputs of {self.name!r} must have {self._channels} channels, the number with "
+                f"which the layer was built, got {channels} in shape {shape}"
+            )
+
+    def _weight_shape(self, channels: int) -> list[int]:
+        raise NotImplementedError
+
+    def _linear(self, x, w) -> tf.Tensor:
+        raise NotImplementedError
