@@ -1,0 +1,84 @@
+"""PEP 517 backend: setuptools, plus TensorFlow as a build requirement where none is installed.
+
+The op must be built against the TensorFlow it will run in. Inside an isolated build that one is out
+of sight, so it is looked for by a process that starts outside the isolation.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403  the hooks that need no change
+
+SUPPORTED = "tensorflow>=2.20,<2.22"
+
+_PROBE = """
+import importlib.util, json, sys
+if importlib.util.find_spec("tensorflow") is None:
+    sys.exit(3)
+import tensorflow as tf
+print(json.dumps([
+    tf.__version__,
+    tf.sysconfig.get_include(),
+    tf.sysconfig.get_lib(),
+    [f for f in tf.sysconfig.get_compile_flags() if not f.startswith(("-I", "-std", "--std"))],
+]))
+"""
+
+
+@dataclass(frozen=True)
+class TensorFlow:
+    """A TensorFlow to build against."""
+
+    version: str
+    include: str
+    lib: str
+    compile_flags: tuple[str, ...]
+    installed: bool  # in the user's environment, not only in the build's
+
+    @property
+    def requirement(self) -> str:
+        """The versions that a library built against this one loads in: one minor, any patch."""
+        major, minor = map(int, self.version.split(".")[:2])
+        return f">={major}.{minor},<{major}.{minor + 1}"
+
+
+def _probe(environment: dict[str, str], *, installed: bool) -> TensorFlow | None:
+    environment = environment | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    # -P or an empty directory: a folder named tensorflow beside setup.py must not be found.
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE], env=environment, cwd="/", capture_output=True, text=True
+    )
+    if done.returncode == 3:
+        return None
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise SystemExit(f"tfwn: the installed TensorFlow cannot be imported: {last}")
+    version, include, lib, flags = json.loads(done.stdout.splitlines()[-1])
+    return TensorFlow(version, include, lib, tuple(flags), installed)
+
+
+@functools.cache
+def find_tensorflow() -> TensorFlow | None:
+    """Returns the user's TensorFlow, else the one that is a build requirement, else None."""
+    hidden = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE")
+    outside = {name: value for name, value in os.environ.items() if name not in hidden}
+    return _probe(outside, installed=True) or _probe(dict(os.environ), installed=False)
+
+
+def _build_requirements() -> list[str]:
+    return [] if find_tensorflow() else [SUPPORTED]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    """Adds TensorFlow, where none is installed, to what setuptools asks for."""
+    return build_meta.get_requires_for_build_wheel(config_settings) + _build_requirements()
+
+
+def get_requires_for_build_editable(config_settings=None):
+    """Adds TensorFlow, where none is installed, to what setuptools asks for."""
+    return build_meta.get_requires_for_build_editable(config_settings) + _build_requirements()

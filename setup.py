@@ -1,0 +1,330 @@
+"""Builds csrc into three libraries in tfwn/, against the TensorFlow that is installed.
+
+    _ops.so        the TensorFlow op, CPU and CUDA kernels
+    _xla.so        the op's XLA kernels
+    native.<abi>   the kernels on NumPy arrays and device pointers, without TensorFlow
+
+`python setup.py build_ext --inplace` compiles only what changed. Environment variables:
+
+    TFWN_CUDA=0                  no CUDA kernels, though there is an nvcc
+    TFWN_CUDA_ARCHITECTURES=90   the GPUs to compile for: "80;90" (default: all that nvcc knows)
+    TFWN_XLA=0                   no XLA kernels
+    TFWN_TENSORFLOW=0            only `native`: needs no TensorFlow
+    CXX, CXXFLAGS, CUDA_HOME     as everywhere
+"""
+
+import filecmp
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+sys.path.insert(0, str(Path(__file__).parent))
+from build_backend import SUPPORTED, TensorFlow, find_tensorflow
+
+CXX = os.environ.get("CXX", "g++")
+CACHE = Path("build/objects")
+BUILD_INFO = "tfwn/_build_info.json"
+CPU_KERNELS = sorted(glob("csrc/weight_norm_cpu*.cc"))
+CUDA_KERNELS = sorted(glob("csrc/weight_norm_cuda*.cu"))
+FLAGS = ["-I.", "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
+# Not every dependency is everybody's: the layers alone need TensorFlow and NumPy, nothing else.
+EXTRAS = {
+    # The paper's experiments (models/, run from a checkout).
+    "models": [
+        "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
+        "importlib_resources",  # tensorflow-datasets imports it without requiring it
+        "gymnasium>=1.0",  # the environments' interface
+        "ale-py>=0.11",  # Atari games, ROMs included
+        "tyro>=0.9",  # command lines from dataclasses
+        "rich>=13.9",  # progress lines and tables
+        "matplotlib>=3.9",  # the paper's figures
+        "imageio>=2.36",  # videos of games, GIFs of canvases
+        "tensorboard>=2.20",  # training curves
+    ],
+    "benchmark": [
+        "torch==2.13.0",  # the peer
+        "rich>=13.9",  # tables
+        "matplotlib>=3.9",  # plots
+    ],
+    "test": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",  # two workers
+        "hypothesis>=6.115",  # random shapes, types and magnitudes
+        "keras>=3.10",  # the layers' counterparts
+        "dm-sonnet>=2.0.2",  # modules to reparameterize
+    ],
+    "dev": [
+        "ruff>=0.14",  # lint and format
+        "mypy>=1.18",  # types
+        "clang-format>=20",  # C++ and CUDA format
+        "build>=1.2",  # wheels
+        "setuptools>=77",  # builds in place, without isolation
+        "pybind11>=2.13",  # likewise
+        "wheel",  # likewise
+    ],
+}
+
+
+def wanted(name: str) -> bool:
+    """Whether environment variable `name` leaves a part of the build switched on."""
+    return os.environ.get(name, "1").lower() not in ("0", "off", "false", "no")
+
+
+def output_of(*command: str) -> str:
+    """Returns what `command` prints."""
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+class Cuda:
+    """An nvcc, and the GPUs to compile for."""
+
+    def __init__(self, nvcc: str):
+        self.nvcc = nvcc
+        self.home = Path(nvcc).resolve().parent.parent
+        self.version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version"))[1]
+        known = sorted(
+            int(a)
+            for a in re.findall(r"compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), re.MULTILINE)
+        )
+        chosen = re.findall(r"\d+", os.environ.get("TFWN_CUDA_ARCHITECTURES", ""))
+        unknown = sorted(set(map(int, chosen)) - set(known))
+        if unknown:
+            raise SystemExit(
+                f"tfwn: TFWN_CUDA_ARCHITECTURES names {unknown}, which {nvcc} ({self.version}) "
+                f"does not know; it knows {known}"
+            )
+        self.architectures = sorted(map(int, chosen)) or [a for a in known if a >= 75]
+
+    @classmethod
+    def find(cls) -> "Cuda | None":
+        """Returns the CUDA toolkit of CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH."""
+        if not (CUDA_KERNELS and wanted("TFWN_CUDA")):
+            return None
+        homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+        for home in filter(None, homes):
+            if nvcc := shutil.which("nvcc", path=f"{home}/bin"):
+                return cls(nvcc)
+        nvcc = shutil.which("nvcc")
+        return cls(nvcc) if nvcc else None
+
+    @property
+    def compile_command(self) -> list[str]:
+        """All architectures, the newest also as PTX for the GPUs that come after it."""
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
+        newest = self.architectures[-1]
+        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        return [
+            self.nvcc,
+            "-I.",
+            "-std=c++17",
+            "-O3",
+            "-DNDEBUG",
+            "--threads=0",
+            f"-ccbin={CXX}",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *codes,
+        ]
+
+    @property
+    def link_flags(self) -> list[str]:
+        """The CUDA runtime, linked in: no version of it has to be installed."""
+        lib = next(d for d in (self.home / "lib64", self.home / "lib") if d.is_dir())
+        return [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+
+
+def run(command: list[str], output: Path) -> None:
+    """Runs a compiler, whose output appears only once it is whole."""
+    begin = time.monotonic()
+    part = output.with_suffix(f".{os.getpid()}.part")
+    done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise SystemExit(f"tfwn: {shlex.join(command)}\n{done.stderr}tfwn: failed")
+    if done.stderr:
+        sys.stderr.write(done.stderr)
+    part.replace(output)
+    print(f"tfwn: {output.name} {time.monotonic() - begin:.1f} s", flush=True)
+
+
+def compile_object(source: str, command: list[str], version: str) -> Path:
+    """Compiles `source`, unless an object of the same command is newer than all it was made of."""
+    key = hashlib.sha256("\0".join([*command, source, version]).encode()).hexdigest()[:12]
+    output = CACHE / f"{Path(source).stem}-{key}.o"
+    dependencies = output.with_suffix(".d")
+    if output.exists() and dependencies.exists():
+        text = dependencies.read_text().replace("\\\n", " ")
+        inputs = text.split(":", 1)[1].split()
+        if all(os.path.exists(i) and os.stat(i).st_mtime <= output.stat().st_mtime for i in inputs):
+            return output
+    run([*command, "-MMD", "-MF", str(dependencies), "-c", source], output)
+    return output
+
+
+def link(objects: list[Path], flags: list[str]) -> Path:
+    """Links a library, unless the same objects and flags have been linked since they changed."""
+    command = [CXX, "-shared", *map(str, objects), *flags]
+    key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
+    output = CACHE / f"library-{key}.so"
+    if not (output.exists() and all(o.stat().st_mtime <= output.stat().st_mtime for o in objects)):
+        run(command, output)
+    return output
+
+
+def replace(source: Path, destination: Path) -> None:
+    """Copies, never writing into a file that a running process may have mapped."""
+    if destination.exists() and filecmp.cmp(source, destination, shallow=False):
+        return
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    part = destination.with_suffix(f".{os.getpid()}.part")
+    shutil.copy(source, part)
+    part.replace(destination)
+
+
+class Build(build_ext):
+    """Compiles with g++ and nvcc directly: setuptools knows neither .cu files nor dependencies."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Names TensorFlow's libraries without a Python version: they hold no Python."""
+        if fullname.rpartition(".")[2] in ("_ops", "_xla"):
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
+        """Compiles and links the libraries, and writes down what they were built against."""
+        if not shutil.which(CXX):
+            raise SystemExit(f"tfwn: no C++ compiler: {CXX} not found. Install g++, or set CXX")
+        cuda = Cuda.find()
+        tensorflow = find_tensorflow() if wanted("TFWN_TENSORFLOW") else None
+        if wanted("TFWN_TENSORFLOW") and tensorflow is None:
+            raise SystemExit(
+                f"tfwn: TensorFlow is not installed. Install it first: pip install '{SUPPORTED}'. "
+                "TFWN_TENSORFLOW=0 builds the kernels without it"
+            )
+        compiler = output_of(CXX, "--version").splitlines()[0]
+        info = {
+            "tensorflow": tensorflow.version if tensorflow else None,
+            "cuda": cuda.version if cuda else None,
+            "cuda_architectures": cuda.architectures if cuda else [],
+            "compiler": compiler,
+        }
+        print(f"tfwn: TensorFlow {info['tensorflow']}, {compiler},", end=" ")
+        print(f"CUDA {cuda.version} {cuda.architectures}" if cuda else "CPU only (no nvcc)")
+
+        base = [CXX, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        base += ["-DTFWN_CUDA=1"] if cuda else []
+        compile_commands = dict.fromkeys(CPU_KERNELS, base)
+        if cuda:
+            compile_commands |= dict.fromkeys(CUDA_KERNELS, cuda.compile_command)
+        kernels = list(compile_commands)
+        for ext in self.extensions:
+            for source in ext.sources:
+                compile_commands[source] = base + self.compile_flags(ext, tensorflow, info)
+
+        CACHE.mkdir(parents=True, exist_ok=True)
+        # TensorFlow's headers take most of a minute, the kernels seconds: longest first.
+        sources = sorted(compile_commands, key=lambda source: "tensorflow" not in source)
+        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
+            built = pool.map(lambda s: compile_object(s, compile_commands[s], str(info)), sources)
+            objects = dict(zip(sources, built, strict=True))
+        for ext in self.extensions:
+            parts = [*ext.sources, *(kernels if ext.name != "tfwn._xla" else [])]
+            flags = self.link_flags(ext, cuda, tensorflow)
+            library = link([objects[source] for source in parts], flags)
+            replace(library, Path(self.get_ext_fullpath(ext.name)))
+        path = Path(self.build_lib, BUILD_INFO)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(info) + "\n")
+
+    @staticmethod
+    def compile_flags(ext: Extension, tensorflow: TensorFlow | None, info: dict) -> list[str]:
+        """Returns the include directories and macros of a library's own sources."""
+        if ext.name == "tfwn.native":
+            import pybind11
+
+            macros = {
+                "TFWN_TENSORFLOW_VERSION": info["tensorflow"] or "",
+                "TFWN_CUDA_VERSION": info["cuda"] or "",
+                "TFWN_CUDA_ARCHITECTURES": ",".join(map(str, info["cuda_architectures"])),
+            }
+            flags = [f'-D{name}="{value}"' for name, value in macros.items()]
+            includes = [pybind11.get_include(), sysconfig.get_path("include")]
+        else:
+            flags = list(tensorflow.compile_flags)
+            includes = [tensorflow.include]
+            if ext.name == "tfwn._xla":
+                external = f"{tensorflow.include}/external"
+                includes += [f"{external}/highwayhash", f"{external}/farmhash_archive/src"]
+        return flags + [flag for include in includes for flag in ("-isystem", include)]
+
+    @staticmethod
+    def link_flags(ext: Extension, cuda: Cuda | None, tensorflow: TensorFlow | None) -> list[str]:
+        """Returns the libraries, in the one order that works.
+
+        The CUDA runtime comes before TensorFlow, whose GPU build exports stubs of the same names.
+        """
+        flags = ["-Wl,-O1", "-Wl,--as-needed"]
+        if cuda and ext.name != "tfwn._xla":
+            flags += cuda.link_flags
+        if ext.name != "tfwn.native":
+            flags += ["-Wl,-z,defs", f"-L{tensorflow.lib}"]
+            flags += ["-l:libtensorflow_cc.so.2"] if ext.name == "tfwn._xla" else []
+            flags += ["-l:libtensorflow_framework.so.2"]
+        return flags
+
+    def copy_extensions_to_source(self) -> None:
+        """Puts the libraries into tfwn/ for a build in place or an editable installation."""
+        for name in map(self.get_ext_filename, (ext.name for ext in self.extensions)):
+            replace(Path(self.build_lib, name), Path(name))
+        replace(Path(self.build_lib, BUILD_INFO), Path(BUILD_INFO))
+
+    def get_outputs(self) -> list[str]:
+        """Adds the build information to the libraries."""
+        return [*super().get_outputs(), os.path.join(self.build_lib, BUILD_INFO)]
+
+
+def extensions() -> list[Extension]:
+    """Returns the libraries that are wanted; the kernels are added to them when they are linked."""
+    sources = {"tfwn.native": "csrc/python_bindings.cc"}
+    if wanted("TFWN_TENSORFLOW"):
+        sources["tfwn._ops"] = "csrc/tensorflow_ops.cc"
+        if wanted("TFWN_XLA"):
+            sources["tfwn._xla"] = "csrc/tensorflow_xla.cc"
+    return [Extension(n, [s]) for n, s in sources.items() if os.path.exists(s)]
+
+
+def requirements() -> dict:
+    """Returns what the metadata says about TensorFlow.
+
+    The minor version is pinned, but a requirement of `tensorflow` would have pip install it over an
+    installed `tensorflow-cpu`, or the reverse, and no requirement can name either. So a wheel built
+    where there is a TensorFlow pins it in extras, and the import checks it; one built where there
+    is none requires `tensorflow` itself.
+    """
+    tensorflow = find_tensorflow()
+    if tensorflow is None:
+        return {"install_requires": ["numpy", SUPPORTED], "extras_require": EXTRAS}
+    pins = {
+        "tensorflow": [f"tensorflow{tensorflow.requirement}"],
+        "tensorflow-cpu": [f"tensorflow-cpu{tensorflow.requirement}"],
+        "and-cuda": [f"tensorflow[and-cuda]{tensorflow.requirement}"],
+    }
+    install = ["numpy"] if tensorflow.installed else ["numpy", *pins["tensorflow"]]
+    return {"install_requires": install, "extras_require": pins | EXTRAS}
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": Build}, **requirements())
