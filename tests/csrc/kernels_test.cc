@@ -1,0 +1,407 @@
+// The CPU kernels against a long double reference, for random shapes, types, magnitudes and cuts of
+// the work into threads. Every buffer has exactly the size of the contract, so that the address
+// sanitizer sees a read or write too far; a build without sanitizers is checked by guard bytes.
+//
+//   g++ -std=c++17 -O2 -pthread -Icsrc tests/csrc/kernels_test.cc csrc/weight_norm_cpu.cc -o kernels_test
+//   ./kernels_test [cases] [seed]
+//
+// Add -fsanitize=address,undefined or -fsanitize=thread. TFWN_SIMD=avx2 and TFWN_SIMD=baseline test
+// what other machines run.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "weight_norm.h"
+
+namespace {
+
+using tfwn::Backward;
+using tfwn::Forward;
+using tfwn::Layout;
+using tfwn::NormType;
+using tfwn::SizeOf;
+using tfwn::Type;
+
+int failures = 0;
+
+void Check(bool condition, const std::string& what) {
+  if (condition) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+// Exponent range and precision are all that a format is, so this needs no bit tricks.
+struct Format {
+  int bits;           // of precision, the hidden one included
+  int least;          // exponent of the smallest normal number
+  double most;
+};
+
+Format FormatOf(Type type) {
+  if (type == Type::kHalf) return {11, -14, 65504};
+  return {8, -126, std::ldexp(1.0 - std::ldexp(1.0, -8), 128)};
+}
+
+// The nearest number of the type, ties to even.
+double Round(double value, Type type) {
+  if (type == Type::kDouble) return value;
+  if (type == Type::kFloat) return static_cast<float>(value);
+  if (value == 0 || !std::isfinite(value)) return value;
+  const Format format = FormatOf(type);
+  const int exponent = std::max(std::ilogb(value), format.least) - (format.bits - 1);
+  const double rounded = std::ldexp(std::nearbyint(std::ldexp(value, -exponent)), exponent);
+  return std::fabs(rounded) > format.most ? std::copysign(INFINITY, value) : rounded;
+}
+
+double Decode(Type type, uint16_t bits) {
+  const Format format = FormatOf(type);
+  const int stored = format.bits - 1;
+  const int mantissa = bits & ((1 << stored) - 1);
+  const int exponent = (bits & 0x7fff) >> stored;
+  double value;
+  if (exponent == (0x7fff >> stored)) {
+    value = mantissa == 0 ? INFINITY : NAN;
+  } else if (exponent == 0) {
+    value = std::ldexp(mantissa, format.least - stored);
+  } else {
+    value = std::ldexp(mantissa + (1 << stored), exponent - 1 + format.least - stored);
+  }
+  return bits & 0x8000 ? -value : value;
+}
+
+uint16_t Encode(Type type, double value) {
+  const Format format = FormatOf(type);
+  const int stored = format.bits - 1;
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const uint16_t infinity = 0x7fff >> stored << stored;
+  if (std::isnan(value)) return sign | infinity | 1 << (stored - 1);
+  value = std::fabs(Round(value, type));
+  if (std::isinf(value)) return sign | infinity;
+  const int exponent = value == 0 ? format.least : std::max(std::ilogb(value), format.least);
+  const int mantissa = static_cast<int>(std::ldexp(value, stored - exponent));
+  // The hidden bit, where there is one, adds the 1 that tells a normal number from a subnormal.
+  return sign | (((exponent - format.least) << stored) + mantissa);
+}
+
+// A tensor in memory of exactly its size, between guard bytes.
+class Buffer {
+ public:
+  Buffer(Type type, int64_t size)
+      : type_(type), size_(size), bytes_(new unsigned char[Bytes() + 2 * kGuard]) {
+    std::memset(bytes_.get(), 0xa5, Bytes() + 2 * kGuard);
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kGuard = 0;
+#else
+  static constexpr size_t kGuard = 64;
+#endif
+  size_t Bytes() const { return size_ * SizeOf(type_); }
+  void* data() const { return bytes_.get() + kGuard; }
+  int64_t size() const { return size_; }
+  bool Intact() const {
+    for (size_t i = 0; i < kGuard; ++i) {
+      if (bytes_[i] != 0xa5 || bytes_[kGuard + Bytes() + i] != 0xa5) return false;
+    }
+    return true;
+  }
+  double operator[](int64_t i) const {
+    switch (type_) {
+      case Type::kFloat: return static_cast<const float*>(data())[i];
+      case Type::kDouble: return static_cast<const double*>(data())[i];
+      default: {
+        uint16_t bits;
+        std::memcpy(&bits, static_cast<const char*>(data()) + 2 * i, 2);
+        return Decode(type_, bits);
+      }
+    }
+  }
+  void Set(int64_t i, double value) {
+    switch (type_) {
+      case Type::kFloat: static_cast<float*>(data())[i] = static_cast<float>(value); break;
+      case Type::kDouble: static_cast<double*>(data())[i] = value; break;
+      default: {
+        const uint16_t bits = Encode(type_, value);
+        std::memcpy(static_cast<char*>(data()) + 2 * i, &bits, 2);
+      }
+    }
+  }
+  bool operator==(const Buffer& other) const {
+    return Bytes() == other.Bytes() && std::memcmp(data(), other.data(), Bytes()) == 0;
+  }
+
+ private:
+  Type type_;
+  int64_t size_;
+  std::unique_ptr<unsigned char[]> bytes_;
+};
+
+// Cuts [0, n) at random and hands the pieces to threads of its own.
+tfwn::cpu::ParallelFor RandomThreads(std::mt19937_64* random) {
+  return [random](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
+    std::vector<int64_t> cuts = {0, n};
+    const int pieces = 1 + (*random)() % 6;
+    for (int i = 1; i < pieces; ++i) cuts.push_back((*random)() % (n + 1));
+    std::sort(cuts.begin(), cuts.end());
+    std::vector<std::thread> threads;
+    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
+      threads.emplace_back([&body, begin = cuts[i], end = cuts[i + 1]] { body(begin, end); });
+    }
+    std::shuffle(threads.begin(), threads.end(), *random);
+    for (std::thread& thread : threads) thread.join();
+  };
+}
+
+void Inline(int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) { body(0, n); }
+
+template <class Arguments>
+void RunKernel(const Arguments& arguments, const tfwn::cpu::ParallelFor& parallel_for) {
+  const size_t bytes = tfwn::cpu::ScratchBytes(arguments);
+  // Exactly `bytes` of them, aligned as the contract asks and ending at the end of the allocation.
+  std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes + 64]);
+  const size_t shift = 64 - reinterpret_cast<uintptr_t>(memory.get()) % 64;
+  unsigned char* scratch = memory.get() + shift % 64;
+  std::memset(memory.get(), 0xff, bytes + 64);  // NaN, were it used without being set
+  tfwn::cpu::Run(arguments, scratch, parallel_for);
+  for (size_t i = shift % 64 + bytes; i < bytes + 64; ++i) {
+    Check(memory[i] == 0xff, "scratch overrun");
+    if (memory[i] != 0xff) break;
+  }
+}
+
+struct Problem {
+  Layout layout;
+  Type v_type, g_type, w_type;
+  Buffer v, g, grad_w;
+
+  Problem(Layout layout, Type v_type, Type g_type, Type w_type)
+      : layout(layout), v_type(v_type), g_type(g_type), w_type(w_type), v(v_type, layout.size()),
+        g(g_type, layout.units), grad_w(w_type, layout.size()) {}
+
+  int64_t Unit(int64_t i) const { return i / layout.inner % layout.units; }
+
+  std::string Name() const {
+    const char* names[] = {"half", "bfloat16", "float", "double"};
+    return "[" + std::to_string(layout.outer) + ", " + std::to_string(layout.units) + ", " +
+           std::to_string(layout.inner) + "] v " + names[int(v_type)] + " g " +
+           names[int(g_type)] + " w " + names[int(w_type)];
+  }
+};
+
+struct Results {
+  Buffer w, norm, grad_v, grad_g;
+
+  explicit Results(const Problem& p)
+      : w(p.w_type, p.layout.size()), norm(NormType(p.v_type), p.layout.units),
+        grad_v(p.v_type, p.layout.size()), grad_g(p.g_type, p.layout.units) {}
+
+  bool Intact() const {
+    return w.Intact() && norm.Intact() && grad_v.Intact() && grad_g.Intact();
+  }
+  bool operator==(const Results& other) const {
+    return w == other.w && norm == other.norm && grad_v == other.grad_v && grad_g == other.grad_g;
+  }
+};
+
+std::unique_ptr<Results> RunBoth(const Problem& p, const tfwn::cpu::ParallelFor& parallel_for) {
+  auto results = std::make_unique<Results>(p);
+  RunKernel(Forward{p.layout, p.v_type, p.g_type, p.w_type, p.v.data(), p.g.data(),
+                    results->w.data(), results->norm.data()},
+            parallel_for);
+  RunKernel(Backward{p.layout, p.v_type, p.g_type, p.w_type, p.grad_w.data(), p.v.data(),
+                     p.g.data(), results->norm.data(), results->grad_v.data(),
+                     results->grad_g.data()},
+            parallel_for);
+  return results;
+}
+
+// ||out - reference|| <= bound * ||reference|| within each unit, plus the spacing of the type's
+// smallest numbers for each element.
+void CheckClose(const Problem& p, const char* name, const Buffer& out, Type type,
+                const std::vector<long double>& reference, bool per_unit, double bound,
+                const std::vector<long double>& sizes) {
+  const double least = type == Type::kHalf ? std::ldexp(1.0, -24)
+                       : type == Type::kBfloat16 ? std::ldexp(1.0, -133)
+                       : type == Type::kFloat ? std::ldexp(1.0, -149) : 0;
+  const double most = type == Type::kHalf ? 65504
+                      : type == Type::kDouble ? std::numeric_limits<double>::max() : 3e38;
+  std::vector<long double> error(p.layout.units), size(p.layout.units), floor(p.layout.units);
+  for (int64_t i = 0; i < out.size(); ++i) {
+    const int64_t n = per_unit ? i : p.Unit(i);
+    if (std::fabs(reference[i]) > most) continue;
+    error[n] += (out[i] - reference[i]) * (out[i] - reference[i]);
+    size[n] += reference[i] * reference[i];
+    floor[n] += static_cast<long double>(least) * least;
+  }
+  for (int64_t n = 0; n < p.layout.units; ++n) {
+    const long double scale = std::max(std::sqrt(size[n]), sizes.empty() ? 0.0L : sizes[n]);
+    const bool close = std::sqrt(error[n]) <= bound * scale + std::sqrt(floor[n]);
+    if (close) continue;
+    Check(false, p.Name() + ": " + name + " of unit " + std::to_string(n) + ": error " +
+                     std::to_string(double(std::sqrt(error[n]) / scale)));
+    return;
+  }
+}
+
+double BoundOf(Type type) {
+  switch (type) {
+    case Type::kHalf: return std::ldexp(1.0, -11);
+    case Type::kBfloat16: return std::ldexp(1.0, -8);
+    case Type::kFloat: return 3e-7;
+    default: return 1e-14;
+  }
+}
+
+void CheckAgainstReference(const Problem& p, const Results& results) {
+  const int64_t units = p.layout.units, size = p.layout.size();
+  std::vector<long double> norm(units), dot(units), grad_g(units), w(size), grad_v(size);
+  std::vector<long double> grad_w_norm(units), grad_v_scale(units);
+  for (int64_t i = 0; i < size; ++i) {
+    const long double v = p.v[i], grad_w = p.grad_w[i];
+    norm[p.Unit(i)] += v * v;
+    dot[p.Unit(i)] += v * grad_w;
+    grad_w_norm[p.Unit(i)] += grad_w * grad_w;
+  }
+  for (int64_t n = 0; n < units; ++n) {
+    norm[n] = std::sqrt(norm[n]);
+    grad_w_norm[n] = std::sqrt(grad_w_norm[n]);
+    grad_g[n] = norm[n] == 0 ? 0 : dot[n] / norm[n];
+    grad_v_scale[n] = norm[n] == 0 ? 0 : std::fabs(p.g[n] / norm[n]) * grad_w_norm[n];
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t n = p.Unit(i);
+    if (norm[n] == 0) continue;
+    w[i] = p.g[n] * p.v[i] / norm[n];
+    grad_v[i] = p.g[n] / norm[n] * (p.grad_w[i] - grad_g[n] / norm[n] * p.v[i]);
+  }
+  const double compute = BoundOf(p.v_type == Type::kDouble ? Type::kDouble : Type::kFloat);
+  auto bound = [&](Type type) { return std::max(BoundOf(type), 0.0) + compute; };
+  const double arithmetic =
+      p.v_type == Type::kDouble || p.w_type == Type::kDouble ? 1e-14 : BoundOf(Type::kFloat);
+  CheckClose(p, "norm", results.norm, NormType(p.v_type), norm, true, bound(NormType(p.v_type)), {});
+  CheckClose(p, "w", results.w, p.w_type, w, false, bound(p.w_type) + arithmetic, {});
+  // Where grad_w is nearly parallel to v, or nearly orthogonal, the result is a small difference of
+  // large numbers: the error is relative to those.
+  CheckClose(p, "grad_g", results.grad_g, p.g_type, grad_g, true, bound(p.g_type), grad_w_norm);
+  CheckClose(p, "grad_v", results.grad_v, p.v_type, grad_v, false, bound(p.v_type) + arithmetic,
+             grad_v_scale);
+}
+
+int64_t Pick(std::mt19937_64* random, const std::vector<int64_t>& from) {
+  return from[(*random)() % from.size()];
+}
+
+Layout RandomLayout(std::mt19937_64* random) {
+  const std::vector<int64_t> sizes = {1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65,
+                                      100, 127, 128, 129, 255, 256, 257, 511, 513, 1000, 1025,
+                                      4096, 5000, 20000, 100000};
+  for (;;) {
+    Layout layout = {Pick(random, sizes), Pick(random, sizes), Pick(random, {1, 1, 1, 2, 3, 9, 31,
+                     32, 33, 100, 1000, 4097, 70000})};
+    if ((*random)() % 40 == 0) layout.outer = 0;
+    if ((*random)() % 40 == 0) layout.units = 0;
+    if ((*random)() % 40 == 0) layout.inner = 0;
+    if (layout.size() <= 300000) return layout;
+  }
+}
+
+void TestRandomProblems(int cases, uint64_t seed) {
+  for (int i = 0; i < cases; ++i) {
+    std::mt19937_64 random(seed + i);
+    const auto type = [&] { return static_cast<Type>(random() % 4); };
+    Problem p(RandomLayout(&random), type(), type(), type());
+    std::normal_distribution<double> normal;
+    const bool narrow_v = p.v_type == Type::kHalf, narrow_w = p.w_type == Type::kHalf;
+    // The magnitudes of v differ between units; those of the others keep all results in range.
+    std::vector<double> magnitude(p.layout.units);
+    for (double& m : magnitude) {
+      m = std::pow(10.0, (int(random() % 59) - 29) * (narrow_v ? 0.05 : 1.0));
+      if (random() % 16 == 0) m = 0;
+    }
+    for (int64_t k = 0; k < p.v.size(); ++k) p.v.Set(k, normal(random) * magnitude[p.Unit(k)]);
+    const double g_size = narrow_w || p.g_type == Type::kHalf ? 1 : std::pow(10.0, int(random() % 9) - 4);
+    for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, random() % 16 ? normal(random) * g_size : 0);
+    const double grad_size = narrow_v || narrow_w ? 0.1 : std::pow(10.0, int(random() % 7) - 3);
+    for (int64_t k = 0; k < p.grad_w.size(); ++k) p.grad_w.Set(k, normal(random) * grad_size);
+
+    const auto results = RunBoth(p, Inline);
+    Check(results->Intact(), p.Name() + ": wrote out of bounds");
+    CheckAgainstReference(p, *results);
+    const auto threaded = RunBoth(p, RandomThreads(&random));
+    Check(threaded->Intact(), p.Name() + ": wrote out of bounds in threads");
+    Check(*results == *threaded, p.Name() + ": threads change the result");
+    if (failures > 20) return;
+  }
+}
+
+// Every bfloat16 and half, and the points halfway between them, through a weight norm that copies:
+// one element per unit, g = |v|, so w = v.
+void TestConversions() {
+  for (const Type type : {Type::kHalf, Type::kBfloat16}) {
+    Buffer narrow(type, 1 << 16);
+    for (int i = 0; i < 1 << 16; ++i) {
+      const uint16_t bits = static_cast<uint16_t>(i);
+      std::memcpy(static_cast<char*>(narrow.data()) + 2 * i, &bits, 2);
+    }
+    // To narrow: w = 1 * v / ||v|| * g loses nothing when the norm is 1; put a large 1-norm unit in.
+    const int64_t size = narrow.size();
+    Problem p({1, size, 1}, Type::kDouble, Type::kDouble, type);
+    for (int64_t i = 0; i < size; ++i) {
+      const double value = narrow[i];
+      const double next = narrow[std::min<int64_t>(i + 1, size - 1)];
+      const double wanted = std::isfinite(value) && std::isfinite(next) && (i & 1)
+                                ? (value + next) / 2 : value;
+      p.v.Set(i, 1);
+      p.g.Set(i, wanted);
+      p.grad_w.Set(i, 0);
+    }
+    const auto results = RunBoth(p, Inline);
+    for (int64_t i = 0; i < size; ++i) {
+      const double wanted = std::isnan(p.g[i]) ? p.g[i] : Round(p.g[i], type);
+      const bool same = std::isnan(wanted) ? std::isnan(results->w[i]) : results->w[i] == wanted;
+      if (!same) {
+        Check(false, p.Name() + ": " + std::to_string(p.g[i]) + " became " +
+                         std::to_string(results->w[i]));
+        break;
+      }
+    }
+    // From narrow: the norm of a single element is its absolute value.
+    Problem q({1, size, 1}, type, Type::kFloat, Type::kFloat);
+    std::memcpy(q.v.data(), narrow.data(), narrow.Bytes());
+    for (int64_t i = 0; i < size; ++i) {
+      q.g.Set(i, 1);
+      q.grad_w.Set(i, 0);
+    }
+    const auto norms = RunBoth(q, Inline);
+    for (int64_t i = 0; i < size; ++i) {
+      const double wanted = std::fabs(narrow[i]);
+      const bool same = std::isnan(wanted) ? std::isnan(norms->norm[i]) : norms->norm[i] == wanted;
+      if (!same) {
+        Check(false, q.Name() + ": norm of " + std::to_string(wanted) + " became " +
+                         std::to_string(norms->norm[i]));
+        break;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int cases = argc > 1 ? std::atoi(argv[1]) : 300;
+  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : std::random_device()();
+  std::printf("SIMD level %s, %d cases, seed %llu\n", tfwn::cpu::SimdLevel(), cases,
+              static_cast<unsigned long long>(seed));
+  TestConversions();
+  TestRandomProblems(cases, seed);
+  std::printf(failures == 0 ? "passed\n" : "%d failures\n", failures);
+  return failures != 0;
+}
