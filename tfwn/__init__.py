@@ -1,7 +1,39 @@
 """Weight normalization for TensorFlow 2 (Salimans & Kingma 2016)."""
 
+from tfwn.conv import (
+    Conv1D,
+    Conv1DTranspose,
+    Conv2D,
+    Conv2DTranspose,
+    Conv3D,
+    Conv3DTranspose,
+    DepthwiseConv2D,
+)
 from tfwn.dense import Dense
+from tfwn.embedding import Embedding
+from tfwn.mean_only_batch_norm import MeanOnlyBatchNormalization
 from tfwn.ops import weight_norm
+from tfwn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, SimpleRNN, SimpleRNNCell
 from tfwn.weight import Weight
 
-__all__ = ["Dense", "Weight", "weight_norm"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Conv1D",
+    "Conv1DTranspose",
+    "Conv2D",
+    "Conv2DTranspose",
+    "Conv3D",
+    "Conv3DTranspose",
+    "Dense",
+    "DepthwiseConv2D",
+    "Embedding",
+    "GRUCell",
+    "LSTMCell",
+    "MeanOnlyBatchNormalization",
+    "SimpleRNN",
+    "SimpleRNNCell",
+    "Weight",
+    "weight_norm",
+]

@@ -38,9 +38,9 @@ def refuse_initialization(layer) -> None:
     """Raises where `layer` cannot be initialised from data."""
     if is_initializing():
         raise RuntimeError(
-            f"data-dependent initialisation reached the {type(layer).__name__} {layer.name!r}. It is "
-            "for feed-forward layers only, not for recurrent layers (paper, section 3) or "
-            "embeddings: initialise the feed-forward part of the model, on this layer's output"
+            f"data-dependent initialisation reached {layer.name!r}, a {type(layer).__name__}. It "
+            "is not for recurrent layers (paper, section 3) or embeddings: initialise the "
+            "feed-forward part of the model only, with this layer's output as its batch"
         )
 
 

@@ -1,7 +1,5 @@
 """Weight: one weight tensor, as (v, g) or as w itself. Every layer holds its weights in this."""
 
-import math
-
 import numpy as np
 import tensorflow as tf
 
@@ -66,9 +64,9 @@ class Weight(tf.Module):
     """A weight in the weight-normalised or in the normal parameterisation (paper, section 2).
 
     "weight_norm": variables v and g, w = g * v / ||v|| (eq. 2); with `exponential_g` v and s, where
-    g = exp(s). "normal": the variable w. Both begin as the same function: v comes from `initializer`,
-    g = ||v|| unless `g_initializer` says otherwise, and "normal" folds the same v and g into w.
-    Calling a Weight computes w; keep the result where it is needed often, as in a loop over time.
+    g = exp(s). "normal": the variable w. Both begin as the same function: v comes from
+    `initializer`, g = ||v|| unless `g_initializer` says otherwise, and "normal" folds the same v
+    and g into w. Calling a Weight computes w; keep it where it is needed often, as in a loop.
 
     Arguments:
       shape: of v and w, all sizes known.
@@ -76,14 +74,14 @@ class Weight(tf.Module):
         None: one norm for the whole tensor.
       initializer: of v: a callable(shape, dtype), a Keras initializer or its name, or a number.
         Default: normal with standard deviation 0.05 (paper, section 3).
-      mask: fixed array that broadcasts to `shape`. It multiplies v BEFORE the normalisation (MADE); a
-        unit that is masked entirely has w = 0 and finite gradients.
+      mask: fixed array that broadcasts to `shape`. It multiplies v BEFORE the normalisation (MADE);
+        a unit that is masked entirely has w = 0 and finite gradients.
       parameterization: "weight_norm" or "normal".
       exponential_g: learn s, with g = exp(s), instead of g.
       g_initializer: as `initializer`, for g. Default: ||v||.
       dtype: of the variables.
-      compute_dtype: of w; default `dtype`. float32 variables with bfloat16 or float16 w cost no cast,
-        and their gradients come back in float32.
+      compute_dtype: of w; default `dtype`. float32 variables with bfloat16 or float16 w cost no
+        cast, and their gradients come back in float32.
       name: of the module.
 
     Raises:
@@ -153,6 +151,21 @@ class Weight(tf.Module):
             return tf.cast(self._masked(self.w), self.compute_dtype)
         return self._normalized(self.get_g())
 
+    def rows(self, indices) -> tf.Tensor:
+        """Returns tf.gather(w, indices) for axis 0, normalising only these rows of v."""
+        if self.axis != (0,) or self.mask is not None:
+            raise ValueError(
+                f"rows of a weight need axis=0 and no mask, got axis={self.axis} and "
+                f"{'no ' if self.mask is None else 'a '}mask: gather from weight() instead"
+            )
+        if self.parameterization == "normal":
+            return tf.cast(tf.gather(self.w, indices), self.compute_dtype)
+        flat = tf.reshape(indices, [-1])
+        v = tf.gather(self.v, flat)
+        g = tf.exp(tf.gather(self.s, flat)) if self.exponential_g else tf.gather(self.g, flat)
+        w = weight_norm(v, g, 0, out_dtype=self.compute_dtype)
+        return tf.reshape(w, tf.concat([tf.shape(indices), self.shape[1:]], 0))
+
     def direction(self) -> tf.Tensor:
         """Returns v / ||v|| (w / ||w||, the same, for "normal") in `compute_dtype`."""
         return self._normalized(tf.ones(self.g_shape, self.dtype))
@@ -203,7 +216,3 @@ class Weight(tf.Module):
             g, "g must be positive where g = exp(s); use exponential_g=False for g of either sign"
         )
         return tf.math.log(g)
-
-    def __repr__(self) -> str:
-        size = "x".join(map(str, self.shape)) if math.prod(self.shape) else str(self.shape)
-        return f"Weight({size}, axis={self.axis}, {self.parameterization})"

@@ -1,0 +1,356 @@
+"""Convolutions, their transposes and the depthwise convolution."""
+
+import tensorflow as tf
+
+from tfwn.layer import FeedForward, check_positive
+
+
+class _Conv(FeedForward):
+    """What the convolutions share: sizes of the window, padding, data format."""
+
+    _spatial_rank: int
+    _paddings: tuple[str, ...] = ("valid", "same")
+
+    def __init__(
+        self, filters, kernel_size, strides, padding, data_format, dilation_rate, **options
+    ):
+        self.kernel_size = self._sizes("kernel_size", kernel_size)
+        self.strides = self._sizes("strides", strides)
+        self.dilation_rate = self._sizes("dilation_rate", dilation_rate)
+        self.padding = padding.lower() if isinstance(padding, str) else padding
+        self.data_format = data_format or "channels_last"
+        for name, value, rule in (
+            ("padding", self.padding, self._paddings),
+            ("data_format", self.data_format, ("channels_last", "channels_first")),
+        ):
+            if value not in rule:
+                raise ValueError(f"{name} must be one of {rule}, got {value!r}")
+        super().__init__(filters, **options)
+        self._rank = self._spatial_rank + 2
+
+    def _sizes(self, name, value, least=1) -> tuple[int, ...]:
+        sizes = (value,) * self._spatial_rank if isinstance(value, int) else tuple(value)
+        if len(sizes) != self._spatial_rank or any(
+            not isinstance(size, int) or size < least for size in sizes
+        ):
+            raise ValueError(
+                f"{name} must be one or {self._spatial_rank} integers of at least {least}, "
+                f"got {value!r}"
+            )
+        return sizes
+
+    def _window(self, i) -> int:
+        return (self.kernel_size[i] - 1) * self.dilation_rate[i] + 1
+
+    def _refuse_dilated_strides(self):
+        if max(self.strides) > 1 and max(self.dilation_rate) > 1:
+            raise ValueError(
+                "strides and dilation_rate must not both be above 1, got strides="
+                f"{self.strides} and dilation_rate={self.dilation_rate}: TensorFlow has no such "
+                "convolution"
+            )
+
+
+class _ConvND(_Conv):
+    def __init__(
+        self,
+        filters,
+        kernel_size,
+        strides=1,
+        padding="valid",
+        data_format=None,
+        dilation_rate=1,
+        groups=1,
+        activation=None,
+        use_bias=True,
+        **options,
+    ):
+        super().__init__(
+            check_positive("filters", filters),
+            kernel_size,
+            strides,
+            padding,
+            data_format,
+            dilation_rate,
+            activation=activation,
+            use_bias=use_bias,
+            **options,
+        )
+        self.filters = filters
+        self.groups = check_positive("groups", groups)
+        self._refuse_dilated_strides()
+        if filters % groups:
+            raise ValueError(f"filters must be a multiple of groups={groups}, got {filters}")
+
+    def _weight_shape(self, channels):
+        if channels % self.groups:
+            raise ValueError(
+                f"inputs of {self.name!r} must have a number of channels that is a multiple of "
+                f"groups={self.groups}, got {channels}"
+            )
+        return [*self.kernel_size, channels // self.groups, self.filters]
+
+    def _linear(self, x, w):
+        padding = self.padding.upper()
+        if padding == "CAUSAL":
+            padding = "VALID"
+            x = tf.pad(x, [[0, 0], [self.dilation_rate[0] * (self.kernel_size[0] - 1), 0], [0, 0]])
+        # TensorFlow reads groups off the shapes, but in 3D its CPU kernel does not.
+        split = self.groups if self._spatial_rank == 3 else 1
+        outputs = [
+            tf.nn.convolution(x_i, w_i, self.strides, padding, dilations=self.dilation_rate)
+            for x_i, w_i in zip(tf.split(x, split, -1), tf.split(w, split, -1), strict=True)
+        ]
+        return outputs[0] if split == 1 else tf.concat(outputs, -1)
+
+
+class Conv1D(_ConvND):
+    """1D convolution: act(x * w + b), w = g * v / ||v|| with one g per filter (eq. 2).
+
+    Names and defaults are Keras', except the first v ~ N(0, 0.05) (paper, section 3). The variables
+    are weight.v [kernel, in / groups, filters], weight.g [filters] and b [filters].
+
+    Arguments:
+      filters: number of outputs per position.
+      kernel_size, strides, dilation_rate: one integer, or one per axis; strides and dilation_rate
+        not both above 1.
+      padding: "valid", "same" or "causal".
+      data_format: "channels_last" (default) or "channels_first".
+      groups: the input channels are cut into so many groups, each seen by filters / groups filters.
+      activation: a callable, a Keras name, or None. `layer.pre_activation(x)` returns x * w + b.
+      use_bias: whether to add b.
+      options: kernel_initializer, bias_initializer, kernel_mask, name, as for `tfwn.Dense`;
+        parameterization, exponential_g, g_initializer, dtype, compute_dtype, as for `tfwn.Weight`.
+
+    Raises:
+      ValueError: bad options; inputs of another rank, or with a number of channels that is unknown
+        or differs from the first call's.
+
+    Inputs are [batch, steps, in], outputs [batch, new_steps, filters] in compute_dtype.
+
+    >>> tfwn.Conv1D(4, 3, padding="causal")(tf.ones([8, 10, 2])).shape
+    TensorShape([8, 10, 4])
+    """
+
+    _spatial_rank = 1
+    _paddings = ("valid", "same", "causal")
+
+
+class Conv2D(_ConvND):
+    """2D convolution: act(x * w + b), w = g * v / ||v|| with one g per filter (eq. 2).
+
+    As `tfwn.Conv1D`, errors included, with padding "valid" or "same" and the variables weight.v
+    [height, width, in / groups, filters], weight.g [filters], b [filters].
+
+    Inputs are [batch, height, width, in] (or [batch, in, height, width] for "channels_first").
+
+    >>> layer = tfwn.Conv2D(4, 3, strides=2, padding="same", activation="relu")
+    >>> layer(tf.ones([8, 10, 12, 3])).shape
+    TensorShape([8, 5, 6, 4])
+    """
+
+    _spatial_rank = 2
+
+
+class Conv3D(_ConvND):
+    """3D convolution: act(x * w + b), w = g * v / ||v|| with one g per filter (eq. 2).
+
+    As `tfwn.Conv1D`, errors included, with padding "valid" or "same" and the variables weight.v
+    [depth, height, width, in / groups, filters], weight.g [filters], b [filters].
+
+    Inputs are [batch, depth, height, width, in].
+
+    >>> tfwn.Conv3D(4, (1, 3, 3))(tf.ones([2, 5, 6, 7, 3])).shape
+    TensorShape([2, 5, 4, 5, 4])
+    """
+
+    _spatial_rank = 3
+
+
+class _ConvNDTranspose(_Conv):
+    _axis = -2
+
+    def __init__(
+        self,
+        filters,
+        kernel_size,
+        strides=1,
+        padding="valid",
+        output_padding=None,
+        data_format=None,
+        dilation_rate=1,
+        activation=None,
+        use_bias=True,
+        **options,
+    ):
+        super().__init__(
+            check_positive("filters", filters),
+            kernel_size,
+            strides,
+            padding,
+            data_format,
+            dilation_rate,
+            activation=activation,
+            use_bias=use_bias,
+            **options,
+        )
+        self.filters = filters
+        self.output_padding = None
+        if output_padding is not None:
+            self.output_padding = self._sizes("output_padding", output_padding, least=0)
+            for i, (pad, stride) in enumerate(zip(self.output_padding, self.strides, strict=True)):
+                # Those lengths of output from which the convolution gets the input's length.
+                least = 1 - self._window(i) % 2 if self.padding == "same" else 0
+                if not least <= pad < least + stride:
+                    raise ValueError(
+                        f"output_padding must lie in [{least}, {least + stride}) along axis {i} "
+                        f"for a window of {self._window(i)}, a stride of {stride} and padding "
+                        f"{self.padding!r}, got {pad}"
+                    )
+
+    def _weight_shape(self, channels):
+        return [*self.kernel_size, self.filters, channels]
+
+    def _linear(self, x, w):
+        sizes = tf.unstack(tf.shape(x))
+        sizes = [n or sizes[i] for i, n in enumerate(x.shape)]
+        output = [self._output_size(i, n) for i, n in enumerate(sizes[1:-1])]
+        return tf.nn.conv_transpose(
+            x,
+            w,
+            tf.stack([sizes[0], *output, self.filters]),
+            self.strides,
+            self.padding.upper(),
+            dilations=self.dilation_rate,
+        )
+
+    def _output_size(self, i, n):
+        stride, window = self.strides[i], self._window(i)
+        if self.output_padding is None:
+            return n * stride + (max(window - stride, 0) if self.padding == "valid" else 0)
+        return (
+            (n - 1) * stride
+            + (window if self.padding == "valid" else window % 2)
+            + self.output_padding[i]
+        )
+
+
+class Conv1DTranspose(_ConvNDTranspose):
+    """Transposed 1D convolution: act(x *' w + b), w = g * v / ||v||, one g per filter (eq. 2).
+
+    Names and defaults are Keras', except the first v ~ N(0, 0.05) (paper, section 3). The variables
+    are weight.v [kernel, filters, in], weight.g [filters] and b [filters]: the norm runs over the
+    window and the INPUT channels, the last axis.
+
+    Arguments:
+      filters, kernel_size, strides, data_format, dilation_rate, activation, use_bias, options: as
+        for `tfwn.Conv1D`.
+      padding: "valid" or "same".
+      output_padding: how much longer the output is than the shortest that fits, one integer or one
+        per axis. None: Keras' rule, n * strides for "same".
+
+    Raises:
+      ValueError: as `tfwn.Conv1D`; output_padding out of range.
+
+    Inputs are [batch, steps, in], outputs [batch, new_steps, filters] in compute_dtype.
+
+    >>> tfwn.Conv1DTranspose(4, 3, strides=2, padding="same")(tf.ones([8, 10, 2])).shape
+    TensorShape([8, 20, 4])
+    """
+
+    _spatial_rank = 1
+
+
+class Conv2DTranspose(_ConvNDTranspose):
+    """Transposed 2D convolution: act(x *' w + b), w = g * v / ||v||, one g per filter (eq. 2).
+
+    As `tfwn.Conv1DTranspose`, errors included, with the variables weight.v [height, width, filters,
+    in], weight.g [filters], b [filters].
+
+    Inputs are [batch, height, width, in] (or [batch, in, height, width] for "channels_first").
+
+    >>> tfwn.Conv2DTranspose(4, 5, strides=2)(tf.ones([8, 7, 7, 3])).shape
+    TensorShape([8, 17, 17, 4])
+    """
+
+    _spatial_rank = 2
+
+
+class Conv3DTranspose(_ConvNDTranspose):
+    """Transposed 3D convolution: act(x *' w + b), w = g * v / ||v||, one g per filter (eq. 2).
+
+    As `tfwn.Conv1DTranspose`, errors included, with the variables weight.v [depth, height, width,
+    filters, in], weight.g [filters], b [filters].
+
+    Inputs are [batch, depth, height, width, in].
+
+    >>> tfwn.Conv3DTranspose(4, 2, strides=2)(tf.ones([2, 3, 4, 5, 3])).shape
+    TensorShape([2, 6, 8, 10, 4])
+    """
+
+    _spatial_rank = 3
+
+
+class DepthwiseConv2D(_Conv):
+    """Depthwise 2D convolution: each channel has its own filters (eq. 2, a g for each of them).
+
+    Output channel c * depth_multiplier + m is act(x_c * w_cm + b_cm), w_cm = g_cm v_cm / ||v_cm||.
+    The variables are weight.v [height, width, in, depth_multiplier], weight.g [in,
+    depth_multiplier] and b [in * depth_multiplier].
+
+    Arguments:
+      kernel_size, strides, padding, data_format, dilation_rate, activation, use_bias, options: as
+        for `tfwn.Conv2D`, but strides the same along both axes.
+      depth_multiplier: number of outputs per input channel.
+      depthwise_initializer: of v, see `tfwn.Weight`.
+
+    Raises:
+      ValueError: as `tfwn.Conv2D`; unequal strides.
+
+    Inputs are [batch, height, width, in], outputs [batch, new_height, new_width,
+    in * depth_multiplier] in compute_dtype.
+
+    >>> tfwn.DepthwiseConv2D(3, depth_multiplier=2)(tf.ones([8, 10, 10, 3])).shape
+    TensorShape([8, 8, 8, 6])
+    """
+
+    _spatial_rank = 2
+    _axis = (-2, -1)
+
+    def __init__(
+        self,
+        kernel_size,
+        strides=1,
+        padding="valid",
+        depth_multiplier=1,
+        data_format=None,
+        dilation_rate=1,
+        activation=None,
+        use_bias=True,
+        depthwise_initializer=None,
+        **options,
+    ):
+        super().__init__(
+            None,
+            kernel_size,
+            strides,
+            padding,
+            data_format,
+            dilation_rate,
+            activation=activation,
+            use_bias=use_bias,
+            kernel_initializer=depthwise_initializer,
+            **options,
+        )
+        self.depth_multiplier = check_positive("depth_multiplier", depth_multiplier)
+        self._refuse_dilated_strides()
+        if len(set(self.strides)) > 1:
+            raise ValueError(f"strides must be the same along both axes, got {self.strides}")
+
+    def _weight_shape(self, channels):
+        return [*self.kernel_size, channels, self.depth_multiplier]
+
+    def _linear(self, x, w):
+        return tf.nn.depthwise_conv2d(
+            x, w, [1, *self.strides, 1], self.padding.upper(), dilations=self.dilation_rate
+        )

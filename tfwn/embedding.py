@@ -1,0 +1,71 @@
+"""Embedding: integers to rows of a table."""
+
+import tensorflow as tf
+
+from tfwn.layer import Layer, check_positive, refuse_initialization
+from tfwn.weight import Weight, check_weight_options
+
+
+class Embedding(Layer):
+    """Embedding: row i of w, w_i = g_i * v_i / ||v_i|| with one g per row (eq. 2).
+
+    Names and defaults are Keras'. Only the rows that are looked up are normalised, and the
+    gradients of v and g are sparse. The variables are weight.v [input_dim, output_dim] and weight.g
+    [input_dim].
+
+    Arguments:
+      input_dim: number of rows; ids lie in [0, input_dim).
+      output_dim: length of a row.
+      embeddings_initializer: of v, see `tfwn.Weight`. Default: Keras' "uniform".
+      mask_zero: whether id 0 is padding, as `compute_mask` then says.
+      name: of the layer.
+      weight_options: parameterization, exponential_g, g_initializer, dtype, compute_dtype, see
+        `tfwn.Weight`.
+
+    Raises:
+      ValueError: bad options; ids that are not integers.
+      RuntimeError: reached by data-dependent initialisation.
+
+    Ids may have any shape; outputs have that shape with output_dim appended, in compute_dtype.
+
+    >>> tfwn.Embedding(10, 4)(tf.constant([[1, 2, 1]])).shape
+    TensorShape([1, 3, 4])
+    """
+
+    def __init__(
+        self,
+        input_dim,
+        output_dim,
+        embeddings_initializer="uniform",
+        mask_zero=False,
+        *,
+        name=None,
+        **weight_options,
+    ):
+        super().__init__(name=name)
+        self.input_dim = check_positive("input_dim", input_dim)
+        self.output_dim = check_positive("output_dim", output_dim)
+        self.mask_zero = mask_zero
+        self.embeddings_initializer = embeddings_initializer
+        self._weight_options = check_weight_options(**weight_options)
+
+    def __call__(self, inputs) -> tf.Tensor:
+        """Returns the rows of w for the ids `inputs`."""
+        refuse_initialization(self)
+        ids = tf.convert_to_tensor(inputs)
+        if not ids.dtype.is_integer:
+            raise ValueError(f"inputs of {self.name!r} must be integers, got {ids.dtype.name}")
+        self.build(ids.shape)
+        return self.weight.rows(ids)
+
+    def compute_mask(self, inputs) -> tf.Tensor | None:
+        """Returns inputs != 0 with `mask_zero`, the mask for a recurrent layer; otherwise None."""
+        return tf.not_equal(inputs, 0) if self.mask_zero else None
+
+    def _initialize(self, input_shape):
+        self.weight = Weight(
+            [self.input_dim, self.output_dim],
+            0,
+            initializer=self.embeddings_initializer,
+            **self._weight_options,
+        )
