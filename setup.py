@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -96,7 +97,7 @@ class Cuda:
     def __init__(self, nvcc: str):
         self.nvcc = nvcc
         self.home = Path(nvcc).resolve().parent.parent
-        self.version = re.search(r"release ([\d.]+)", output_of(nvcc, "--version"))[1]
+        self.version = re.findall(r"release ([\d.]+)", output_of(nvcc, "--version"))[0]
         known = sorted(
             int(a)
             for a in re.findall(r"compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), re.MULTILINE)
@@ -250,10 +251,19 @@ class Build(build_ext):
         path.write_text(json.dumps(info) + "\n")
 
     @staticmethod
-    def compile_flags(ext: Extension, tensorflow: TensorFlow | None, info: dict) -> list[str]:
+    def compile_flags(
+        ext: Extension, tensorflow: TensorFlow | None, info: dict[str, Any]
+    ) -> list[str]:
         """Returns the include directories and macros of a library's own sources."""
-        if ext.name == "tfwn.native":
+        if tensorflow is None or ext.name == "tfwn.native":
             import pybind11
+
+            python = sysconfig.get_path("include")
+            if not os.path.exists(f"{python}/Python.h"):
+                raise SystemExit(
+                    f"tfwn: no Python.h in {python}. Install Python's headers (Debian, Ubuntu: "
+                    "apt install python3-dev)"
+                )
 
             macros = {
                 "TFWN_TENSORFLOW_VERSION": info["tensorflow"] or "",
@@ -261,7 +271,7 @@ class Build(build_ext):
                 "TFWN_CUDA_ARCHITECTURES": ",".join(map(str, info["cuda_architectures"])),
             }
             flags = [f'-D{name}="{value}"' for name, value in macros.items()]
-            includes = [pybind11.get_include(), sysconfig.get_path("include")]
+            includes = [pybind11.get_include(), python]
         else:
             flags = list(tensorflow.compile_flags)
             includes = [tensorflow.include]
@@ -279,7 +289,7 @@ class Build(build_ext):
         flags = ["-Wl,-O1", "-Wl,--as-needed"]
         if cuda and ext.name != "tfwn._xla":
             flags += cuda.link_flags
-        if ext.name != "tfwn.native":
+        if tensorflow and ext.name != "tfwn.native":
             flags += ["-Wl,-z,defs", f"-L{tensorflow.lib}"]
             flags += ["-l:libtensorflow_cc.so.2"] if ext.name == "tfwn._xla" else []
             flags += ["-l:libtensorflow_framework.so.2"]

@@ -1,0 +1,81 @@
+# Each target first sets itself up in .venv; with nothing changed that takes no time.
+
+# The TensorFlow to build against and run on: "tensorflow-cpu==2.20.*", "tensorflow[and-cuda]", ...
+TENSORFLOW ?= tensorflow>=2.21,<2.22
+# A Python from 3.10 to 3.13; the first that is found.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	2>/dev/null && echo $$p && break; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help demo test test-slow bench sanitize lint format clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       trains a weight-normalized network"
+	@echo "make test       runs the tests; make test-slow those that take minutes"
+	@echo "make bench      measures the operation against its alternatives"
+	@echo "make sanitize   runs the kernels' tests under sanitizers"
+	@echo "make lint       checks style and types; make format rewrites"
+	@echo "make clean      removes what was built, .venv too"
+
+demo: $(VENV)/.have-models
+	$(BIN)/python examples/mnist.py
+
+test: $(VENV)/.have-models $(VENV)/.have-test
+	$(PYTEST)
+
+test-slow: $(VENV)/.have-models $(VENV)/.have-test
+	$(PYTEST) -m slow
+
+bench: $(VENV)/.have-benchmark
+	$(BIN)/python -m benchmarks.op
+
+SOURCES := $(wildcard csrc/*.h csrc/*.cc csrc/*.cu)
+
+lint: $(VENV)/.have-models $(VENV)/.have-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+format: $(VENV)/.have-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info tfwn/*.so tfwn/_build_info.json
+
+# Rewritten only when TENSORFLOW is another than last time.
+$(VENV)/.wanted: FORCE
+	@mkdir -p $(VENV)
+	@echo '$(TENSORFLOW)' | cmp -s - $@ || echo '$(TENSORFLOW)' > $@
+
+$(VENV)/.tools: $(VENV)/.wanted
+	@test -n '$(PYTHON)' || { echo "No Python 3.10 to 3.13 with the venv module found." \
+	"Install one (Debian, Ubuntu: apt install python3 python3-venv python3-dev)," \
+	"or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v $${CXX:-g++} >/dev/null || { echo "No C++ compiler found: $${CXX:-g++}." \
+	"Install it (Debian, Ubuntu: apt install g++), or name it: CXX=... make" >&2; exit 1; }
+	@echo "Installing $$(cat $<) into $(VENV): about a minute"
+	@$(PYTHON) -m venv --clear $(VENV) && echo '$(TENSORFLOW)' > $<
+	@$(PIP) install --quiet --upgrade pip
+	@$(PIP) install --quiet 'setuptools>=77' 'pybind11>=2.13' '$(TENSORFLOW)'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.tools setup.py build_backend.py $(SOURCES)
+	@echo "Compiling"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# The libraries are there already: what is left to install is Python.
+$(VENV)/.have-%: $(VENV)/.tools setup.py pyproject.toml | $(VENV)/.built
+	@echo "Installing what $* needs"
+	@$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
+	@touch $@
