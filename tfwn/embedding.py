@@ -9,7 +9,7 @@ from tfwn.weight import Weight, check_weight_options
 class Embedding(Layer):
     """Embedding: row i of w, w_i = g_i * v_i / ||v_i|| with one g per row (eq. 2).
 
-    Names and defaults are Keras'. Only the rows that are looked up are normalised, and the
+    Names and defaults are Keras'. Only the rows that are looked up are normalized, and the
     gradients of v and g are sparse. The variables are weight.v [input_dim, output_dim] and weight.g
     [input_dim].
 
@@ -24,7 +24,7 @@ class Embedding(Layer):
 
     Raises:
       ValueError: bad options; ids that are not integers.
-      RuntimeError: reached by data-dependent initialisation.
+      RuntimeError: reached by data-dependent initialization.
 
     Ids may have any shape; outputs have that shape with output_dim appended, in compute_dtype.
 

@@ -1,6 +1,6 @@
 """What all layers share: variables made once, and the feed-forward computation act(x . w + b).
 
-Data-dependent initialisation (paper, section 3) enters here and nowhere else: while
+Data-dependent initialization (paper, section 3) enters here and nowhere else: while
 `initializing(callback)` is active, each feed-forward layer hands callback(layer, t) its
 t = x . v / ||v||, units along the last axis, before it computes its output. The callback sets
 g by layer.weight.set_g(g), and layer.b where that is not None; the layer then goes on with them.
@@ -30,16 +30,16 @@ def initializing(callback):
 
 
 def is_initializing() -> bool:
-    """Whether a data-dependent initialisation is running in this thread."""
+    """Whether a data-dependent initialization is running in this thread."""
     return _callback.get() is not None
 
 
 def refuse_initialization(layer) -> None:
-    """Raises where `layer` cannot be initialised from data."""
+    """Raises where `layer` cannot be initialized from data."""
     if is_initializing():
         raise RuntimeError(
-            f"data-dependent initialisation reached {layer.name!r}, a {type(layer).__name__}. It "
-            "is not for recurrent layers (paper, section 3) or embeddings: initialise the "
+            f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}. It "
+            "is not for recurrent layers (paper, section 3) or embeddings: initialize the "
             "feed-forward part of the model only, with this layer's output as its batch"
         )
 
@@ -89,12 +89,12 @@ def check_positive(name: str, value) -> int:
 class FeedForward(Layer):
     """act(x . w + b): what Dense and the convolutions share. Subclasses give shapes and x . w.
 
-    A subclass sets `_rank` (of the inputs; None: at least 2), and implements `_weight_shape`
+    A subclass sets `_rank` (of the inputs; 0: at least 2), and implements `_weight_shape`
     and `_linear`. `data_format` is "channels_last" unless the subclass changes it.
     """
 
     data_format = "channels_last"
-    _rank: int | None = None
+    _rank = 0
     _axis: int | tuple[int, ...] = -1
 
     def __init__(
@@ -180,8 +180,8 @@ class FeedForward(Layer):
 
     def _check_rank(self, shape):
         rank = shape.rank
-        if rank is None or (rank < 2 if self._rank is None else rank != self._rank):
-            rule = "at least 2" if self._rank is None else self._rank
+        if rank is None or (rank != self._rank if self._rank else rank < 2):
+            rule = self._rank or "at least 2"
             raise ValueError(f"inputs of {self.name!r} must have rank {rule}, got shape {shape}")
 
     def _check_channels(self, shape):

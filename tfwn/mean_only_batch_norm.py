@@ -9,9 +9,9 @@ from tfwn.weight import check_axis, initial_value
 class MeanOnlyBatchNormalization(Layer):
     """Mean-only batch normalization: t - mu[t] + b (paper, section 4, eq. 7).
 
-    It follows a weight-normalised layer WITHOUT a bias and owns the b. mu[t] is the mean over the
-    batch and all axes but `axis`; gradients flow through it and are thereby centred (eq. 8). At
-    test time the running mean takes its place. Data-dependent initialisation sets the g of the
+    It follows a weight-normalized layer WITHOUT a bias and owns the b. mu[t] is the mean over the
+    batch and all axes but `axis`; gradients flow through it and are thereby centered (eq. 8). At
+    test time the running mean takes its place. Data-dependent initialization sets the g of the
     layer before and nothing here: b stays as it is, the running mean too.
 
     Arguments:

@@ -113,7 +113,7 @@ class _Cell(Layer):
 class SimpleRNNCell(_Cell):
     """One step of a simple recurrent net: h' = act(x . w + h . u + b), eq. 2 for w and for u.
 
-    Names and defaults are Keras', initializers included: data-dependent initialisation is not for
+    Names and defaults are Keras', initializers included: data-dependent initialization is not for
     recurrent layers (paper, section 3). The variables are weight.v [in, units], weight.g [units],
     recurrent_weight.v [units, units], recurrent_weight.g [units] and b [units].
 
@@ -129,7 +129,7 @@ class SimpleRNNCell(_Cell):
 
     Raises:
       ValueError: bad options; inputs without a known last axis; a wrong number of states.
-      RuntimeError: reached by data-dependent initialisation.
+      RuntimeError: reached by data-dependent initialization.
 
     Inputs are [batch, in]; the output and the one state are [batch, units].
 
@@ -157,7 +157,7 @@ class LSTMCell(_Cell):
     Names and defaults, gate order included, are Keras', as for `tfwn.SimpleRNNCell`. The variables
     are weight.v [in, 4 units], weight.g [4 units], recurrent_weight.v [units, 4 units],
     recurrent_weight.g [4 units], b [4 units] and peephole [3, units] (p_i, p_f, p_o), which is not
-    normalised: a diagonal has one weight per unit, so that nothing but its sign would remain.
+    normalized: a diagonal has one weight per unit, so that nothing but its sign would remain.
 
     Arguments:
       units, activation, use_bias, options: as for `tfwn.SimpleRNNCell`.
@@ -309,7 +309,7 @@ class RNN(Layer):
     Raises:
       ValueError: inputs whose rank is not 3; unroll and an unknown number of steps; a mask of
         another shape; a wrong number of states.
-      RuntimeError: reached by data-dependent initialisation.
+      RuntimeError: reached by data-dependent initialization.
 
     Inputs are [batch, time, in]; outputs [batch, units], or [batch, time, units] with
     return_sequences, in the cell's compute_dtype.

@@ -61,7 +61,7 @@ def check_axis(axis, rank: int) -> tuple[int, ...]:
 
 
 class Weight(tf.Module):
-    """A weight in the weight-normalised or in the normal parameterisation (paper, section 2).
+    """A weight in the weight-normalized or in the normal parameterization (paper, section 2).
 
     "weight_norm": variables v and g, w = g * v / ||v|| (eq. 2); with `exponential_g` v and s, where
     g = exp(s). "normal": the variable w. Both begin as the same function: v comes from
@@ -74,7 +74,7 @@ class Weight(tf.Module):
         None: one norm for the whole tensor.
       initializer: of v: a callable(shape, dtype), a Keras initializer or its name, or a number.
         Default: normal with standard deviation 0.05 (paper, section 3).
-      mask: fixed array that broadcasts to `shape`. It multiplies v BEFORE the normalisation (MADE);
+      mask: fixed array that broadcasts to `shape`. It multiplies v BEFORE the normalization (MADE);
         a unit that is masked entirely has w = 0 and finite gradients.
       parameterization: "weight_norm" or "normal".
       exponential_g: learn s, with g = exp(s), instead of g.
@@ -152,7 +152,7 @@ class Weight(tf.Module):
         return self._normalized(self.get_g())
 
     def rows(self, indices) -> tf.Tensor:
-        """Returns tf.gather(w, indices) for axis 0, normalising only these rows of v."""
+        """Returns tf.gather(w, indices) for axis 0, normalizing only these rows of v."""
         if self.axis != (0,) or self.mask is not None:
             raise ValueError(
                 f"rows of a weight need axis=0 and no mask, got axis={self.axis} and "
