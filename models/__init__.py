@@ -1,0 +1,31 @@
+"""The paper's experiments, one program a section; `python -m models` lists them."""
+
+import os
+import sys
+
+
+def _import_tensorflow_quietly() -> None:
+    """Keeps TensorFlow's start-up notes off the terminal; they heed no log level while loading.
+
+    A user's own TF_CPP_MIN_LOG_LEVEL shows everything again.
+    """
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        import tensorflow as tf
+
+        tf.config.list_physical_devices()
+    except ImportError:
+        pass  # The program's own import tells.
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+_is_program = sys.argv[:1] == ["-m"] and any(w.startswith("models.") for w in sys.orig_argv)
+if _is_program and "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+    _import_tensorflow_quietly()

@@ -1,0 +1,137 @@
+"""Options as dataclasses: documented fields that become flags, and presets of their values."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from typing import Any, ClassVar, Literal, Union
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Named values for some of a Config's fields; every other field keeps the paper's."""
+
+    about: str
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Options every program has; a program's Config inherits them and adds its own.
+
+    The defaults of a program's Config are the paper's values. A comment at the end of a field's
+    line is its help text.
+    """
+
+    preset: str = "paper"  # A named set of values, see below.
+    seed: int = 0  # Seeds everything: weights, data order, noise, environments.
+    out: str = ""  # The run folder (default: runs/PROGRAM-PRESET-PARAMETERIZATION-SEED).
+    resume: bool = False  # Go on with the run in --out; its own options are taken up again.
+    accept_changes: bool = False  # Resume although hyper-parameters differ from the run's.
+    data_dir: str = ""  # Where data sets are (TFDS layout; default: $TFWN_DATA_DIR).
+    mixed_precision: Literal["none", "bfloat16"] = "none"  # Compute type; weights stay float32.
+    jit_compile: bool = False  # Compile the training step with XLA.
+    strategy: Literal["none", "mirrored", "multi_worker"] = "none"  # Replicas (tf.distribute).
+    checkpoint_every: float = 300.0  # Seconds between checkpoints (and one at the end).
+    keep: int = 2  # Checkpoints kept, besides the best one.
+    deterministic: bool = False  # Deterministic TensorFlow ops: the same seed, the same bits.
+
+    # Fields that may differ when a run is resumed.
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {"preset", "out", "resume", "accept_changes", "data_dir", "checkpoint_every", "keep"}
+    )
+    # Flags to lower when memory runs out, named in the error.
+    MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One field of an options class, ready to become a flag."""
+
+    name: str
+    kind: type
+    choices: tuple[Any, ...] | None
+    optional: bool
+    many: bool
+    default: Any
+    help: str
+    owner: type
+
+    @property
+    def flag(self) -> str:
+        """The flag, as typed on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+
+def options_of(cls: type) -> list[Option]:
+    """Returns the fields of a dataclass as options, in order of definition."""
+    hints = typing.get_type_hints(cls)
+    owners = {
+        name: base
+        for base in reversed(cls.__mro__)
+        for name in vars(base).get("__annotations__", ())
+    }
+    comments: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        comments |= _comments(base)
+    result = []
+    for field in dataclasses.fields(cls):
+        kind, choices, optional, many = _unpack(hints[field.name])
+        result.append(
+            Option(
+                field.name, kind, choices, optional, many,
+                field.default, comments.get(field.name, ""), owners[field.name],
+            )
+        )  # fmt: skip
+    return result
+
+
+def differences(config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Returns {hyper-parameter: (the paper's value, this configuration's)} where they differ."""
+    shared = {field.name for field in dataclasses.fields(RunConfig)} - {"mixed_precision"}
+    return {
+        field.name: (field.default, getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in shared
+        and field.name not in config.MAY_CHANGE
+        and getattr(config, field.name) != field.default
+    }
+
+
+def _unpack(hint: Any) -> tuple[type, tuple[Any, ...] | None, bool, bool]:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        (inner,) = (a for a in args if a is not type(None))
+        kind, choices, _, many = _unpack(inner)
+        return kind, choices, True, many
+    if origin is Literal:
+        return type(args[0]), args, False, False
+    if origin is tuple:
+        return args[0], None, False, True
+    return hint, None, False, False
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """Reads the comment at the end of each field's last line, else the lines above it."""
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+    except (OSError, TypeError):
+        return {}
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        tail = lines[(node.end_lineno or 0) - 1][node.end_col_offset :]
+        if "#" in tail:
+            found[node.target.id] = tail.split("#", 1)[1].strip()
+            continue
+        above: list[str] = []
+        row = node.lineno - 2
+        while row >= 0 and lines[row].strip().startswith("#"):
+            above.insert(0, lines[row].strip().lstrip("# "))
+            row -= 1
+        found[node.target.id] = " ".join(above)
+    return found

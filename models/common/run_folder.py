@@ -1,0 +1,195 @@
+"""A run's folder: config.json, the lock against a second run, and what resuming may change."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from models.common import options
+from models.common.errors import UserError
+
+
+class RunFolder:
+    """The folder of one run, created or taken up again, and locked while the process lives."""
+
+    def __init__(self, config: options.RunConfig, program: str):
+        self.path = Path(config.out)
+        exists = (self.path / "config.json").exists()
+        if config.resume and not exists:
+            raise UserError(f"--resume: there is no run in {self.path}")
+        if exists and not config.resume:
+            raise UserError(
+                f"--out {self.path} holds a run already: go on with it by --resume, "
+                "or name another folder"
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 held until the process ends
+        except OSError as error:
+            raise UserError(
+                f"--out {self.path}: cannot write there ({error.strerror}); name another folder"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            holder = self._lock.read().strip()
+            self._lock.close()
+            raise UserError(
+                f"--out {self.path} is in use by another process ({holder}); "
+                "wait for it or name another folder"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"pid {os.getpid()} on {platform.node()}")
+        self._lock.flush()
+        self._write_config(config, program)
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        self._lock.close()
+
+    def _write_config(self, config: options.RunConfig, program: str) -> None:
+        path = self.path / "config.json"
+        history = json.loads(path.read_text())["sessions"] if path.exists() else []
+        history.append(
+            {
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "command": " ".join(sys.orig_argv[1:]),
+                "versions": versions(),
+                "git": git_state(),
+                "hardware": hardware(),
+            }
+        )
+        content = {
+            "program": program,
+            "config": dataclasses.asdict(config),
+            "differs_from_paper": {
+                name: {"paper": paper, "here": here}
+                for name, (paper, here) in options.differences(config).items()
+            },
+            "sessions": history,
+        }
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def program_of(cls: type) -> str:
+    """Returns the name of the module a class is defined in, also when run by `python -m`."""
+    spec = getattr(sys.modules[cls.__module__], "__spec__", None)
+    return spec.name if spec else cls.__module__
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Returns the content of a run folder's config.json."""
+    file = Path(path) / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: not a run folder (it has no config.json)") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: damaged ({error})") from None
+
+
+def load_config(path: str | Path, config_class: type) -> Any:
+    """Returns the Config of a run; a field that is newer than the run keeps its default."""
+    return config_class(**_known(load(path)["config"], config_class))
+
+
+def resumed_values(
+    path: str, config_class: type[options.RunConfig], explicit: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns the values to resume with: the run's own, and those given now where allowed."""
+    saved = _known(load(path)["config"], config_class)
+    changed = {
+        name: value
+        for name, value in explicit.items()
+        if name not in config_class.MAY_CHANGE and name in saved and saved[name] != value
+    }
+    if changed and not explicit.get("accept_changes"):
+        told = ", ".join(
+            f"--{n.replace('_', '-')} was {saved[n]} and is now {v}" for n, v in changed.items()
+        )
+        raise UserError(
+            f"--resume: {told}; leave the option out to go on as before, "
+            "or give --accept-changes to go on with the new value"
+        )
+    result = {**saved, **explicit, "out": path, "resume": True}
+    result["preset"] = saved.get("preset", "paper")
+    result["accept_changes"] = bool(explicit.get("accept_changes"))
+    return result
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file's content so that a crash leaves the old content or the new."""
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what decides a run's numbers."""
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for name in ("tensorflow", "keras", "numpy", "ale-py", "tensorflow-weight-norm"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state() -> dict[str, Any]:
+    """Returns the commit of the source tree and whether it has changes; {} outside git."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def hardware() -> dict[str, Any]:
+    """Returns the machine's processor, memory and accelerators."""
+    name = platform.processor() or platform.machine()
+    memory = None
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), name)
+        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (OSError, ValueError):
+        pass
+    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "memory_gib": memory}
+    if "tensorflow" in sys.modules:
+        import tensorflow as tf
+
+        found["gpus"] = [
+            tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
+            for gpu in tf.config.list_physical_devices("GPU")
+        ]
+    return found
+
+
+def _known(values: dict[str, Any], config_class: type) -> dict[str, Any]:
+    names = {field.name: field for field in dataclasses.fields(config_class)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if name in names
+    }

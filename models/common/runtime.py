@@ -1,0 +1,69 @@
+"""TensorFlow set up as the run's options ask: seeds, determinism, compute type, strategy."""
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from models.common import options
+from models.common.errors import UserError
+
+
+def configure(config: options.RunConfig) -> tf.distribute.Strategy:
+    """Seeds everything and returns the strategy to build the model under.
+
+    `--strategy none` is tf.distribute's default strategy: its scope() and run() do nothing more
+    than call, so a program is written once, for a strategy.
+    """
+    for gpu in tf.config.list_physical_devices("GPU"):
+        tf.config.experimental.set_memory_growth(gpu, True)
+    tf.keras.utils.set_random_seed(config.seed)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    if config.strategy == "mirrored":
+        return tf.distribute.MirroredStrategy()
+    if config.strategy == "multi_worker":
+        _check_cluster()
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    return tf.distribute.get_strategy()
+
+
+def compute_dtype(config: options.RunConfig) -> tf.DType:
+    """Returns the type of matrix products and activations; weights and losses are float32."""
+    return tf.bfloat16 if config.mixed_precision == "bfloat16" else tf.float32
+
+
+def is_chief(config: options.RunConfig) -> bool:
+    """Returns whether this process writes the run folder (always, but in a cluster's others)."""
+    if config.strategy != "multi_worker":
+        return True
+    task = _cluster().get("task", {})
+    has_chief = "chief" in _cluster().get("cluster", {})
+    return task.get("type") == "chief" if has_chief else int(task.get("index", 0)) == 0
+
+
+def generator(seed: int, *purpose: int) -> np.random.Generator:
+    """Returns NumPy's generator for a purpose: the same for the same seed and numbers.
+
+    `generator(seed, epoch).permutation(n)` is a data order that needs no saving: a resumed run
+    makes it again from the epoch.
+    """
+    return np.random.default_rng([seed, *purpose])
+
+
+def _cluster() -> dict[str, Any]:
+    try:
+        return json.loads(os.environ.get("TF_CONFIG", "{}"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"TF_CONFIG is not JSON ({error})") from None
+
+
+def _check_cluster() -> None:
+    content = _cluster()
+    if "worker" not in content.get("cluster", {}) and "chief" not in content.get("cluster", {}):
+        raise UserError(
+            "--strategy multi_worker needs TF_CONFIG, in each process with its own index: "
+            '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
+        )

@@ -1,0 +1,417 @@
+"""models/common: the README's program on good days and bad."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from models.common import (
+    checkpoints,
+    command_line,
+    metrics,
+    options,
+    progress,
+    run_folder,
+    runtime,
+)
+from models.common.errors import UserError
+from models.common.run import Run
+
+README = Path(__file__).parents[2] / "models" / "common" / "README.md"
+SOURCE = re.search(r"```python\n(.*?)```", README.read_text(), re.S).group(1)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    path = tmp_path_factory.mktemp("program") / "line.py"
+    path.write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location("line", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["line"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["line"]
+
+
+@pytest.fixture
+def run(program, capsys):
+    """Runs the program's command line; returns (exit status, stdout, stderr)."""
+
+    def call(*argv):
+        status = 0
+        try:
+            command_line.main(
+                program.Config, program.train, program.PRESETS,
+                {program.Evaluate: program.evaluate}, [str(a) for a in argv],
+            )  # fmt: skip
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def final_weights(folder):
+    path = checkpoints.find(folder)
+    return tf.train.load_checkpoint(str(path / "tf")).get_tensor(
+        "model/w/.ATTRIBUTES/VARIABLE_VALUE"
+    )
+
+
+def test_trains_logs_and_evaluates(run, tmp_path):
+    status, _, err = run("--out", tmp_path / "a", "--steps", 60)
+    assert (status, err) == (0, "")
+    logged = metrics.read(tmp_path / "a")
+    assert logged["step"] == [0, 10, 20, 30, 40, 50]
+    assert logged["loss"][-1] < 1e-3 < logged["loss"][0]
+    status, out, _ = run("evaluate", tmp_path / "a")
+    assert (status, out) == (0, "slope 3.000 after 60 steps\n")
+
+
+def test_config_json_says_what_was_run(run, tmp_path):
+    run("--out", tmp_path / "a", "--preset", "smoke", "--batch-size", 8)
+    content = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert content["program"] == "line"
+    assert content["config"]["batch_size"] == 8
+    assert content["differs_from_paper"] == {
+        "steps": {"paper": 200, "here": 10},
+        "batch_size": {"paper": 32, "here": 8},
+    }
+    (session,) = content["sessions"]
+    assert session["versions"]["tensorflow"] == tf.__version__
+    assert session["hardware"]["cores"] == os.cpu_count()
+
+
+def test_help_shows_each_option_with_the_papers_value(run):
+    status, out, _ = run("--preset", "smoke", "--help")
+    assert status == 0
+    assert "The step size of SGD. [0.1]" in out
+    assert "How many updates. [200] (smoke: 10)" in out
+    for option in options.options_of(options.RunConfig):
+        assert option.flag in out
+        assert option.help, option.name
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
+        (["--batch-size", "many"], "--batch-size: 'many' is not a whole number"),
+        (["--batch-size", "2.5"], "--batch-size: '2.5' is not a whole number"),
+        (["--learning-rate", "x"], "--learning-rate: 'x' is not a number"),
+        (["--strategy", "all"], "--strategy: invalid choice: 'all' (it is one of"),
+        (["--preset", "smok"], "--preset smok: unknown; the presets are paper, smoke; did you"),
+        (["evaluat", "x"], "unknown command 'evaluat': the commands are evaluate; did you mean"),
+        (["evaluate", "nowhere"], "nowhere: no checkpoint there; give a run folder"),
+        (["evaluate"], "the following arguments are required: checkpoint"),
+        (["--resume"], "--resume needs --out"),
+        (["--resume", "--out", "nowhere"], "nowhere: not a run folder"),
+        (["--out", "/proc/run"], "--out /proc/run: cannot write there"),
+    ],
+)
+def test_a_users_mistake_is_told_in_one_line(run, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert err.startswith("python -m line: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_whole_numbers_may_be_written_short(program):
+    config = command_line.parse(program.Config, program.PRESETS, ["--steps", "1e3"])
+    assert config.steps == 1000
+    config = command_line.parse(program.Config, program.PRESETS, ["--steps", "50_000"])
+    assert config.steps == 50_000
+
+
+def stop_at(monkeypatch, step, action):
+    """Calls action() inside the body of a step."""
+    show = Run.show
+
+    def stopping(self, **values):
+        show(self, **values)
+        if self.step == step:
+            action(self)
+
+    monkeypatch.setattr(Run, "show", stopping)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_ends_as_if_never_stopped(
+    run, tmp_path, monkeypatch, number
+):
+    run("--out", tmp_path / "whole", "--steps", 40)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 20, lambda _: os.kill(os.getpid(), number))
+        status, out, _ = run("--out", tmp_path / "cut", "--steps", 40)
+    assert status == 128 + number
+    assert "stopped at step 21, saved; go on with --resume" in out
+    status, out, _ = run("--out", tmp_path / "cut", "--resume")
+    assert (status, "resumed at step 21" in out) == (0, True)
+    np.testing.assert_array_equal(
+        final_weights(tmp_path / "cut"), final_weights(tmp_path / "whole")
+    )
+    cut, whole = metrics.read(tmp_path / "cut"), metrics.read(tmp_path / "whole")
+    assert (cut["step"], cut["loss"]) == (whole["step"], whole["loss"])
+
+
+def test_rows_after_the_checkpoint_are_dropped(run, tmp_path, monkeypatch):
+    class Crash(Exception):
+        pass
+
+    def save_then_crash(at):
+        def action(self):
+            if at == 30:
+                raise Crash
+
+        return action
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, 30, save_then_crash(30))
+        steps = Run.steps
+        patch.setattr(Run, "steps", lambda self, n: steps(self, n, save_every=15))
+        with pytest.raises(Crash):
+            run("--out", tmp_path / "a", "--steps", 50)
+    assert metrics.read(tmp_path / "a")["step"] == [0, 10, 20, 30]
+    run("--out", tmp_path / "a", "--resume")
+    assert metrics.read(tmp_path / "a")["step"] == [0, 10, 20, 30, 40]
+
+
+def test_changed_hyper_parameters_are_named_and_refused_unless_accepted(run, tmp_path):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    argv = ["--resume", "--out", tmp_path / "a", "--steps", 20]
+    status, _, err = run(*argv)
+    assert status == 2
+    assert "--steps was 10 and is now 20" in err
+    status, out, _ = run(*argv, "--accept-changes")
+    assert (status, "resumed at step 10" in out) == (0, True)
+    assert run_folder.load(tmp_path / "a")["config"]["steps"] == 20
+
+
+def test_a_folder_holds_one_run(run, tmp_path):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    status, _, err = run("--out", tmp_path / "a")
+    assert (status, "holds a run already: go on with it by --resume" in err) == (2, True)
+
+
+def test_a_second_process_is_refused(program, run, tmp_path):
+    config = program.Config(out=str(tmp_path / "a"), steps=1)
+    with Run(config):
+        status, _, err = run("--out", tmp_path / "a", "--resume")
+    assert (status, f"in use by another process (pid {os.getpid()} on" in err) == (2, True)
+
+
+@pytest.mark.parametrize("spoil", ["cut", "flip", "remove"])
+def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, monkeypatch, spoil):
+    with monkeypatch.context() as patch:
+        steps = Run.steps
+        patch.setattr(Run, "steps", lambda self, n: steps(self, n, save_every=25))
+        run("--out", tmp_path / "a", "--steps", 50)
+    last = tmp_path / "a" / "checkpoints" / "step-000000000050"
+    data = last / "tf.data-00000-of-00001"
+    content = bytearray(data.read_bytes())
+    content[3] ^= 1
+    {"cut": lambda: data.write_bytes(content[:-1]), "flip": lambda: data.write_bytes(content),
+     "remove": data.unlink}[spoil]()  # fmt: skip
+    status, out, _ = run("--out", tmp_path / "a", "--resume")
+    assert status == 0
+    assert "step-000000000050 is damaged" in out
+    assert "resumed at step 25" in out
+    assert checkpoints.damage(last) is None
+
+
+def test_a_checkpoint_being_written_when_the_process_died_is_ignored(run, tmp_path):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    (tmp_path / "a" / "checkpoints" / ".writing-step-000000000020").mkdir()
+    status, out, _ = run("--out", tmp_path / "a", "--resume")
+    assert (status, "resumed at step 10" in out) == (0, True)
+
+
+def test_only_the_last_k_are_kept(run, tmp_path, monkeypatch):
+    steps = Run.steps
+    monkeypatch.setattr(Run, "steps", lambda self, n: steps(self, n, save_every=10))
+    run("--out", tmp_path / "a", "--steps", 50, "--keep", 3)
+    found = sorted(p.name for p in (tmp_path / "a" / "checkpoints").iterdir())
+    assert found == [f"step-{n:012d}" for n in (30, 40, 50)]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(program, run, tmp_path, monkeypatch):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(checkpoints, "write_state", full)
+        argv = ["--out", tmp_path / "a", "--resume", "--steps", 20, "--accept-changes"]
+        status, _, err = run(*argv)
+    assert status == 2
+    assert "could not write the checkpoint of step 20 (No space left on device;" in err
+    assert "--resume from step-000000000010, which is intact" in err
+    status, out, _ = run(*argv)
+    assert (status, "resumed at step 10" in out) == (0, True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+    status, _, err = run("--out", tmp_path / "a", "--learning-rate", 1e30)
+    assert status == 2
+    assert re.search(r"loss is (nan|inf) at step 10; the last good checkpoint is none: lower", err)
+
+
+def test_weights_that_are_not_finite_are_never_saved(program, tmp_path):
+    with Run(program.Config(out=str(tmp_path / "a"))) as run:
+        w = tf.Variable(1.0, name="w")
+        run.begin({"w": w})
+        run.save()
+        w.assign(np.nan)
+        with pytest.raises(UserError, match=r"w.* is not finite at step 0.*step-000000000000"):
+            run.save()
+    assert checkpoints.damage(tmp_path / "a" / "checkpoints" / "step-000000000000") is None
+
+
+def test_out_of_memory_says_which_flag_to_lower(program, run, tmp_path, monkeypatch):
+    def exhausted(_):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    monkeypatch.setattr(program, "train", exhausted)
+    status, _, err = run("--out", tmp_path / "a")
+    assert (status, err) == (2, "python -m line: error: out of memory: lower --batch-size\n")
+
+
+def test_best_is_kept_beside_the_last(program, tmp_path):
+    with Run(program.Config(out=str(tmp_path / "a"))) as run:
+        model = tf.Module()
+        model.w = tf.Variable(0.0)
+        run.begin({"model": model})
+        for score, kept in [(1.0, True), (3.0, True), (2.0, False)]:
+            model.w.assign(score)
+            assert run.keep_best(score) is kept
+        assert not run.keep_best(float("nan"))
+        run.save()
+    assert checkpoints.find(tmp_path / "a").name == "best"
+    assert final_weights(tmp_path / "a") == 3.0
+
+
+class Extra:
+    """State outside TensorFlow, of every kind a state_dict may hold."""
+
+    def __init__(self, seed):
+        self.generator = np.random.default_rng(seed)
+        self.rest = {}
+
+    def state_dict(self):
+        return {"generator": self.generator.bit_generator.state, **self.rest}
+
+    def load_state_dict(self, state):
+        self.generator.bit_generator.state = state.pop("generator")
+        self.rest = state
+
+
+def test_extra_state_comes_back_as_it_was(program, tmp_path):
+    extra = Extra(0)
+    extra.rest = {
+        "array": np.arange(6, dtype=np.int16).reshape(2, 3), "bytes": b"\0\xff", "none": None,
+        "list": [1, 2.5, "three", np.float32(4)], "empty": {}, "blank": np.zeros((0, 3), np.uint8),
+    }  # fmt: skip
+    with Run(program.Config(out=str(tmp_path / "a"))) as run:
+        run.begin({"w": tf.Variable(0.0)}, {"extra": extra})
+        run.save()
+    expected = extra.generator.normal(size=5)
+    other = Extra(1)
+    with Run(program.Config(out=str(tmp_path / "a"), resume=True)) as run:
+        run.begin({"w": tf.Variable(0.0)}, {"extra": other})
+    np.testing.assert_array_equal(other.generator.normal(size=5), expected)
+    assert other.rest["array"].dtype == np.int16
+    np.testing.assert_array_equal(other.rest["array"], extra.rest["array"])
+    assert other.rest["blank"].shape == (0, 3)
+    for name in ("bytes", "none", "list", "empty"):
+        assert other.rest[name] == extra.rest[name]
+
+
+def test_tensorboard_has_the_same_numbers_and_forgets_what_a_resumed_run_repeats(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = metrics.Metrics(tmp_path)
+    for step in range(4):
+        first.write(step, {"loss": step})
+    first.close()
+    second = metrics.Metrics(tmp_path, rows=2, step=2)
+    second.write(2, {"loss": 20.0, "new": 1.0})
+    second.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(0, 0), (1, 1), (2, 20)]
+    table = metrics.read(tmp_path)
+    assert table["loss"] == [0, 1, 20]
+    np.testing.assert_array_equal(table["new"], [np.nan, np.nan, 1])
+
+
+def test_progress_is_a_few_plain_lines_without_a_terminal(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.Progress(1000, steps_per_epoch=100) as line:
+        for step in range(0, 500):
+            clock[0] += 0.2
+            line.show(loss=0.5)
+            line.update(step)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[-1].startswith("step 375/1,000  epoch 3.8  loss 0.5  4.99 steps/s  2m05s left")
+
+
+def test_the_same_seed_makes_the_same_order():
+    one, two = (runtime.generator(3, 1).permutation(10) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    assert (one != runtime.generator(3, 2).permutation(10)).any()
+
+
+def test_multi_worker_needs_tf_config(run, tmp_path, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    status, _, err = run("--out", tmp_path / "a", "--strategy", "multi_worker")
+    assert (status, "--strategy multi_worker needs TF_CONFIG" in err) == (2, True)
+
+
+def start_workers(tmp_path, *argv):
+    (tmp_path / "line.py").write_text(SOURCE)
+    sockets = [socket.socket() for _ in range(2)]
+    for one in sockets:
+        one.bind(("localhost", 0))
+    hosts = [f"localhost:{one.getsockname()[1]}" for one in sockets]
+    for one in sockets:
+        one.close()
+    workers = []
+    for index in range(2):
+        task = {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": index}}
+        paths = os.pathsep.join([str(README.parents[2]), str(tmp_path)])
+        workers.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "line", "--strategy", "multi_worker", *argv],
+                env={**os.environ, "TF_CONFIG": json.dumps(task), "PYTHONPATH": paths},
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return workers
+
+
+def test_two_workers_train_what_one_does_and_leave_together(run, tmp_path):
+    run("--out", tmp_path / "one", "--steps", 20)
+    workers = start_workers(tmp_path, "--out", "two", "--steps", "20")
+    told = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], told
+    np.testing.assert_allclose(
+        final_weights(tmp_path / "two"), final_weights(tmp_path / "one"), rtol=1e-5
+    )
+    assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-000000000020"]
