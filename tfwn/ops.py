@@ -1,19 +1,298 @@
-"""The op: w = g * v / ||v|| (paper, eq. 2) and its gradient (eq. 3)."""
+"""The op: w = g * v / ||v|| (paper, eq. 2), its gradient (eq. 3) and its gradient's gradient."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import operator
+import pathlib
+import types
+import warnings
+from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
+_TYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
-def weight_norm(v, g, axis=-1, *, out_dtype=None, name=None):
-    """Returns w = g * v / ||v||, the norm over all axes of v but `axis`."""
+
+def _load_library(folder: pathlib.Path) -> types.ModuleType:
+    """Loads the compiled op, and with it the kernels for XLA if this TensorFlow can load them."""
+    rebuild = (
+        "Build it for the TensorFlow you have, in a checkout of the source: "
+        "pip install --force-reinstall --no-deps ."
+    )
+    build_info = folder / "_build_info.json"
+    if build_info.exists():
+        built = json.loads(build_info.read_text())["tensorflow"]
+        if built and built.split(".")[:2] != tf.__version__.split(".")[:2]:
+            raise ImportError(
+                f"tfwn was built for TensorFlow {built}, but this is TensorFlow "
+                f"{tf.__version__}. {rebuild}"
+            )
+    path = folder / "_ops.so"
+    if not path.exists():
+        raise ImportError(f"tfwn's op is not compiled: there is no {path}. {rebuild}")
+    try:
+        library = tf.load_op_library(str(path))
+    except tf.errors.NotFoundError as error:
+        raise ImportError(
+            f"TensorFlow {tf.__version__} cannot load {path}: {error.message}. {rebuild}"
+        ) from None
+
+    path = folder / "_xla.so"
+    if path.exists():
+        try:
+            tf.load_library(str(path))
+        except tf.errors.NotFoundError as error:
+            warnings.warn(
+                f"tfwn works, but not with jit_compile=True: TensorFlow {tf.__version__} cannot "
+                f"load {path}: {error.message}. {rebuild}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return library
+
+
+_library = _load_library(pathlib.Path(__file__).parent)
+
+
+@tf.autograph.experimental.do_not_convert
+def weight_norm(
+    v: tf.types.experimental.TensorLike,
+    g: tf.types.experimental.TensorLike,
+    axis: int | Sequence[int] | None = -1,
+    *,
+    out_dtype: tf.types.experimental.DTypeLike | None = None,
+    name: str | None = None,
+) -> tf.Tensor:
+    """Returns the weights w of direction v and length g.
+
+        w = g * v / ||v||                                       (Salimans & Kingma 2016, eq. 2)
+
+    `axis` names the axes of v that index the output units; the norm runs over all the others, and
+    g has one element per unit. The gradient (eq. 3) is a fused kernel as well, and can itself be
+    differentiated any number of times. Neither has an epsilon: the result is the formula's for
+    every v, except that a unit with v = 0 gets w = 0 and zero gradients. In float32 norms may lie
+    anywhere from 1e-30 to 1e+30.
+
+    | weights                          | v               | `axis`   | g        |
+    |----------------------------------|-----------------|----------|----------|
+    | Dense, LSTM                      | [in, out]       | -1       | [out]    |
+    | convolution                      | [h, w, in, out] | -1       | [out]    |
+    | transposed convolution           | [h, w, out, in] | -2       | [out]    |
+    | depthwise convolution            | [h, w, in, m]   | (-2, -1) | [in, m]  |
+    | one output unit per row          | [out, in]       | 0        | [out]    |
+    | one norm for the whole tensor    | any             | None     | []       |
+
+    >>> v = tf.constant([[3.0, 0.0], [4.0, 2.0]])
+    >>> g = tf.constant([1.0, 10.0])
+    >>> tfwn.weight_norm(v, g).numpy()
+    array([[ 0.6,  0. ],
+           [ 0.8, 10. ]], dtype=float32)
+
+    Args:
+      v: the direction, a tensor of any shape. float16, bfloat16, float32 or float64.
+      g: the length, of shape [v.shape[a] for a in axis]. Any of the same types, not necessarily
+        v's. Its gradient has its type.
+      axis: an int, a sequence of ints, or None for one norm over the whole tensor. Negative axes
+        count from the end. Axes that are not consecutive and ascending cost a transpose, for which
+        the rank of v must be known when the graph is built.
+      out_dtype: the type of w, v's by default. Half precision weights come straight from float32
+        parameters this way, without a cast. Sums are in float32 at least, whatever the types.
+      name: a name for the operation.
+
+    Returns:
+      w, of v's shape.
+
+    Raises:
+      tf.errors.InvalidArgumentError: `axis` does not name distinct axes of v, g does not have the
+        shape above, or a type is not supported. Raised while the graph is built as far as shapes
+        are known then, else when it runs.
+    """
     with tf.name_scope(name or "weight_norm"):
-        v = tf.convert_to_tensor(v)
-        g = tf.convert_to_tensor(g)
-        kept = [] if axis is None else [axis] if isinstance(axis, int) else list(axis)
-        kept = [a % v.shape.rank for a in kept]
-        reduced = [a for a in range(v.shape.rank) if a not in kept]
-        wide = tf.float64 if v.dtype == tf.float64 else tf.float32
-        v_wide = tf.cast(v, wide)
-        square = tf.reduce_sum(v_wide * v_wide, reduced, keepdims=True)
-        g = tf.reshape(tf.cast(g, wide), tf.shape(square))
-        inverse = tf.where(square > 0, tf.math.rsqrt(tf.where(square > 0, square, 1.0)), 0.0)
-        return tf.cast(v_wide * (g * inverse), out_dtype or v.dtype)
+        v = tf.convert_to_tensor(v, name="v")
+        g = tf.convert_to_tensor(g, dtype_hint=v.dtype, name="g")
+        out_dtype = v.dtype if out_dtype is None else _as_dtype(out_dtype)
+        for argument, dtype in (("v", v.dtype), ("g", g.dtype), ("out_dtype", out_dtype)):
+            if dtype not in _TYPES:
+                raise _invalid(
+                    f"{argument} must be float16, bfloat16, float32 or float64, but is {dtype.name}"
+                )
+        w, _ = _forward(v, g, _as_list(axis), out_dtype)
+        return w
+
+
+def _invalid(message: str) -> tf.errors.InvalidArgumentError:
+    return tf.errors.InvalidArgumentError(None, None, f"weight_norm: {message}")
+
+
+def _as_dtype(dtype: tf.types.experimental.DTypeLike) -> tf.DType:
+    try:
+        return tf.as_dtype(dtype)
+    except TypeError:
+        raise _invalid(f"out_dtype must be a type, but is {dtype!r}") from None
+
+
+def _as_list(axis: int | Sequence[int] | None) -> list[int]:
+    if axis is None:
+        return []
+    axes = axis if isinstance(axis, Iterable) else [axis]
+    try:
+        return [operator.index(a) for a in axes]
+    except TypeError:
+        raise _invalid(
+            f"axis must be an int, a sequence of ints or None, but is {axis!r}"
+        ) from None
+
+
+def _call(op, *inputs, **attributes):
+    """Calls an op of the library, with the same exception from its shape function as from it."""
+    try:
+        return op(*inputs, **attributes)
+    except ValueError as error:
+        raise tf.errors.InvalidArgumentError(None, None, str(error)) from None
+
+
+def _units_last(v: tf.Tensor, axis: list[int]) -> list[int] | None:
+    """Returns the transpose of v that puts its `axis` last, None if the op can do without."""
+    rank = v.shape.rank
+    if rank is None:
+        if all(b == a + 1 for a, b in itertools.pairwise(axis)) and 0 not in axis[1:]:
+            return None
+        raise _invalid(
+            f"axis must be consecutive and ascending for a v of unknown rank, but is {axis}; "
+            "tf.ensure_shape can make the rank known"
+        )
+    kept = [a + rank if a < 0 else a for a in axis]
+    consecutive = kept == list(range(kept[0], kept[0] + len(kept))) if kept else True
+    valid = len(set(kept)) == len(kept) and set(kept) <= set(range(rank))
+    if consecutive or not valid:  # The op says what is wrong.
+        return None
+    return [a for a in range(rank) if a not in kept] + kept
+
+
+def _inverse(permutation: list[int]) -> list[int]:
+    return sorted(range(len(permutation)), key=permutation.__getitem__)
+
+
+def _forward(v, g, axis, w_type):
+    """Returns w and the norm, for any axes."""
+    norm_type = tf.float64 if v.dtype == tf.float64 else tf.float32
+    permutation = _units_last(v, axis)
+    if permutation is not None:
+        v = tf.transpose(v, permutation)
+        axis = list(range(-len(axis), 0))
+    w, norm = _call(_library.tfwn_weight_norm, v, g, Tw=w_type, Tnorm=norm_type, axis=axis)
+    if permutation is not None:
+        w = tf.transpose(w, _inverse(permutation))
+    return w, norm
+
+
+def _backward(grad_w, v, g, norm, axis):
+    """Returns grad_v and grad_g, for any axes."""
+    permutation = _units_last(v, axis)
+    if permutation is not None:
+        grad_w = tf.transpose(grad_w, permutation)
+        v = tf.transpose(v, permutation)
+        axis = list(range(-len(axis), 0))
+    grad_v, grad_g = _call(_library.tfwn_weight_norm_grad, grad_w, v, g, norm, axis=axis)
+    if permutation is not None:
+        grad_v = tf.transpose(grad_v, _inverse(permutation))
+    return grad_v, grad_g
+
+
+# The norm is an output of the op only to save its gradient the work. As in TensorFlow's own fused
+# normalizations no gradient passes through it: the gradient's gradient is that of eq. 3 as a
+# function of grad_w, v and g alone, with the norm understood as v's.
+
+
+@tf.RegisterGradient("Tfwn>WeightNorm")
+def _weight_norm_gradient(op, grad_w, _):
+    v, g = op.inputs
+    norm = op.outputs[1]
+    return _backward(tf.convert_to_tensor(grad_w), v, g, norm, list(op.get_attr("axis")))
+
+
+@tf.RegisterGradient("Tfwn>WeightNormGrad")
+def _weight_norm_gradient_gradient(op, a, b):
+    """The gradient of sum(a * grad_v) + sum(b * grad_g), in plain TensorFlow.
+
+    With the unit vector u = v / ||v|| and p(x) = x - (u.x) u, eq. 3 reads grad_g = u.grad_w and
+    grad_v = (g / ||v||) p(grad_w).
+    """
+    grad_w, v, g, _ = op.inputs
+    axis = list(op.get_attr("axis"))
+    wide = tf.float64 if tf.float64 in (v.dtype, g.dtype, grad_w.dtype) else tf.float32
+    layout = _layout(v, axis)
+    a_, grad_w_, v_ = (tf.reshape(tf.cast(x, wide), layout) for x in (a, grad_w, v))
+    b_, g_ = (tf.reshape(tf.cast(x, wide), [1, -1, 1]) for x in (b, g))
+
+    def dot(x, y):
+        return tf.reduce_sum(x * y, [0, 2], keepdims=True)
+
+    # Divided by their largest element, no v has squares that underflow or overflow.
+    largest = tf.stop_gradient(tf.reduce_max(tf.abs(v_), [0, 2], keepdims=True))
+    zero, one = tf.zeros([], wide), tf.ones([], wide)
+    largest = tf.where(largest > 0, largest, one)
+    u = v_ / largest
+    square = dot(u, u)
+    inverse = tf.where(square == 0, zero, tf.math.rsqrt(tf.where(square == 0, one, square)))
+    u *= inverse
+    inverse /= largest
+
+    a_u, grad_g = dot(a_, u), dot(grad_w_, u)
+    p_a, p_grad_w = a_ - a_u * u, grad_w_ - grad_g * u
+    a_p_grad_w = dot(a_, p_grad_w)
+    scale = g_ * inverse
+    to_grad_w = scale * p_a + b_ * u
+    to_v = inverse * (b_ * p_grad_w - scale * (a_p_grad_w * u + a_u * p_grad_w + grad_g * p_a))
+    to_g = inverse * a_p_grad_w
+    return [
+        tf.reshape(tf.cast(to_grad_w, grad_w.dtype), tf.shape(grad_w)),
+        tf.reshape(tf.cast(to_v, v.dtype), tf.shape(v)),
+        tf.reshape(tf.cast(to_g, g.dtype), tf.shape(g)),
+        None,
+    ]
+
+
+def _layout(v: tf.Tensor, axis: list[int]) -> tf.Tensor:
+    """Returns [outer, units, inner], to which the shape of v collapses for consecutive axes."""
+    shape = tf.shape(v, out_type=tf.int64)
+    first = axis[0] if axis else 0
+    parts = shape[:first], shape[first:][: len(axis)], shape[first:][len(axis) :]
+    return tf.stack([tf.reduce_prod(part) for part in parts])
+
+
+def _register_vectorizations() -> None:
+    """Tells tf.vectorized_map and tf.GradientTape.jacobian how to batch the ops.
+
+    They would loop otherwise. TensorFlow has no public interface for it.
+    """
+    try:
+        from tensorflow.python.ops.parallel_for import pfor
+
+        register, wrap = pfor.RegisterPFor, pfor.wrap
+    except (ImportError, AttributeError):
+        return
+
+    def batched(axis):
+        return [0, *(a + 1 if a >= 0 else a for a in axis)]
+
+    def stacked(converter):
+        converter.stack_inputs()
+        return [converter.stacked_input(i) for i in range(converter.num_inputs)]
+
+    @register("Tfwn>WeightNorm")
+    def _(converter):
+        v, g = stacked(converter)
+        axis = batched(converter.get_attr("axis"))
+        return [wrap(x, True) for x in _forward(v, g, axis, converter.output(0).dtype)]
+
+    @register("Tfwn>WeightNormGrad")
+    def _(converter):
+        grad_w, v, g, norm = stacked(converter)
+        axis = batched(converter.get_attr("axis"))
+        return [wrap(x, True) for x in _backward(grad_w, v, g, norm, axis)]
+
+
+_register_vectorizations()

@@ -1,0 +1,285 @@
+// The TensorFlow ops over the kernels of weight_norm.h: they check, allocate and call. The
+// arithmetic is the kernels', which also define every name used here.
+//
+//   Tfwn>WeightNorm       v, g               ->  w, norm
+//   Tfwn>WeightNormGrad   grad_w, v, g, norm ->  grad_v, grad_g
+//
+// `axis` names consecutive axes of v that index the output units, in ascending order; negative ones
+// count from the end. No axis at all is one norm for the whole tensor.
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "csrc/tensorflow_checks.h"
+#include "csrc/weight_norm.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/platform/errors.h"
+#include "tensorflow/core/platform/threadpool.h"
+#ifdef TFWN_CUDA
+#include "xla/stream_executor/device_description.h"
+#include "xla/stream_executor/stream.h"
+#include "xla/stream_executor/stream_executor.h"
+#endif
+
+namespace tfwn {
+namespace {
+
+using tensorflow::DataType;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::shape_inference::DimensionHandle;
+using tensorflow::shape_inference::InferenceContext;
+using tensorflow::shape_inference::ShapeHandle;
+
+// Shape functions.
+
+Shape InferredShape(InferenceContext* c, ShapeHandle handle) {
+  if (!c->RankKnown(handle)) return std::nullopt;
+  Dims dims;
+  for (int i = 0; i < c->Rank(handle); ++i) dims.push_back(c->Value(c->Dim(handle, i)));
+  return dims;
+}
+
+absl::Status CheckAttributes(InferenceContext* c, Axis* axis) {
+  DataType v_type, norm_type;
+  TF_RETURN_IF_ERROR(c->GetAttr("Tv", &v_type));
+  TF_RETURN_IF_ERROR(c->GetAttr("Tnorm", &norm_type));
+  TF_RETURN_IF_ERROR(CheckNormType(v_type, norm_type));
+  return c->GetAttr("axis", axis);
+}
+
+// Completes the shapes of v and g from each other.
+absl::Status MergeUnits(InferenceContext* c, const Axis& axis, ShapeHandle* v, ShapeHandle* g) {
+  int first;
+  TF_RETURN_IF_ERROR(CheckG(axis, InferredShape(c, *v), InferredShape(c, *g), &first));
+  if (!c->RankKnown(*g)) *g = c->UnknownShapeOfRank(axis.size());
+  if (!c->RankKnown(*v)) return absl::OkStatus();
+  for (size_t i = 0; i < axis.size(); ++i) {
+    DimensionHandle units;
+    TF_RETURN_IF_ERROR(c->Merge(c->Dim(*v, first + i), c->Dim(*g, i), &units));
+    TF_RETURN_IF_ERROR(c->ReplaceDim(*v, first + i, units, v));
+    TF_RETURN_IF_ERROR(c->ReplaceDim(*g, i, units, g));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ForwardShapes(InferenceContext* c) {
+  Axis axis;
+  TF_RETURN_IF_ERROR(CheckAttributes(c, &axis));
+  ShapeHandle v = c->input(0), g = c->input(1);
+  TF_RETURN_IF_ERROR(MergeUnits(c, axis, &v, &g));
+  c->set_output(0, v);
+  c->set_output(1, g);
+  return absl::OkStatus();
+}
+
+absl::Status BackwardShapes(InferenceContext* c) {
+  Axis axis;
+  TF_RETURN_IF_ERROR(CheckAttributes(c, &axis));
+  ShapeHandle grad_w = c->input(0), v = c->input(1), g = c->input(2), norm = c->input(3);
+  TF_RETURN_IF_ERROR(CheckSameShape("grad_w", InferredShape(c, grad_w), "v", InferredShape(c, v)));
+  TF_RETURN_IF_ERROR(CheckSameShape("norm", InferredShape(c, norm), "g", InferredShape(c, g)));
+  TF_RETURN_IF_ERROR(c->Merge(grad_w, v, &v));
+  TF_RETURN_IF_ERROR(c->Merge(norm, g, &g));
+  TF_RETURN_IF_ERROR(MergeUnits(c, axis, &v, &g));
+  c->set_output(0, v);
+  c->set_output(1, g);
+  return absl::OkStatus();
+}
+
+REGISTER_OP("Tfwn>WeightNorm")
+    .Input("v: Tv")
+    .Input("g: Tg")
+    .Output("w: Tw")
+    .Output("norm: Tnorm")
+    .Attr("Tv: {half, bfloat16, float, double}")
+    .Attr("Tg: {half, bfloat16, float, double}")
+    .Attr("Tw: {half, bfloat16, float, double}")
+    .Attr("Tnorm: {float, double}")
+    .Attr("axis: list(int) = [-1]")
+    .SetShapeFn(ForwardShapes);
+
+REGISTER_OP("Tfwn>WeightNormGrad")
+    .Input("grad_w: Tw")
+    .Input("v: Tv")
+    .Input("g: Tg")
+    .Input("norm: Tnorm")
+    .Output("grad_v: Tv")
+    .Output("grad_g: Tg")
+    .Attr("Tv: {half, bfloat16, float, double}")
+    .Attr("Tg: {half, bfloat16, float, double}")
+    .Attr("Tw: {half, bfloat16, float, double}")
+    .Attr("Tnorm: {float, double}")
+    .Attr("axis: list(int) = [-1]")
+    .SetShapeFn(BackwardShapes);
+
+// Calling a kernel.
+
+Type TypeOf(DataType type) {
+  switch (type) {
+    case tensorflow::DT_HALF:
+      return Type::kHalf;
+    case tensorflow::DT_BFLOAT16:
+      return Type::kBfloat16;
+    case tensorflow::DT_DOUBLE:
+      return Type::kDouble;
+    default:
+      return Type::kFloat;
+  }
+}
+
+Layout LayoutOf(const Tensor& v, int first, int count) {
+  Layout layout{1, 1, 1};
+  for (int i = 0; i < v.dims(); ++i) {
+    (i < first ? layout.outer : i < first + count ? layout.units : layout.inner) *= v.dim_size(i);
+  }
+  return layout;
+}
+
+absl::Status AllocateScratch(OpKernelContext* context, size_t bytes, Tensor* scratch) {
+  return context->allocate_temp(tensorflow::DT_UINT8, {static_cast<int64_t>(bytes)}, scratch);
+}
+
+enum class Processor { kCpu, kGpu };
+
+template <Processor>
+struct Run;
+
+// Waking a thread costs as much as moving this many bytes.
+constexpr int64_t kBytesPerThread = 50 << 10;
+
+template <>
+struct Run<Processor::kCpu> {
+  template <typename Arguments>
+  static absl::Status Call(OpKernelContext* context, const Arguments& arguments) {
+    Tensor scratch;
+    TF_RETURN_IF_ERROR(AllocateScratch(context, cpu::ScratchBytes(arguments), &scratch));
+    auto* pool = context->device()->tensorflow_cpu_worker_threads()->workers;
+    cpu::Run(arguments, scratch.data(),
+             [pool](int64_t n, int64_t bytes_per_task,
+                    const std::function<void(int64_t, int64_t)>& body) {
+               if (n == 0) return;
+               const int64_t threads =
+                   std::clamp<int64_t>(n * bytes_per_task / kBytesPerThread, 1,
+                                       std::min<int64_t>(n, pool->NumThreads()));
+               if (threads == 1) return body(0, n);
+               using Scheduling = tensorflow::thread::ThreadPool::SchedulingParams;
+               pool->ParallelFor(n, Scheduling::Fixed((n + threads - 1) / threads), body);
+             });
+    return absl::OkStatus();
+  }
+};
+
+#ifdef TFWN_CUDA
+template <>
+struct Run<Processor::kGpu> {
+  template <typename Arguments>
+  static absl::Status Call(OpKernelContext* context, const Arguments& arguments) {
+    auto* stream = context->op_device_context()->stream();
+    const int multiprocessors = stream->parent()->GetDeviceDescription().core_count();
+    Tensor scratch;
+    TF_RETURN_IF_ERROR(
+        AllocateScratch(context, cuda::ScratchBytes(arguments, multiprocessors), &scratch));
+    const int error = cuda::Run(arguments, multiprocessors, scratch.data(),
+                                stream->platform_specific_handle().stream);
+    if (error == 0) return absl::OkStatus();
+    return absl::InternalError(
+        absl::StrCat("weight_norm: a CUDA kernel failed: ", cuda::ErrorString(error)));
+  }
+};
+#endif
+
+template <Processor processor>
+class WeightNormOp : public tensorflow::OpKernel {
+ public:
+  explicit WeightNormOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("axis", &axis_));
+    OP_REQUIRES_OK(context, CheckNormType(input_type(0), output_type(1)));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& v = context->input(0);
+    const Tensor& g = context->input(1);
+    int first;
+    OP_REQUIRES_OK(context, CheckG(axis_, ShapeOf(v.shape()), ShapeOf(g.shape()), &first));
+
+    Tensor *w, *norm;
+    OP_REQUIRES_OK(context, context->allocate_output(0, v.shape(), &w));
+    OP_REQUIRES_OK(context, context->allocate_output(1, g.shape(), &norm));
+
+    Forward arguments;
+    arguments.layout = LayoutOf(v, first, axis_.size());
+    arguments.v_type = TypeOf(v.dtype());
+    arguments.g_type = TypeOf(g.dtype());
+    arguments.w_type = TypeOf(w->dtype());
+    arguments.v = v.data();
+    arguments.g = g.data();
+    arguments.w = w->data();
+    arguments.norm = norm->data();
+    OP_REQUIRES_OK(context, Run<processor>::Call(context, arguments));
+  }
+
+ private:
+  Axis axis_;
+};
+
+template <Processor processor>
+class WeightNormGradOp : public tensorflow::OpKernel {
+ public:
+  explicit WeightNormGradOp(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("axis", &axis_));
+    OP_REQUIRES_OK(context, CheckNormType(input_type(1), input_type(3)));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& grad_w = context->input(0);
+    const Tensor& v = context->input(1);
+    const Tensor& g = context->input(2);
+    const Tensor& norm = context->input(3);
+    int first;
+    OP_REQUIRES_OK(context, CheckG(axis_, ShapeOf(v.shape()), ShapeOf(g.shape()), &first));
+    OP_REQUIRES_OK(context,
+                   CheckSameShape("grad_w", ShapeOf(grad_w.shape()), "v", ShapeOf(v.shape())));
+    OP_REQUIRES_OK(context, CheckSameShape("norm", ShapeOf(norm.shape()), "g", ShapeOf(g.shape())));
+
+    Tensor *grad_v, *grad_g;
+    OP_REQUIRES_OK(context, context->allocate_output(0, v.shape(), &grad_v));
+    OP_REQUIRES_OK(context, context->allocate_output(1, g.shape(), &grad_g));
+
+    Backward arguments;
+    arguments.layout = LayoutOf(v, first, axis_.size());
+    arguments.v_type = TypeOf(v.dtype());
+    arguments.g_type = TypeOf(g.dtype());
+    arguments.w_type = TypeOf(grad_w.dtype());
+    arguments.grad_w = grad_w.data();
+    arguments.v = v.data();
+    arguments.g = g.data();
+    arguments.norm = norm.data();
+    arguments.grad_v = grad_v->data();
+    arguments.grad_g = grad_g->data();
+    OP_REQUIRES_OK(context, Run<processor>::Call(context, arguments));
+  }
+
+ private:
+  Axis axis_;
+};
+
+REGISTER_KERNEL_BUILDER(Name("Tfwn>WeightNorm").Device(tensorflow::DEVICE_CPU),
+                        WeightNormOp<Processor::kCpu>);
+REGISTER_KERNEL_BUILDER(Name("Tfwn>WeightNormGrad").Device(tensorflow::DEVICE_CPU),
+                        WeightNormGradOp<Processor::kCpu>);
+#ifdef TFWN_CUDA
+REGISTER_KERNEL_BUILDER(Name("Tfwn>WeightNorm").Device(tensorflow::DEVICE_GPU),
+                        WeightNormOp<Processor::kGpu>);
+REGISTER_KERNEL_BUILDER(Name("Tfwn>WeightNormGrad").Device(tensorflow::DEVICE_GPU),
+                        WeightNormGradOp<Processor::kGpu>);
+#endif
+
+}  // namespace
+}  // namespace tfwn
