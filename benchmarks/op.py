@@ -1,0 +1,298 @@
+"""Times the operation against its alternatives and against the memory's speed.
+
+    python -m benchmarks.op [--dtype float32] [--case dense] [--threads 2] [--out build/benchmarks]
+
+In a graph: several independent weights in one `tf.function`, forward alone or forward and backward:
+ours, the formula in plain TensorFlow, the same under XLA, PyTorch's fused kernel with autograd, and
+the floor, which moves the bytes that any implementation must move and does nothing else: a copy for
+the forward, a two-input sum for the backward. Kernels alone: tfwn.native against PyTorch's kernel.
+All use the same number of threads and memory that has been touched before; what fresh pages would
+add is a column of its own.
+"""
+
+import argparse
+import mmap
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import numpy as np
+import tensorflow as tf
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tfwn
+from benchmarks import timing
+
+OURS, PLAIN, XLA, TORCH, FLOOR, FRESH = "ours", "plain TF", "TF XLA", "PyTorch", "floor", "fresh"
+KERNEL, TORCH_KERNEL = "our kernel", "PyTorch kernel"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight: the shape of v, and the axis of its units."""
+
+    name: str
+    shape: tuple[int, ...]
+    axis: int = -1
+
+    @property
+    def reduced(self) -> list[int]:
+        return [a for a in range(len(self.shape)) if a != self.axis % len(self.shape)]
+
+    @property
+    def elements(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
+    def weights(self) -> int:
+        """How many of them one graph holds: enough to hide what calling the graph costs."""
+        return 8 if self.elements <= 4e6 else 2
+
+
+CASES = [
+    Case("conv 3x3x96x96", (3, 3, 96, 96)),
+    Case("conv 3x3x192x192", (3, 3, 192, 192)),
+    Case("dense 3136x512", (3136, 512)),
+    Case("LSTM 1040x1024", (1040, 1024)),
+    Case("dense 4096x4096", (4096, 4096)),
+    Case("embedding 100000x8", (100_000, 8)),
+    Case("row layout 512x3136", (512, 3136), axis=0),
+    Case("transposed conv 3x3x192x96", (3, 3, 192, 96), axis=-2),
+]
+
+
+def plain_weight_norm(v, g, case: Case):
+    """Eq. 2 as TensorFlow users write it."""
+    shape = [1] * len(case.shape)
+    shape[case.axis] = case.shape[case.axis]
+    return tf.math.l2_normalize(v, case.reduced, epsilon=0.0) * tf.reshape(g, shape)
+
+
+def tensorflow_contenders(case: Case, dtype: str, backward: bool) -> dict[str, Callable]:
+    random = np.random.default_rng(0)
+
+    def variables(shape):
+        return [tf.Variable(tf.cast(random.normal(size=shape), dtype)) for _ in range(case.weights)]
+
+    vs, gs, grad_ws = variables(case.shape), variables(case.shape[case.axis]), variables(case.shape)
+
+    def graph(weight_norm, **options):
+        @tf.function(**options)
+        def run():
+            outputs = []
+            for v, g, grad_w in zip(vs, gs, grad_ws, strict=True):
+                if not backward:
+                    outputs.append(weight_norm(v, g))
+                    continue
+                with tf.GradientTape() as tape:
+                    w = weight_norm(v, g)
+                outputs += [w, *tape.gradient(w, [v, g], output_gradients=grad_w)]
+            return outputs
+
+        return run
+
+    plain = lambda v, g: plain_weight_norm(v, g, case)  # noqa: E731
+    return {
+        OURS: graph(lambda v, g: tfwn.weight_norm(v, g, case.axis)),
+        PLAIN: graph(plain),
+        XLA: graph(plain, jit_compile=True),
+    }
+
+
+def torch_contenders(case: Case, dtype: str, backward: bool) -> dict[str, Callable]:
+    kind = getattr(torch, dtype)
+    axis = case.axis % len(case.shape)
+    shape = [1] * len(case.shape)
+    shape[axis] = case.shape[axis]
+
+    def tensors(shape):
+        return [torch.randn(shape, dtype=kind) for _ in range(case.weights)]
+
+    vs, gs, grad_ws = tensors(case.shape), tensors(shape), tensors(case.shape)
+    ws, grad_vs = tensors(case.shape), tensors(case.shape)
+    for tensor in vs + gs:
+        tensor.requires_grad_(backward)
+    # The same bytes without any arithmetic on half-width types.
+    plain_type = {2: torch.int16, 4: torch.float32}[vs[0].element_size()]
+    v_bytes, grad_w_bytes, w_bytes, grad_v_bytes = (
+        [tensor.detach().view(plain_type) for tensor in many] for many in (vs, grad_ws, ws, grad_vs)
+    )
+
+    def run():
+        for v, g, grad_w in zip(vs, gs, grad_ws, strict=True):
+            w = torch._weight_norm(v, g, axis)
+            if backward:
+                torch.autograd.grad(w, (v, g), grad_w)
+
+    def floor():
+        for i in range(case.weights):
+            w_bytes[i].copy_(v_bytes[i])
+            if backward:
+                torch.add(v_bytes[i], grad_w_bytes[i], out=grad_v_bytes[i])
+
+    def fresh():
+        for i in range(case.weights):
+            touch_fresh(w_bytes[i]).copy_(v_bytes[i])
+            if backward:
+                torch.add(v_bytes[i], grad_w_bytes[i], out=touch_fresh(grad_v_bytes[i]))
+
+    return {TORCH: run, FLOOR: floor, FRESH: fresh}
+
+
+def touch_fresh(like):
+    """Returns a tensor in pages that nothing has touched since the system gave them out."""
+    pages = mmap.mmap(-1, like.nbytes)
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
+
+
+def measure(case: Case, dtype: str, backward: bool, rounds: int) -> timing.Times:
+    """Times one row of the table, per weight."""
+    contenders = tensorflow_contenders(case, dtype, backward)
+    contenders |= torch_contenders(case, dtype, backward)
+    times = timing.interleave(contenders, rounds=rounds)
+    return timing.Times({name: s / case.weights for name, s in times.seconds.items()})
+
+
+def row_of(case: Case, dtype: str, backward: bool, times: timing.Times) -> dict[str, object]:
+    """Returns a row of the JSON file: every window's time, in seconds per weight."""
+    return {
+        "case": case.name,
+        "shape": case.shape,
+        "axis": case.axis,
+        "dtype": dtype,
+        "pass": "forward+backward" if backward else "forward",
+        "weights_in_graph": case.weights,
+        "megabytes": case.elements * tf.as_dtype(dtype).size / 1e6,
+        "seconds": {name: list(map(float, samples)) for name, samples in times.seconds.items()},
+    }
+
+
+def table_of(rows: list[dict], title: str, ours: str, peers: list[str]) -> Table:
+    """Returns times of ours, and of each peer as a multiple of ours."""
+    table = Table(
+        title=title, caption="median of the windows' ratios, ± half their interquartile range"
+    )
+    table.add_column("weight")
+    table.add_column(f"{ours}, us", justify="right")
+    for peer in peers:
+        table.add_column(f"{peer} / {ours}", justify="right")
+    table.add_column(f"{ours} / {FLOOR}", justify="right")
+    table.add_column("fresh pages, us", justify="right")
+    for row in rows:
+        times = timing.Times({n: np.array(s) for n, s in row["seconds"].items()})
+        table.add_row(
+            row["case"],
+            f"{times[ours].median * 1e6:.1f}",
+            *(f"{times.ratio(peer, ours):.2f}" for peer in peers),
+            f"{times.ratio(ours, FLOOR):.2f}",
+            f"+{(times[FRESH].median - times[FLOOR].median) * 1e6:.0f}",
+        )
+    means = {peer: mean_ratio(rows, peer, ours) for peer in peers}
+    table.add_section()
+    floor = mean_ratio(rows, ours, FLOOR)
+    table.add_row(
+        "geometric mean", "", *(f"{m:.2f}" for m in means.values()), f"{floor:.2f}", style="bold"
+    )
+    return table
+
+
+def mean_ratio(rows: list[dict], slow: str, fast: str) -> float:
+    """Returns the geometric mean over the rows of the median ratio."""
+    return timing.geometric_mean(
+        [float(np.median(np.divide(r["seconds"][slow], r["seconds"][fast]))) for r in rows]
+    )
+
+
+def plot(rows: list[dict], title: str, path: Path) -> None:
+    """Draws each contender's time as a multiple of the memory floor."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib import ticker
+
+    names = {OURS: "#d1495b", XLA: "#66a182", TORCH: "#edae49", PLAIN: "#8d96a3"}
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
+    height = 0.8 / len(names)
+    for number, (name, color) in enumerate(names.items()):
+        ratios = [np.divide(r["seconds"][name], r["seconds"][FLOOR]) for r in rows]
+        low, middle, high = np.percentile(ratios, [25, 50, 75], axis=1)
+        y = np.arange(len(rows)) + (number - 1.5) * height
+        axes.barh(y, middle, height, color=color, label=name if name != OURS else "tfwn")
+        axes.errorbar(
+            middle, y, xerr=[middle - low, high - middle], fmt="none", ecolor="#333", lw=1
+        )
+        for at, value in zip(y, middle, strict=True):
+            axes.annotate(
+                f"{value:.1f}", (value, at), (4, 0), textcoords="offset points", va="center", size=7
+            )
+    axes.axvline(1, color="black", lw=1, ls=":")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_yticks(range(len(rows)), [r["case"] for r in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("time / time to move the same bytes (log scale; less is better)")
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse_arguments() -> argparse.Namespace:
+    summary, _, _ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.op", description=summary)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: both")
+    parser.add_argument("--case", default="", help="only the weights whose name contains this")
+    parser.add_argument(
+        "--threads", type=int, default=cores, help="default: %(default)s, all cores"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="windows each, default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="%(default)s")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, prints the tables, and writes op.json and one plot for each dtype."""
+    arguments = parse_arguments()
+    cases = [case for case in CASES if arguments.case in case.name]
+    if not cases:
+        raise SystemExit(f"--case {arguments.case}: none of {[case.name for case in CASES]}")
+    timing.keep_touched_memory()
+    tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
+    tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    machine = timing.describe_machine("tensorflow", "torch") | {"threads": arguments.threads}
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(machine)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    for dtype in [arguments.dtype] if arguments.dtype else ["float32", "bfloat16"]:
+        for backward in (False, True):
+            rows = []
+            for case in cases:
+                with console.status(f"{dtype} {case.name}"):
+                    times = measure(case, dtype, backward, arguments.rounds)
+                rows.append(row_of(case, dtype, backward, times))
+            title = f"{rows[0]['pass']}, {dtype}, {arguments.threads} threads"
+            console.print(table_of(rows, title, OURS, [PLAIN, XLA, TORCH]))
+            results += rows
+        plot(
+            rows,
+            f"weight normalization, {title}\n{machine['cpu']}",
+            arguments.out / f"op-{dtype}.png",
+        )
+    timing.write_json(arguments.out / "op.json", machine, results)
+    console.print(f"wrote {arguments.out}/op.json and the plots beside it")
+
+
+if __name__ == "__main__":
+    main()

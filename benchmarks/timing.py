@@ -1,0 +1,138 @@
+"""Times alternatives against each other in one run: interleaved windows, medians, spread.
+
+The machine's speed drifts, so times from two runs say little and times from one run are compared
+round by round: each round gives every contender one window, in random order, and a ratio is the
+median over the rounds of the two windows' quotient.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """A median and the quartiles beside it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: np.ndarray) -> "Quartiles":
+        low, median, high = np.percentile(samples, [25, 50, 75])
+        return cls(float(median), float(low), float(high))
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ±{(self.high - self.low) / 2:{spec}}"
+
+
+class Times:
+    """Seconds per call of each contender in each round."""
+
+    def __init__(self, seconds: dict[str, np.ndarray]):
+        self.seconds = seconds
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.seconds
+
+    def __getitem__(self, name: str) -> Quartiles:
+        return Quartiles.of(self.seconds[name])
+
+    def ratio(self, slow: str, fast: str) -> Quartiles:
+        """Returns how many times as long `slow` takes as `fast`, paired by round."""
+        return Quartiles.of(self.seconds[slow] / self.seconds[fast])
+
+
+def interleave(
+    contenders: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    window_seconds: float = 0.03,
+    seed: int = 0,
+) -> Times:
+    """Times every contender in `rounds` windows of about `window_seconds`, in random order."""
+    calls = {}
+    for name, run in contenders.items():
+        for _ in range(3):  # trace, compile, touch memory
+            run()
+        begin = time.perf_counter()
+        run()
+        calls[name] = max(1, round(window_seconds / (time.perf_counter() - begin)))
+    random = np.random.default_rng(seed)
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for name in random.permutation(names):
+                run = contenders[name]
+                run()  # its caches, and the spinning threads of the one before it
+                begin = time.perf_counter()
+                for _ in range(calls[name]):
+                    run()
+                seconds[name].append((time.perf_counter() - begin) / calls[name])
+    finally:
+        gc.enable()
+    return Times({name: np.array(samples) for name, samples in seconds.items()})
+
+
+def geometric_mean(values: list[float]) -> float:
+    """Returns the mean that suits ratios."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def keep_touched_memory() -> None:
+    """Makes malloc keep what is freed, so that no later allocation meets untouched pages.
+
+    Otherwise each block above 32 MB comes new from the system, and the first touch of its pages
+    takes about as long as the work on them: a cost of the allocator, the same for all contenders.
+    """
+    mmap_max, trim_threshold, arena_max = -4, -1, -8  # malloc.h
+    libc = ctypes.CDLL(None)
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (arena_max, 1)):
+        if libc.mallopt(option, value) != 1:
+            raise OSError(f"mallopt({option}, {value}) failed")
+
+
+def describe_machine(*distributions: str) -> dict[str, object]:
+    """Returns what the numbers of this run depend on."""
+    cpu = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "commit": commit,
+        **{name: metadata.version(name) for name in distributions},
+    }
+
+
+def write_json(path: Path, machine: dict[str, object], results: list[dict[str, object]]) -> None:
+    """Writes a run, every window of it, for later analysis."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
