@@ -7,7 +7,7 @@
 `python setup.py build_ext --inplace` compiles only what changed. Environment variables:
 
     TFWN_CUDA=0                  no CUDA kernels, though there is an nvcc
-    TFWN_CUDA_ARCHITECTURES=90   the GPUs to compile for: "80;90" (default: all that nvcc knows)
+    TFWN_CUDA_ARCHITECTURES=90   the GPUs to compile for: "80;90" (default: one per generation)
     TFWN_XLA=0                   no XLA kernels
     TFWN_TENSORFLOW=0            only `native`: needs no TensorFlow
     CXX, CXXFLAGS, CUDA_HOME     as everywhere
@@ -109,7 +109,9 @@ class Cuda:
                 f"tfwn: TFWN_CUDA_ARCHITECTURES names {unknown}, which {nvcc} ({self.version}) "
                 f"does not know; it knows {known}"
             )
-        self.architectures = sorted(map(int, chosen)) or [a for a in known if a >= 75]
+        # Machine code runs on every later minor version: one architecture per major is enough.
+        first = {a // 10: a for a in reversed(known) if a >= 75}
+        self.architectures = sorted(map(int, chosen) or first.values())
 
     @classmethod
     def find(cls) -> "Cuda | None":
@@ -129,6 +131,8 @@ class Cuda:
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
         newest = self.architectures[-1]
         codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        if int(self.version.split(".")[0]) >= 13:  # all drivers for it can unpack this: 9x smaller
+            codes.append("--compress-mode=size")
         return [
             self.nvcc,
             "-I.",

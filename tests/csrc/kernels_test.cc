@@ -1,12 +1,17 @@
-// The CPU kernels against a long double reference, for random shapes, types, magnitudes and cuts of
-// the work into threads. Every buffer has exactly the size of the contract, so that the address
+// The kernels against a long double reference, for random shapes, types, magnitudes and cuts of the
+// work into threads. Every buffer has exactly the size of the contract, so that the address
 // sanitizer sees a read or write too far; a build without sanitizers is checked by guard bytes.
+//
+// The CPU kernels:
 //
 //   g++ -std=c++17 -O2 -pthread -Icsrc tests/csrc/kernels_test.cc csrc/weight_norm_cpu.cc -o kernels_test
 //   ./kernels_test [cases] [seed]
 //
 // Add -fsanitize=address,undefined or -fsanitize=thread. TFWN_SIMD=avx2 and TFWN_SIMD=baseline test
-// what other machines run.
+// what other machines run. The CUDA kernels, run on the CPU (see cuda_on_cpu/cuda_runtime.h):
+//
+//   cd tests/csrc && g++ -std=c++17 -O2 -DTFWN_TEST_CUDA -I../../csrc -Icuda_on_cpu -x c++
+//     kernels_test.cc cuda_on_cpu/cuda_on_cpu.cc ../../csrc/weight_norm_cuda.cu -o kernels_test
 
 #include <algorithm>
 #include <cmath>
@@ -21,6 +26,10 @@
 #include <vector>
 
 #include "weight_norm.h"
+
+#ifdef TFWN_TEST_CUDA
+#include "cuda_runtime.h"
+#endif
 
 namespace {
 
@@ -162,15 +171,57 @@ tfwn::cpu::ParallelFor RandomThreads(std::mt19937_64* random) {
 
 void Inline(int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) { body(0, n); }
 
+int64_t Pick(std::mt19937_64* random, const std::vector<int64_t>& from) {
+  return from[(*random)() % from.size()];
+}
+
+#ifdef TFWN_TEST_CUDA
+
+// The devices differ in what decides how the work is cut, and in the order in which threads run.
+void PickDevice(std::mt19937_64* random) {
+  cuda_on_cpu::multiprocessors = static_cast<int>(Pick(random, {1, 4, 16, 132}));
+  cuda_on_cpu::shared_memory_per_block = Pick(random, {48, 64, 99, 227}) << 10;
+  cuda_on_cpu::max_grid = static_cast<unsigned>(Pick(random, {3, 0x7fffffff, 0x7fffffff}));
+  cuda_on_cpu::schedule = (*random)();
+}
+
+std::string DeviceName() {
+  return "CUDA on CPU, " + std::to_string(cuda_on_cpu::multiprocessors) + " multiprocessors, " +
+         std::to_string(cuda_on_cpu::shared_memory_per_block) + " bytes shared, grid up to " +
+         std::to_string(cuda_on_cpu::max_grid);
+}
+
+template <class Arguments>
+size_t ScratchBytes(const Arguments& arguments) {
+  return tfwn::cuda::ScratchBytes(arguments, cuda_on_cpu::multiprocessors);
+}
+
+template <class Arguments>
+void Run(const Arguments& arguments, void* scratch, const tfwn::cpu::ParallelFor&) {
+  const int error = tfwn::cuda::Run(arguments, cuda_on_cpu::multiprocessors, scratch, nullptr);
+  Check(error == 0, tfwn::cuda::ErrorString(error));
+}
+
+#else
+
+void PickDevice(std::mt19937_64*) {}
+
+std::string DeviceName() { return std::string("SIMD level ") + tfwn::cpu::SimdLevel(); }
+
+using tfwn::cpu::Run;
+using tfwn::cpu::ScratchBytes;
+
+#endif
+
 template <class Arguments>
 void RunKernel(const Arguments& arguments, const tfwn::cpu::ParallelFor& parallel_for) {
-  const size_t bytes = tfwn::cpu::ScratchBytes(arguments);
+  const size_t bytes = ScratchBytes(arguments);
   // Exactly `bytes` of them, aligned as the contract asks and ending at the end of the allocation.
   std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes + 64]);
   const size_t shift = 64 - reinterpret_cast<uintptr_t>(memory.get()) % 64;
   unsigned char* scratch = memory.get() + shift % 64;
   std::memset(memory.get(), 0xff, bytes + 64);  // NaN, were it used without being set
-  tfwn::cpu::Run(arguments, scratch, parallel_for);
+  Run(arguments, scratch, parallel_for);
   for (size_t i = shift % 64 + bytes; i < bytes + 64; ++i) {
     Check(memory[i] == 0xff, "scratch overrun");
     if (memory[i] != 0xff) break;
@@ -192,7 +243,7 @@ struct Problem {
     const char* names[] = {"half", "bfloat16", "float", "double"};
     return "[" + std::to_string(layout.outer) + ", " + std::to_string(layout.units) + ", " +
            std::to_string(layout.inner) + "] v " + names[int(v_type)] + " g " +
-           names[int(g_type)] + " w " + names[int(w_type)];
+           names[int(g_type)] + " w " + names[int(w_type)] + ", " + DeviceName();
   }
 };
 
@@ -295,10 +346,6 @@ void CheckAgainstReference(const Problem& p, const Results& results) {
              grad_v_scale);
 }
 
-int64_t Pick(std::mt19937_64* random, const std::vector<int64_t>& from) {
-  return from[(*random)() % from.size()];
-}
-
 Layout RandomLayout(std::mt19937_64* random) {
   const std::vector<int64_t> sizes = {1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65,
                                       100, 127, 128, 129, 255, 256, 257, 511, 513, 1000, 1025,
@@ -316,6 +363,7 @@ Layout RandomLayout(std::mt19937_64* random) {
 void TestRandomProblems(int cases, uint64_t seed) {
   for (int i = 0; i < cases; ++i) {
     std::mt19937_64 random(seed + i);
+    PickDevice(&random);
     const auto type = [&] { return static_cast<Type>(random() % 4); };
     Problem p(RandomLayout(&random), type(), type(), type());
     std::normal_distribution<double> normal;
@@ -398,7 +446,7 @@ void TestConversions() {
 int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 300;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : std::random_device()();
-  std::printf("SIMD level %s, %d cases, seed %llu\n", tfwn::cpu::SimdLevel(), cases,
+  std::printf("%s, %d cases, seed %llu\n", DeviceName().c_str(), cases,
               static_cast<unsigned long long>(seed));
   TestConversions();
   TestRandomProblems(cases, seed);

@@ -1,0 +1,746 @@
+// Forward and backward of weight normalization (weight_norm.h) on CUDA.
+//
+// A block works on a tile of units. Its threads walk over the tile's elements, sum v * v (forward)
+// or grad_w * v (backward) per unit, turn each sum into the unit's factors, and walk over the same
+// elements once more to scale them. Where the tile fits in shared memory, one launch does it all
+// and reads its inputs once. Otherwise there are two launches: one writes partial sums [splits,
+// units], in the other each block adds up the partial sums of its own units, in order, and scales.
+// There are no atomics, and how the work is split depends on sizes, types, alignment and the device
+// only, so that a result is the same from run to run.
+//
+// Sums: terms are added in float, four at a time, and these small sums in double, so that the error
+// does not grow with the size of a unit, at little cost where double is slow (consumer GPUs run it
+// at 1/64 of float's rate). Four terms that leave float's range (|v| near 1e-30, say) are added
+// again in double.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <climits>
+#include <cstdint>
+#include <numeric>
+#include <type_traits>
+
+#include "weight_norm.h"
+
+namespace tfwn {
+namespace cuda {
+
+extern __shared__ __align__(16) char shared_memory[];
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr int kUnroll = 4;  // vectors that a thread has in flight
+
+enum Phase { kSum, kScale, kBoth };
+
+// How a layout is cut into blocks, and a block's tile into threads. All of it is chosen on the
+// host.
+//
+// A team of threads, (outer part) x (inner part), walks over one unit; or, when `columns` is set,
+// one team as large as the block walks over tile_units units that lie side by side in memory. Its
+// threads are `lanes` wide along memory and `groups` deep along outer.
+struct Plan {
+  bool columns;
+  bool along_inner;  // a thread's quick loop runs along inner instead of outer
+  int lanes_log2;
+  int groups_log2;
+  int tile_units;
+  int64_t tiles;
+  int64_t outer_splits, outer_step;  // the part of outer that one block works on
+  int64_t inner_splits, inner_step;
+  bool fused;           // one launch does both phases
+  int64_t slots;        // vectors that each thread keeps in shared memory, 0: reads them again
+  int64_t piece_rows;   // the sums that a block's threads leave for one unit to add up:
+  int64_t piece_pitch;  // pieces[row * piece_pitch + unit * piece_width + i]
+  int64_t piece_width;
+
+  int64_t splits() const { return outer_splits * inner_splits; }
+};
+
+struct Work {
+  Phase phase;
+  Plan plan;
+  Layout layout;
+  Type v_type, g_type, norm_type;
+  const void* grad_w;  // backward only
+  const void* v;
+  const void* g;
+  void* norm;        // forward writes it, backward reads it
+  void* result;      // w, or grad_v
+  void* grad_g;      // backward only
+  double* partials;  // [splits, units]
+};
+
+// kVec elements that are read or written at once.
+template <class T, int kVec>
+struct alignas(sizeof(T) * kVec) Pack {
+  T x[kVec];
+};
+
+// Arithmetic on single elements: in double when v is double, in float otherwise.
+template <class V>
+using Real = typename std::conditional<std::is_same<V, double>::value, double, float>::type;
+
+// fraction * power is a factor that alone might leave the range of Real.
+template <class R>
+struct Factor {
+  R fraction;
+  R power;  // 0 for an all-zero unit
+};
+
+template <class R>
+struct Factors {
+  Factor<R> scale;  // g / norm
+  Factor<R> tilt;   // grad_g / norm, backward only
+};
+
+__device__ inline float Value(__half x) { return __half2float(x); }
+__device__ inline float Value(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float Value(float x) { return x; }
+__device__ inline double Value(double x) { return x; }
+
+__device__ inline void Assign(float x, __half* y) { *y = __float2half_rn(x); }
+__device__ inline void Assign(double x, __half* y) { *y = __double2half(x); }
+__device__ inline void Assign(float x, __nv_bfloat16* y) { *y = __float2bfloat16_rn(x); }
+__device__ inline void Assign(double x, __nv_bfloat16* y) { *y = __double2bfloat16(x); }
+__device__ inline void Assign(float x, float* y) { *y = x; }
+__device__ inline void Assign(double x, float* y) { *y = static_cast<float>(x); }
+__device__ inline void Assign(float x, double* y) { *y = x; }
+__device__ inline void Assign(double x, double* y) { *y = x; }
+
+__device__ inline double LoadUnit(const void* values, Type type, int64_t unit) {
+  switch (type) {
+    case Type::kHalf:
+      return Value(static_cast<const __half*>(values)[unit]);
+    case Type::kBfloat16:
+      return Value(static_cast<const __nv_bfloat16*>(values)[unit]);
+    case Type::kFloat:
+      return static_cast<const float*>(values)[unit];
+    default:
+      return static_cast<const double*>(values)[unit];
+  }
+}
+
+__device__ inline void StoreUnit(double x, void* values, Type type, int64_t unit) {
+  switch (type) {
+    case Type::kHalf:
+      return Assign(x, static_cast<__half*>(values) + unit);
+    case Type::kBfloat16:
+      return Assign(x, static_cast<__nv_bfloat16*>(values) + unit);
+    case Type::kFloat:
+      return Assign(x, static_cast<float*>(values) + unit);
+    default:
+      return Assign(x, static_cast<double*>(values) + unit);
+  }
+}
+
+__device__ inline void Split(double x, Factor<double>* factor) { *factor = {x, 1.0}; }
+
+// Halves x's exponent between the two, so that (y * fraction) * power stays in range on the way
+// whenever y and the result are in range.
+__device__ inline void Split(double x, Factor<float>* factor) {
+  int exponent = 0;
+  if (x != 0 && isfinite(x)) exponent = max(-126, min(126, ilogb(x) / 2));
+  *factor = {static_cast<float>(ldexp(x, -exponent)), ldexpf(1.0f, exponent)};
+}
+
+// Stores the unit's norm, or its grad_g, and returns its factors.
+template <class R, bool kBackward>
+__device__ Factors<R> Finish(const Work& work, double sum, int64_t unit, bool store) {
+  const double g = LoadUnit(work.g, work.g_type, unit);
+  Factors<R> factors = {};
+  if (kBackward) {
+    const double norm = LoadUnit(work.norm, work.norm_type, unit);
+    const double grad_g = norm == 0 ? 0 : sum / norm;
+    if (store) StoreUnit(grad_g, work.grad_g, work.g_type, unit);
+    if (norm != 0) {
+      Split(g / norm, &factors.scale);
+      Split(grad_g / norm, &factors.tilt);
+    }
+  } else {
+    const double norm = sqrt(sum);
+    if (store) StoreUnit(norm, work.norm, work.norm_type, unit);
+    if (norm != 0) Split(g / norm, &factors.scale);
+  }
+  return factors;
+}
+
+// The vectors that one thread visits: start + i * hop + j * step, i < repeats, j < count.
+struct Walk {
+  int64_t start, repeats, hop, count, step;
+};
+
+__host__ __device__ inline int64_t Steps(int64_t size, int step_log2) {
+  return size <= 0 ? 0 : (size + (int64_t{1} << step_log2) - 1) >> step_log2;
+}
+
+// kUnroll vectors of a walk, zeros beyond its end.
+template <class V, class W, int kVec, bool kBackward>
+struct Batch {
+  Pack<V, kVec> v[kUnroll];
+  Pack<W, kVec> grad_w[kUnroll];
+
+  __device__ void Read(const Work& work, int64_t offset, int64_t step, int64_t count) {
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      v[k] = {};
+      grad_w[k] = {};
+      if (k < count) {
+        const int64_t at = offset + k * step;
+        v[k] = *reinterpret_cast<const Pack<V, kVec>*>(static_cast<const V*>(work.v) + at);
+        if (kBackward) {
+          grad_w[k] =
+              *reinterpret_cast<const Pack<W, kVec>*>(static_cast<const W*>(work.grad_w) + at);
+        }
+      }
+    }
+  }
+};
+
+// A thread's own vectors in shared memory: no other thread touches them, so nothing to wait for.
+template <class V, class W, int kVec, bool kBackward>
+struct Stage {
+  Pack<V, kVec>* v;
+  Pack<W, kVec>* grad_w;
+
+  __device__ Stage(char* memory, int64_t slots)
+      : v(reinterpret_cast<Pack<V, kVec>*>(memory)),
+        grad_w(reinterpret_cast<Pack<W, kVec>*>(v + slots * kThreads)) {}
+
+  __device__ void Write(const Batch<V, W, kVec, kBackward>& batch, int64_t slot, int64_t count) {
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      if (k < count) {
+        v[(slot + k) * kThreads + threadIdx.x] = batch.v[k];
+        if (kBackward) grad_w[(slot + k) * kThreads + threadIdx.x] = batch.grad_w[k];
+      }
+    }
+  }
+
+  __device__ void Read(Batch<V, W, kVec, kBackward>* batch, int64_t slot, int64_t count) const {
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      if (k < count) {
+        batch->v[k] = v[(slot + k) * kThreads + threadIdx.x];
+        if (kBackward) batch->grad_w[k] = grad_w[(slot + k) * kThreads + threadIdx.x];
+      }
+    }
+  }
+};
+
+// sum[i] += v * v or grad_w * v over the i-th elements of the batch.
+template <class V, class W, int kVec, bool kBackward>
+__device__ void Accumulate(const Batch<V, W, kVec, kBackward>& batch, double (&sum)[kVec]) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    if (std::is_same<Real<V>, float>::value) {
+      float term = 0, size = 0;
+#pragma unroll
+      for (int k = 0; k < kUnroll; ++k) {
+        const float x = static_cast<float>(Value(batch.v[k].x[i]));
+        const float y = kBackward ? static_cast<float>(Value(batch.grad_w[k].x[i])) : x;
+        term = fmaf(x, y, term);
+        size = kBackward ? fmaf(fabsf(x), fabsf(y), size) : term;
+      }
+      // Below 2^-100, terms may be lost to underflow that matter to the others.
+      if (size >= 0x1p-100f && size <= FLT_MAX) {
+        sum[i] += term;
+        continue;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kUnroll; ++k) {
+      const double x = Value(batch.v[k].x[i]);
+      const double y = kBackward ? static_cast<double>(Value(batch.grad_w[k].x[i])) : x;
+      sum[i] = fma(x, y, sum[i]);
+    }
+  }
+}
+
+// w, or grad_v.
+template <class V, class W, int kVec, bool kBackward>
+__device__ void Write(const Batch<V, W, kVec, kBackward>& batch, int k,
+                      const Factors<Real<V>> (&factors)[kVec], int64_t at, const Work& work) {
+  using R = Real<V>;
+  using Result = typename std::conditional<kBackward, V, W>::type;
+  Pack<Result, kVec> result;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) {
+    const Factor<R> scale = factors[i].scale, tilt = factors[i].tilt;
+    R x = static_cast<R>(Value(batch.v[k].x[i]));
+    if (kBackward) {
+      const R grad_w = static_cast<R>(Value(batch.grad_w[k].x[i]));
+      x = grad_w - (x * tilt.fraction) * tilt.power;
+    }
+    x = (x * scale.fraction) * scale.power;
+    // Not 0 * x: a zero unit's gradient is zero even where grad_w is not finite.
+    Assign(scale.power == 0 ? R(0) : x, &result.x[i]);
+  }
+  *reinterpret_cast<Pack<Result, kVec>*>(static_cast<Result*>(work.result) + at) = result;
+}
+
+// Leaves the sums of this block's threads in pieces (see Plan).
+template <int kVec>
+__device__ void ReduceThreads(const Plan& plan, double (&sum)[kVec], double* pieces) {
+  const int lanes = 1 << plan.lanes_log2;
+  if (plan.columns) {
+    for (int offset = lanes; offset < kWarp; offset *= 2) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], offset);
+    }
+    const int width = max(lanes, kWarp);
+    const int lane = threadIdx.x % width;
+    if (lane < lanes) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        pieces[threadIdx.x / width * plan.piece_pitch + lane * kVec + i] = sum[i];
+      }
+    }
+  } else {
+    double total = 0;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) total += sum[i];
+    const int width = min(lanes << plan.groups_log2, kWarp);
+    for (int offset = width / 2; offset > 0; offset /= 2) {
+      total += __shfl_xor_sync(0xffffffffu, total, offset);
+    }
+    if (threadIdx.x % width == 0) pieces[threadIdx.x / width] = total;
+  }
+}
+
+template <class V, class W, int kVec, bool kBackward>
+__global__ void __launch_bounds__(kThreads, 2) Kernel(const Work work) {
+  using R = Real<V>;
+  const Plan& plan = work.plan;
+  const int64_t inner = work.layout.inner, units = work.layout.units;
+  const int64_t pitch = units * inner;
+  const int team_log2 = plan.lanes_log2 + plan.groups_log2;
+  const int team = threadIdx.x >> team_log2;
+  const int lane = threadIdx.x & ((1 << plan.lanes_log2) - 1);
+  const int group = (threadIdx.x >> plan.lanes_log2) & ((1 << plan.groups_log2) - 1);
+  const int lane_width_log2 = plan.lanes_log2 + (kVec == 8 ? 3 : kVec == 4 ? 2 : kVec == 2 ? 1 : 0);
+
+  double* const pieces = reinterpret_cast<double*>(shared_memory);
+  const int64_t parts = plan.tile_units >= kThreads ? 1 : kThreads / plan.tile_units;
+  const int64_t from_threads = plan.piece_rows * plan.piece_pitch;
+  const int64_t from_partials = parts * plan.tile_units;
+  Factors<R>* const factors =
+      reinterpret_cast<Factors<R>*>(pieces + (max(from_threads, from_partials) + 1) / 2 * 2);
+  Stage<V, W, kVec, kBackward> stage(reinterpret_cast<char*>(factors + plan.tile_units),
+                                     plan.slots);
+
+  const int64_t splits = plan.outer_splits * plan.inner_splits;
+  const int64_t blocks = plan.tiles * splits;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    // Neighbouring blocks read neighbouring memory. The second launch starts where the first one
+    // ended: what it read last may still be in cache.
+    int64_t tile = work.phase == kScale ? blocks - 1 - block : block;
+    int64_t split = 0;
+    if (splits > 1) {
+      split = tile / plan.tiles;
+      tile -= split * plan.tiles;
+    }
+    const int64_t outer_split = plan.inner_splits == 1 ? split : split / plan.inner_splits;
+    const int64_t inner_split = split - outer_split * plan.inner_splits;
+    const int64_t first_unit = tile * plan.tile_units;
+    const int count = static_cast<int>(min(int64_t{plan.tile_units}, units - first_unit));
+
+    const int64_t outer_begin = outer_split * plan.outer_step + group;
+    const int64_t outer_end = min(work.layout.outer, (outer_split + 1) * plan.outer_step);
+    const int64_t inner_begin = inner_split * plan.inner_step + lane * kVec;
+    const int64_t inner_end =
+        plan.columns ? count * inner
+                     : (team < count ? min(inner, (inner_split + 1) * plan.inner_step) : 0);
+    Walk walk;
+    walk.start = outer_begin * pitch + (first_unit + team) * inner + inner_begin;
+    walk.count = Steps(outer_end - outer_begin, plan.groups_log2);
+    walk.step = pitch << plan.groups_log2;
+    walk.repeats = Steps(inner_end - inner_begin, lane_width_log2);
+    walk.hop = int64_t{1} << lane_width_log2;
+    if (plan.along_inner) {
+      const Walk other = walk;
+      walk.count = other.repeats;
+      walk.step = other.hop;
+      walk.repeats = other.count;
+      walk.hop = other.step;
+    }
+
+    int64_t rows = plan.piece_rows, row_pitch = plan.piece_pitch, width = plan.piece_width;
+    if (work.phase == kScale) {
+      for (int i = threadIdx.x; i < from_partials; i += kThreads) {
+        const int unit = i % plan.tile_units;
+        double sum = 0;
+        if (unit < count) {
+#pragma unroll 4
+          for (int64_t s = i / plan.tile_units; s < splits; s += parts) {
+            sum += work.partials[s * units + first_unit + unit];
+          }
+        }
+        pieces[i] = sum;
+      }
+      rows = parts;
+      row_pitch = plan.tile_units;
+      width = 1;
+    } else {
+      double sum[kVec] = {};
+      for (int64_t i = 0; i < walk.repeats; ++i) {
+        for (int64_t j = 0; j < walk.count; j += kUnroll) {
+          Batch<V, W, kVec, kBackward> batch;
+          batch.Read(work, walk.start + i * walk.hop + j * walk.step, walk.step, walk.count - j);
+          if (plan.slots > 0) stage.Write(batch, i * walk.count + j, walk.count - j);
+          Accumulate(batch, sum);
+        }
+      }
+      ReduceThreads(plan, sum, pieces);
+    }
+    __syncthreads();
+
+    for (int unit = threadIdx.x; unit < count; unit += kThreads) {
+      double sum = 0;
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t i = 0; i < width; ++i) sum += pieces[row * row_pitch + unit * width + i];
+      }
+      if (work.phase == kSum) {
+        work.partials[split * units + first_unit + unit] = sum;
+      } else {
+        factors[unit] = Finish<R, kBackward>(work, sum, first_unit + unit, split == 0);
+      }
+    }
+    __syncthreads();
+
+    if (work.phase != kSum && walk.repeats > 0) {
+      Factors<R> mine[kVec];
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const int column = lane * kVec + i;
+        mine[i] = factors[!plan.columns ? team : inner == 1 ? column : column / int(inner)];
+      }
+      for (int64_t i = 0; i < walk.repeats; ++i) {
+        for (int64_t j = 0; j < walk.count; j += kUnroll) {
+          const int64_t offset = walk.start + i * walk.hop + j * walk.step;
+          Batch<V, W, kVec, kBackward> batch;
+          if (plan.slots > 0) {
+            stage.Read(&batch, i * walk.count + j, walk.count - j);
+          } else {
+            batch.Read(work, offset, walk.step, walk.count - j);
+          }
+#pragma unroll
+          for (int k = 0; k < kUnroll; ++k) {
+            if (k < walk.count - j) Write(batch, k, mine, offset + k * walk.step, work);
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+}
+
+int Log2Ceil(int64_t x) {
+  int log2 = 0;
+  while ((int64_t{1} << log2) < x) ++log2;
+  return log2;
+}
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int kThreadsLog2 = 8;
+constexpr int kWarpLog2 = 5;
+static_assert(kThreads == 1 << kThreadsLog2 && kWarp == 1 << kWarpLog2, "");
+
+// What a plan depends on. Read: what the first walk reads, v or v and grad_w.
+struct Problem {
+  Layout layout;
+  int vector;         // elements in a vector
+  int v_bytes;        // per element
+  int read_bytes;     // per element
+  int factors_bytes;  // per unit
+  int multiprocessors;
+  int64_t shared_memory;  // per block, bytes
+};
+
+// The same elements, in as few axes as possible.
+Layout Collapse(Layout layout) {
+  if (layout.units == 1) return {1, 1, layout.size()};
+  return layout;
+}
+
+int64_t SharedBytes(const Problem& problem, const Plan& plan) {
+  const int64_t parts = std::max(1, kThreads / plan.tile_units);
+  const int64_t pieces = std::max(plan.piece_rows * plan.piece_pitch, parts * plan.tile_units);
+  return CeilDiv(pieces, 2) * 16 + plan.tile_units * int64_t{problem.factors_bytes} +
+         plan.slots * kThreads * problem.vector * problem.read_bytes;
+}
+
+// Units side by side in memory: a block is lanes wide and as deep as that leaves threads.
+Plan ColumnsOf(const Problem& problem, int lanes_log2) {
+  const Layout& layout = problem.layout;
+  const int64_t lane_columns = int64_t{problem.vector} << lanes_log2;
+  Plan plan = {};
+  plan.columns = true;
+  plan.lanes_log2 = lanes_log2;
+  plan.groups_log2 = kThreadsLog2 - lanes_log2;
+  plan.tile_units = static_cast<int>(std::min(layout.units, lane_columns / layout.inner));
+  if (plan.tile_units < layout.units) {
+    // Tiles begin where a vector begins.
+    const int64_t multiple = problem.vector / std::gcd(layout.inner, int64_t{problem.vector});
+    plan.tile_units -= plan.tile_units % multiple;
+  }
+  plan.tiles = plan.tile_units == 0 ? 0 : CeilDiv(layout.units, plan.tile_units);
+  plan.outer_splits = plan.inner_splits = 1;
+  plan.outer_step = layout.outer;
+  plan.inner_step = layout.inner;
+  plan.fused = true;
+  plan.slots = Steps(layout.outer, plan.groups_log2);
+  plan.piece_rows = kThreads >> std::max(lanes_log2, kWarpLog2);
+  plan.piece_pitch = lane_columns;
+  plan.piece_width = layout.inner;
+  return plan;
+}
+
+Plan PlanColumns(const Problem& problem) {
+  const Layout& layout = problem.layout;
+  // As wide as 128 bytes per warp's row or more; deeper only if there are rows for the threads.
+  const int all = Log2Ceil(CeilDiv(layout.units * layout.inner, problem.vector));
+  const int deep = Log2Ceil(CeilDiv(layout.outer, kUnroll));
+  const int widest =
+      std::min({all, kThreadsLog2 - 1, std::max(kWarpLog2, kThreadsLog2 - std::min(deep, 8))});
+  // One launch, on the widest tile that fits well. The narrowest has one sector (32 bytes) of v in
+  // a row: less would read the rest of the sector in vain.
+  const int64_t sector = Log2Ceil(CeilDiv(32, problem.vector * problem.v_bytes));
+  const int64_t roomy = std::min<int64_t>(problem.shared_memory, 64 << 10);
+  Plan narrowest = {};
+  for (int lanes_log2 = widest; lanes_log2 >= 0; --lanes_log2) {
+    const Plan plan = ColumnsOf(problem, lanes_log2);
+    if (plan.tile_units == 0 || (lanes_log2 < sector && lanes_log2 < widest)) break;
+    narrowest = plan;
+    if (plan.tiles >= 2 * problem.multiprocessors && SharedBytes(problem, plan) <= roomy) {
+      return plan;
+    }
+  }
+  const int64_t bytes = SharedBytes(problem, narrowest);
+  if (bytes <= roomy ||
+      (bytes <= problem.shared_memory && 2 * narrowest.tiles >= problem.multiprocessors)) {
+    return narrowest;
+  }
+  // Two launches. The partial sums that a block reads in the second should cost less than its part
+  // of v and w: splits <= sqrt(outer * bytes of the two / 16).
+  Plan plan = ColumnsOf(problem, std::min(widest, kWarpLog2));
+  int64_t splits = CeilDiv(2 * problem.multiprocessors, plan.tiles);
+  splits = std::min(splits, CeilDiv(layout.outer, int64_t{kUnroll} << plan.groups_log2));
+  while (splits > 1 && splits * splits > layout.outer * problem.v_bytes / 8) --splits;
+  plan.outer_step = CeilDiv(layout.outer, splits);
+  plan.outer_splits = CeilDiv(layout.outer, plan.outer_step);
+  plan.fused = false;
+  plan.slots = 0;
+  return plan;
+}
+
+// A unit's elements side by side in memory, in one piece or in long ones: a team of threads per
+// unit.
+Plan PlanRows(const Problem& problem) {
+  const Layout& layout = problem.layout;
+  const int64_t inner_vectors = CeilDiv(layout.inner, problem.vector);
+  const int64_t vectors = layout.outer * inner_vectors;
+  Plan plan = {};
+  const int team_log2 = std::min(kThreadsLog2, Log2Ceil(CeilDiv(vectors, kUnroll)));
+  plan.lanes_log2 = std::min(team_log2, Log2Ceil(inner_vectors));
+  plan.groups_log2 = team_log2 - plan.lanes_log2;
+  plan.tile_units = kThreads >> team_log2;
+  plan.tiles = CeilDiv(layout.units, plan.tile_units);
+  plan.piece_rows = 1;
+  plan.piece_pitch = kThreads >> std::min(team_log2, kWarpLog2);
+  plan.piece_width = plan.piece_pitch / plan.tile_units;
+  // Few long units: several blocks for each, with two rounds of vectors per thread or more.
+  int64_t splits = 1;
+  if (plan.tile_units == 1) {
+    splits = std::min(CeilDiv(2 * problem.multiprocessors, plan.tiles),
+                      vectors / (2 * kUnroll * kThreads));
+    splits = std::max<int64_t>(splits, 1);
+  }
+  const int64_t round = int64_t{kUnroll} << plan.lanes_log2;
+  const int64_t inner_splits = std::min(splits, CeilDiv(inner_vectors, round));
+  const int64_t inner_step = CeilDiv(inner_vectors, inner_splits);
+  const int64_t outer_splits = std::min(layout.outer, splits / inner_splits);
+  plan.inner_step = inner_step * problem.vector;
+  plan.inner_splits = CeilDiv(inner_vectors, inner_step);
+  plan.outer_step = CeilDiv(layout.outer, outer_splits);
+  plan.outer_splits = CeilDiv(layout.outer, plan.outer_step);
+  plan.fused = plan.splits() == 1;
+  const int64_t inner_count = Steps(inner_step, plan.lanes_log2);
+  const int64_t outer_count = Steps(plan.outer_step, plan.groups_log2);
+  plan.along_inner = inner_count > outer_count;
+  if (plan.fused) {
+    plan.slots = inner_count * outer_count;
+    // Two blocks to a multiprocessor, so that one reads while the other writes.
+    if (2 * SharedBytes(problem, plan) > problem.shared_memory) plan.slots = 0;
+  }
+  return plan;
+}
+
+Plan MakePlan(const Problem& problem) {
+  // Short inner runs of a unit are walked over as columns, so that a warp still reads whole lines.
+  const Layout& layout = problem.layout;
+  return layout.outer > 1 && layout.inner < kWarp ? PlanColumns(problem) : PlanRows(problem);
+}
+
+bool Aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+int VectorSize(Type v, Type w) { return static_cast<int>(16 / std::max(SizeOf(v), SizeOf(w))); }
+
+Problem ProblemOf(const Layout& layout, Type v, Type w, bool backward, int multiprocessors,
+                  int64_t shared_memory) {
+  Problem problem;
+  problem.layout = Collapse(layout);
+  problem.vector = VectorSize(v, w);
+  problem.v_bytes = static_cast<int>(SizeOf(v));
+  problem.read_bytes = static_cast<int>(SizeOf(v) + (backward ? SizeOf(w) : 0));
+  problem.factors_bytes = v == Type::kDouble ? sizeof(Factors<double>) : sizeof(Factors<float>);
+  problem.multiprocessors = std::max(1, multiprocessors);
+  problem.shared_memory = shared_memory;
+  return problem;
+}
+
+// Room for the partial sums whatever the alignment of the pointers and the device.
+size_t ScratchFor(const Layout& layout, Type v, Type w, bool backward, int multiprocessors) {
+  if (layout.size() == 0) return 0;
+  Problem problem = ProblemOf(layout, v, w, backward, multiprocessors, 0);
+  int64_t splits = MakePlan(problem).splits();
+  problem.vector = 1;
+  splits = std::max(splits, MakePlan(problem).splits());
+  return static_cast<size_t>(splits * layout.units) * sizeof(double);
+}
+
+template <class V, class W, int kVec, bool kBackward>
+cudaError_t Launch(Work* work, Phase phase, int64_t shared_bytes, cudaStream_t stream) {
+  const auto kernel = Kernel<V, W, kVec, kBackward>;
+  if (shared_bytes > 48 << 10) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  work->phase = phase;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(
+      static_cast<unsigned>(std::min<int64_t>(work->plan.tiles * work->plan.splits(), INT_MAX)));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<const Work&>(*work));
+}
+
+template <class V, class W, bool kBackward>
+cudaError_t RunTyped(Work* work, Problem problem, cudaStream_t stream) {
+  constexpr int kVec = static_cast<int>(16 / std::max(sizeof(V), sizeof(W)));
+  const Layout& layout = problem.layout;
+  const bool columns = layout.outer > 1 && layout.inner < kWarp;
+  const bool vectors = (columns ? layout.units * layout.inner : layout.inner) % kVec == 0 &&
+                       Aligned(work->v, sizeof(V) * kVec) &&
+                       Aligned(work->result, (kBackward ? sizeof(V) : sizeof(W)) * kVec) &&
+                       Aligned(work->grad_w, sizeof(W) * kVec);
+  if (!vectors) problem.vector = 1;
+  work->layout = layout;
+  work->plan = MakePlan(problem);
+  const int64_t bytes = SharedBytes(problem, work->plan);
+  const auto launch = [&](Phase phase) {
+    return vectors ? Launch<V, W, kVec, kBackward>(work, phase, bytes, stream)
+                   : Launch<V, W, 1, kBackward>(work, phase, bytes, stream);
+  };
+  if (work->plan.fused) return launch(kBoth);
+  const cudaError_t error = launch(kSum);
+  return error == cudaSuccess ? launch(kScale) : error;
+}
+
+template <class V, bool kBackward>
+cudaError_t RunV(Work* work, Type w_type, const Problem& problem, cudaStream_t stream) {
+  switch (w_type) {
+    case Type::kHalf:
+      return RunTyped<V, __half, kBackward>(work, problem, stream);
+    case Type::kBfloat16:
+      return RunTyped<V, __nv_bfloat16, kBackward>(work, problem, stream);
+    case Type::kFloat:
+      return RunTyped<V, float, kBackward>(work, problem, stream);
+    default:
+      return RunTyped<V, double, kBackward>(work, problem, stream);
+  }
+}
+
+template <bool kBackward>
+cudaError_t RunAny(Work* work, Type w_type, int multiprocessors, void* scratch,
+                   cudaStream_t stream) {
+  const Layout& layout = work->layout;
+  if (layout.units == 0) return cudaSuccess;
+  if (layout.size() == 0) {  // empty sums
+    return kBackward ? cudaMemsetAsync(work->grad_g, 0, layout.units * SizeOf(work->g_type), stream)
+                     : cudaMemsetAsync(work->norm, 0, layout.units * SizeOf(NormType(work->v_type)),
+                                       stream);
+  }
+  int device = 0, shared_memory = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  error = cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  work->norm_type = NormType(work->v_type);
+  work->partials = static_cast<double*>(scratch);
+  const Problem problem =
+      ProblemOf(layout, work->v_type, w_type, kBackward, multiprocessors, shared_memory);
+  switch (work->v_type) {
+    case Type::kHalf:
+      return RunV<__half, kBackward>(work, w_type, problem, stream);
+    case Type::kBfloat16:
+      return RunV<__nv_bfloat16, kBackward>(work, w_type, problem, stream);
+    case Type::kFloat:
+      return RunV<float, kBackward>(work, w_type, problem, stream);
+    default:
+      return RunV<double, kBackward>(work, w_type, problem, stream);
+  }
+}
+
+}  // namespace
+
+size_t ScratchBytes(const Forward& a, int multiprocessors) {
+  return ScratchFor(a.layout, a.v_type, a.w_type, false, multiprocessors);
+}
+
+size_t ScratchBytes(const Backward& a, int multiprocessors) {
+  return ScratchFor(a.layout, a.v_type, a.w_type, true, multiprocessors);
+}
+
+int Run(const Forward& a, int multiprocessors, void* scratch, void* stream) {
+  Work work = {};
+  work.layout = a.layout;
+  work.v_type = a.v_type;
+  work.g_type = a.g_type;
+  work.v = a.v;
+  work.g = a.g;
+  work.result = a.w;
+  work.norm = a.norm;
+  return RunAny<false>(&work, a.w_type, multiprocessors, scratch,
+                       static_cast<cudaStream_t>(stream));
+}
+
+int Run(const Backward& a, int multiprocessors, void* scratch, void* stream) {
+  Work work = {};
+  work.layout = a.layout;
+  work.v_type = a.v_type;
+  work.g_type = a.g_type;
+  work.grad_w = a.grad_w;
+  work.v = a.v;
+  work.g = a.g;
+  work.norm = const_cast<void*>(a.norm);
+  work.result = a.grad_v;
+  work.grad_g = a.grad_g;
+  return RunAny<true>(&work, a.w_type, multiprocessors, scratch, static_cast<cudaStream_t>(stream));
+}
+
+const char* ErrorString(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace cuda
+}  // namespace tfwn
