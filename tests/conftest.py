@@ -28,7 +28,7 @@ def rng():
 
 @pytest.fixture
 def data_dir():
-    """The folder of the real data sets in TensorFlow Datasets' layout; skips where there is none."""
+    """The folder of the real data, in TensorFlow Datasets' layout; skips where there is none."""
     default = pathlib.Path(__file__).parents[2] / "shared" / "data"
     path = pathlib.Path(os.environ.get("TFWN_DATA_DIR", default))
     if not path.is_dir():

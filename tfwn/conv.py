@@ -27,6 +27,8 @@ class _Conv(FeedForward):
                 raise ValueError(f"{name} must be one of {rule}, got {value!r}")
         super().__init__(filters, **options)
         self._rank = self._spatial_rank + 2
+        # Always named: in eager mode the gradient of Conv3D needs it.
+        self._format = ("NWC", "NHWC", "NDHWC")[self._spatial_rank - 1]
 
     def _sizes(self, name, value, least=1) -> tuple[int, ...]:
         sizes = (value,) * self._spatial_rank if isinstance(value, int) else tuple(value)
@@ -95,10 +97,10 @@ class _ConvND(_Conv):
         if padding == "CAUSAL":
             padding = "VALID"
             x = tf.pad(x, [[0, 0], [self.dilation_rate[0] * (self.kernel_size[0] - 1), 0], [0, 0]])
-        # TensorFlow reads groups off the shapes, but in 3D its CPU kernel does not.
-        split = self.groups if self._spatial_rank == 3 else 1
+        # TensorFlow reads groups off the shapes, but its CPU kernels not in 3D nor in float64.
+        split = self.groups if self._spatial_rank == 3 or x.dtype == tf.float64 else 1
         outputs = [
-            tf.nn.convolution(x_i, w_i, self.strides, padding, dilations=self.dilation_rate)
+            tf.nn.convolution(x_i, w_i, self.strides, padding, self._format, self.dilation_rate)
             for x_i, w_i in zip(tf.split(x, split, -1), tf.split(w, split, -1), strict=True)
         ]
         return outputs[0] if split == 1 else tf.concat(outputs, -1)
@@ -221,7 +223,8 @@ class _ConvNDTranspose(_Conv):
             tf.stack([sizes[0], *output, self.filters]),
             self.strides,
             self.padding.upper(),
-            dilations=self.dilation_rate,
+            self._format,
+            self.dilation_rate,
         )
 
     def _output_size(self, i, n):

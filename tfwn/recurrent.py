@@ -276,7 +276,7 @@ class GRUCell(_Cell):
         if self.reset_after:
             inner = tf.matmul(h, u)
             if self.use_bias:
-                inner += tf.cast(self.b[1], self.compute_dtype)
+                inner += tf.cast(tf.gather(self.b, 1), self.compute_dtype)
             h_z, h_r, h_a = tf.split(inner, 3, axis=-1)
         else:
             h_z, h_r = tf.split(tf.matmul(h, u[:, : 2 * self.units]), 2, axis=-1)
@@ -292,7 +292,8 @@ class GRUCell(_Cell):
         return initial_value(self.bias_initializer, [2, self._gates * self.units], self.dtype)
 
     def _input_bias(self):
-        return tf.cast(self.b[0] if self.reset_after else self.b, self.compute_dtype)
+        b = tf.gather(self.b, 0) if self.reset_after else self.b
+        return tf.cast(b, self.compute_dtype)
 
 
 class RNN(Layer):
@@ -361,7 +362,7 @@ class RNN(Layer):
         weights = cell.effective_weights()
         projected = self._by_time(cell.project(tf.transpose(x, [1, 0, 2]), weights), steps)
         masks = None if mask is None else self._by_time(self._time_major(mask, x.shape), steps)
-        outputs = ()
+        outputs: tuple[tf.TensorArray, ...] = ()
         if self.return_sequences:
             outputs = (tf.TensorArray(cell.compute_dtype, steps, element_shape=[None, cell.units]),)
 
