@@ -1,5 +1,7 @@
 """Weight normalization for TensorFlow 2 (Salimans & Kingma 2016)."""
 
+import importlib
+
 from tfwn.conv import (
     Conv1D,
     Conv1DTranspose,
@@ -9,6 +11,7 @@ from tfwn.conv import (
     Conv3DTranspose,
     DepthwiseConv2D,
 )
+from tfwn.data_dependent_init import data_dependent_init, is_initialized
 from tfwn.dense import Dense
 from tfwn.embedding import Embedding
 from tfwn.mean_only_batch_norm import MeanOnlyBatchNormalization
@@ -35,5 +38,15 @@ __all__ = [
     "SimpleRNN",
     "SimpleRNNCell",
     "Weight",
+    "data_dependent_init",
+    "is_initialized",
+    "keras",
     "weight_norm",
 ]
+
+
+def __getattr__(name):
+    # tfwn.keras needs Keras 3, the rest does not.
+    if name == "keras":
+        return importlib.import_module("tfwn.keras")
+    raise AttributeError(f"module 'tfwn' has no attribute {name!r}")

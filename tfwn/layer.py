@@ -3,7 +3,8 @@
 Data-dependent initialization (paper, section 3) enters here and nowhere else: while
 `initializing(callback)` is active, each feed-forward layer hands callback(layer, t) its
 t = x . v / ||v||, units along the last axis, before it computes its output. The callback sets
-g by layer.weight.set_g(g), and layer.b where that is not None; the layer then goes on with them.
+g by layer.weight.set_g(g), layer.b where that is not None, and layer.initialized; the layer then
+goes on with them.
 """
 
 import contextlib
@@ -32,6 +33,11 @@ def initializing(callback):
 def is_initializing() -> bool:
     """Whether a data-dependent initialization is running in this thread."""
     return _callback.get() is not None
+
+
+def initialize(layer, t) -> None:
+    """Hands callback(layer, t) to the initialization that is running in this thread."""
+    _callback.get()(layer, t)
 
 
 def refuse_initialization(layer) -> None:
@@ -143,9 +149,9 @@ class FeedForward(Layer):
             # TensorFlow's CPU kernels know channels_last only; on a GPU Grappler and XLA remove
             # the transposes they do not need.
             x = tf.transpose(x, [0, *range(2, self._rank), 1])
-        callback = _callback.get()
-        if callback is not None:
-            callback(self, self._linear(x, self.weight.direction()))
+        if is_initializing():
+            initialize(self, self._linear(x, self.weight.direction()))
+            w = None  # The caller's was computed from the old g.
         outputs = self._linear(x, self.weight() if w is None else w)
         if self.b is not None:
             outputs = outputs + tf.cast(self.b, self.compute_dtype)
@@ -176,6 +182,8 @@ class FeedForward(Layer):
             self.b = tf.Variable(
                 initial_value(self.bias_initializer, shape, self._weight_options["dtype"]), name="b"
             )
+        # Whether data-dependent initialization has been here; checkpoints keep it.
+        self.initialized = tf.Variable(False, trainable=False, name="initialized")
         self._channels = channels
 
     def _check_rank(self, shape):

@@ -1,0 +1,261 @@
+"""Data-dependent initialization (paper, section 3): g and b from the statistics of one batch."""
+
+import contextlib
+import inspect
+import sys
+
+import tensorflow as tf
+
+from tfwn.layer import FeedForward, initializing
+from tfwn.modules import submodules, variables
+
+# A standard deviation this far below the mean is the rounding of float32, not a variation.
+_ZERO_STDDEV = 8 * 2.0**-23
+
+
+def data_dependent_init(model, batch, *, init_scale: float = 1.0, training: bool = True):
+    """Sets g and b so that on this batch every pre-activation has mean 0 and variance 1.
+
+        t = v . x / ||v||,  g = 1 / sigma[t],  b = -mu[t] / sigma[t]       (paper, eq. 5 and 6)
+
+    Runs the model once, eagerly. Each layer of tfwn (Dense and the convolutions, in either
+    parameterization) and each `tfwn.keras.WeightNormalization` is set in the order of the calls, on
+    the output of the layers before it, which are set already. A layer called several times is set
+    at its first call. Only g (or w, by the same factor, with the normal parameterization), b and
+    the layer's mark `initialized` change: what else a forward pass moves, as running means and
+    random seeds, is put back.
+
+    A layer without b gets g alone; that is what mean-only batch normalization needs, whose own b
+    stays 0. A unit whose t does not vary keeps its g and gets b = -mu[t] * g.
+
+    With variables of tf.distribute.MirroredStrategy, `batch` may be what the strategy's
+    distributed data set yields: moments are then those of the global batch, on all replicas.
+
+    Arguments:
+      model: a tf.Module, Keras model or layer, or any function that calls them, as
+        `lambda x: decoder(encoder(x))`; it may be a tf.function.
+      batch: the model's one argument. 100 examples or more, like those that it will train on.
+      init_scale: the standard deviation that pre-activations get.
+      training: passed to a model that has such an argument: whether noise and dropout are active
+        and batch normalization uses the batch. The paper's experiments have them on.
+
+    Returns:
+      The model's output for `batch`, after the initialization.
+
+    Raises:
+      RuntimeError: a layer was initialized before (by this call, or before the checkpoint was
+        written); a recurrent layer or an embedding is reached; called in a tf.function, or in
+        strategy.run.
+      ValueError: no layer to set is reached; moments that are not finite, an empty batch;
+        init_scale not positive; `training=False` for a model without that argument.
+      Whatever is raised, by the model too, all variables are as they were before.
+
+    >>> layer = tfwn.Dense(3)
+    >>> x = tf.random.normal([100, 5], mean=2.0)
+    >>> y = tfwn.data_dependent_init(layer, x)
+    >>> mean, variance = tf.nn.moments(y, [0])
+    >>> bool(tf.reduce_all(abs(mean) < 1e-5)), bool(tf.reduce_all(abs(variance - 1) < 1e-4))
+    (True, True)
+    >>> tfwn.is_initialized(layer)
+    True
+    """
+    if not tf.executing_eagerly():
+        raise RuntimeError(
+            "data_dependent_init must be called eagerly, once, before training; it was called "
+            "while a tf.function is traced: call it outside (the model itself may be a tf.function)"
+        )
+    if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
+        raise RuntimeError(
+            "data_dependent_init was called in strategy.run: call it outside, with the distributed "
+            "batch"
+        )
+    if not init_scale > 0:
+        raise ValueError(f"init_scale must be positive, got {init_scale}")
+    arguments = _training_argument(model, training)
+    before = _Snapshot()
+    before.take(variables(model))
+    first_pass = _FirstPass(before, init_scale)
+
+    def forward(batch):
+        seen = set()  # One for each replica: all of them take part in all moments.
+        with initializing(lambda layer, t: first_pass.initialize(layer, t, seen)):
+            return model(batch, **arguments)
+
+    try:
+        with _eager_functions():
+            distributed = any(
+                isinstance(x, tf.distribute.DistributedValues) for x in tf.nest.flatten(batch)
+            )
+            outputs = _strategy(model).run(forward, (batch,)) if distributed else forward(batch)
+        if not first_pass.changed:
+            raise ValueError(
+                "data_dependent_init reached no layer that it could set: the model must call "
+                "tfwn's Dense or convolutions, or Keras layers in tfwn.keras.WeightNormalization"
+            )
+    except BaseException:
+        before.restore()
+        raise
+    before.restore(except_for=first_pass.changed)
+    return outputs
+
+
+def is_initialized(model) -> bool:
+    """Whether `data_dependent_init` has set all layers of a model that it can set.
+
+    The answer is saved with the model, in checkpoints, SavedModels and .keras files. False for a
+    model without such layers, and for one with layers that have not been called yet.
+
+    >>> layer = tfwn.Dense(3)
+    >>> tfwn.is_initialized(layer)
+    False
+    """
+    marks = [
+        getattr(module, "initialized", None) for module in submodules(model) if _has_mark(module)
+    ]
+    return bool(marks) and all(mark is not None and bool(mark.numpy()) for mark in marks)
+
+
+def _has_mark(module) -> bool:
+    if isinstance(module, FeedForward):
+        return True
+    # Without importing Keras for it: where there is a wrapper, its module is loaded.
+    keras_module = sys.modules.get("tfwn.keras")
+    return (
+        keras_module is not None
+        and isinstance(module, keras_module.WeightNormalization)
+        and module.can_initialize()
+    )
+
+
+class _FirstPass:
+    """Sets each layer at its first call, and knows what it changed."""
+
+    def __init__(self, before: "_Snapshot", init_scale: float):
+        self._before = before
+        self._init_scale = init_scale
+        self.changed = set()
+
+    def initialize(self, layer, t, seen):
+        if id(layer.weight) in seen:
+            return
+        seen.add(id(layer.weight))
+        self._before.take(layer.variables)
+        if self._before.value(layer.initialized):
+            raise RuntimeError(
+                f"{layer.name!r} is initialized already, and initializing it again would undo what "
+                "it learned since: skip data_dependent_init where tfwn.is_initialized(model), or "
+                "set layer.initialized.assign(False) for the layers to set again"
+            )
+        mean, stddev = _moments(t, layer.name)
+        zero = stddev <= _ZERO_STDDEV * tf.abs(mean)
+        old_g = tf.reshape(tf.cast(layer.weight.get_g(), mean.dtype), [-1])
+        g = tf.where(zero, old_g, self._init_scale / tf.where(zero, tf.ones_like(stddev), stddev))
+        _in_all_replicas(lambda g, b: self._set(layer, g, b), g, -mean * g)
+
+    def _set(self, layer, g, b):
+        layer.weight.set_g(g)
+        if layer.b is not None:
+            layer.b.assign(tf.cast(b, layer.b.dtype))
+        layer.initialized.assign(True)
+        self.changed.update(id(variable) for variable in layer.variables)
+
+
+def _moments(t, name):
+    """Mean and standard deviation of each unit, over the batch, space and all replicas."""
+    t = tf.cast(t, tf.float64 if t.dtype == tf.float64 else tf.float32)
+    count = _sum_over_replicas(tf.cast(tf.size(t) / tf.shape(t)[-1], t.dtype))
+    mean = _sum(t) / count
+    # What rounding left of the mean, in the first sum, is a small number: exact enough.
+    rest = _sum(t - mean) / count
+    mean += rest
+    stddev = tf.sqrt(_sum(tf.square(t - mean)) / count)
+    if not bool(tf.reduce_all(tf.math.is_finite(mean) & tf.math.is_finite(stddev))):
+        raise ValueError(
+            f"the pre-activations of {name!r} have no finite moments on this batch (shape "
+            f"{t.shape}): the batch is empty, or it or v holds infinities or NaN"
+        )
+    return mean, stddev
+
+
+def _sum(t):
+    """The sum over all axes but the last, one axis at a time, so that rounding stays small."""
+    for _ in range(t.shape.rank - 1):
+        t = tf.reduce_sum(t, -2)
+    return _sum_over_replicas(t)
+
+
+def _sum_over_replicas(x):
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return x
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, x)
+
+
+def _in_all_replicas(function, *values):
+    """Calls function(*values), which assigns; the values are the same in all replicas."""
+    context = tf.distribute.get_replica_context()
+    if context is None or not tf.distribute.has_strategy():
+        function(*values)
+    else:
+        context.merge_call(
+            lambda strategy, *values: function(
+                *[strategy.experimental_local_results(value)[0] for value in values]
+            ),
+            args=values,
+        )
+
+
+class _Snapshot:
+    """The values of variables, component by component where replicas have their own."""
+
+    def __init__(self):
+        self._values = {}
+
+    def take(self, variables):
+        for variable in variables:
+            if id(variable) not in self._values:
+                # TensorFlow copies a buffer when it is written to, and not before.
+                values = [(part, tf.identity(part)) for part in _components(variable)]
+                self._values[id(variable)] = (variable, values)
+
+    def value(self, variable):
+        return self._values[id(variable)][1][0][1]
+
+    def restore(self, except_for=()):
+        for key, (_, values) in self._values.items():
+            if key not in except_for:
+                for part, value in values:
+                    part.assign(value)
+
+
+def _components(variable) -> tuple:
+    strategy = getattr(variable, "distribute_strategy", None)
+    return strategy.experimental_local_results(variable) if strategy else (variable,)
+
+
+def _strategy(model) -> tf.distribute.Strategy:
+    strategies = [getattr(variable, "distribute_strategy", None) for variable in variables(model)]
+    return next((s for s in strategies if s is not None), tf.distribute.get_strategy())
+
+
+def _training_argument(model, training) -> dict:
+    call = model if inspect.isroutine(model) else model.__call__
+    parameters = inspect.signature(call).parameters.values()
+    if any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters):
+        return {"training": training}
+    if not training:
+        raise ValueError(
+            "training=False was given, but the model has no argument `training` to pass it to"
+        )
+    return {}
+
+
+@contextlib.contextmanager
+def _eager_functions():
+    """A tf.function runs as Python: one traced earlier would pass by the initialization."""
+    eager = tf.config.functions_run_eagerly()
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(eager)

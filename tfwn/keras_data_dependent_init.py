@@ -1,0 +1,154 @@
+"""Data-dependent initialization of weight-normalized Keras layers, on the hook in tfwn.layer."""
+
+import contextlib
+import math
+
+import keras
+import tensorflow as tf
+
+from tfwn.keras_scope import Substitution, stored
+from tfwn.layer import initialize, refuse_initialization
+
+TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
+DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+# Layers with one kernel and the pre-activation x . w + b. Separable convolutions have two kernels.
+INITIALIZABLE = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+    *TRANSPOSED,
+    *DEPTHWISE,
+)
+
+
+class _Unit:
+    """A layer with one kernel, as data-dependent initialization sees the layers of tfwn."""
+
+    def __init__(self, wrapper, normalized):
+        owner = normalized.owner
+        self.name = wrapper.name if owner is wrapper.layer else normalized.v.path
+        self.weight = self
+        self._g = stored(normalized.g)
+        self.b = None
+        g_shape = normalized.g.shape
+        if owner.bias is not None:
+            self.b = _Bias(stored(owner.bias), _bias_order(owner, len(g_shape)), g_shape)
+        self.initialized = stored(wrapper.initialized)
+        self.variables = [self._g, self.initialized] + ([self.b.variable] if self.b else [])
+
+    def get_g(self):
+        """As `tfwn.Weight.get_g`."""
+        return tf.convert_to_tensor(self._g)
+
+    def set_g(self, g):
+        """As `tfwn.Weight.set_g`."""
+        self._g.assign(tf.reshape(tf.cast(g, self._g.dtype), self._g.shape))
+
+
+class _Bias:
+    """A bias whose elements are the units in another order and shape than in g."""
+
+    def __init__(self, variable, order, g_shape):
+        self.variable = variable
+        self.dtype = variable.dtype
+        self._order = order
+        self._g_shape = g_shape
+
+    def assign(self, b):
+        """Sets the bias to b, one for each unit, in g's order."""
+        b = tf.transpose(tf.reshape(b, self._g_shape), self._order)
+        self.variable.assign(tf.reshape(b, self.variable.shape))
+
+
+def _einsum_letters(owner) -> tuple[str, str, str]:
+    """The letters of an EinsumDense's units in the kernel's order; its output; its bias."""
+    inputs, output = owner.equation.replace(" ", "").split("->")
+    units = "".join(c for c in inputs.split(",")[1] if c in output and c != ".")
+    return units, output, "".join(c for c in output if c in (owner.bias_axes or ""))
+
+
+def _bias_order(owner, rank) -> list[int]:
+    if not isinstance(owner, keras.layers.EinsumDense):
+        return list(range(rank))
+    units, _, bias = _einsum_letters(owner)
+    if sorted(bias) != sorted(units):
+        raise RuntimeError(
+            f"data-dependent initialization cannot center {owner.name!r}: its bias_axes "
+            f"{owner.bias_axes!r} are not the axes {units!r} of its output units"
+        )
+    return [units.index(letter) for letter in bias]
+
+
+def _units_last(owner, t) -> tf.Tensor:
+    """The output t with all axes that index units moved to the end and made one."""
+    rank = t.shape.rank
+    axes = [1] if getattr(owner, "data_format", None) == "channels_first" else [rank - 1]
+    if isinstance(owner, keras.layers.EinsumDense):
+        units, output, _ = _einsum_letters(owner)
+        before = output.partition("...")[0]
+        axes = [
+            output.index(c) if c in before else rank - len(output) + output.index(c) for c in units
+        ]
+    t = tf.transpose(t, [a for a in range(rank) if a not in axes] + axes)
+    count = math.prod(t.shape[rank - len(axes) :])
+    return tf.reshape(t, tf.concat([tf.shape(t)[: rank - len(axes)], [count]], 0))
+
+
+class _InitializingCall:
+    """The `call` of the layer that owns a kernel: first sets g and the bias, then calls it."""
+
+    def __init__(self, wrapper, normalized):
+        self._unit = _Unit(wrapper, normalized)
+        self._normalized = normalized
+        self._call = normalized.owner.call
+        self.users = 0
+
+    def __call__(self, *args, **kwargs):
+        n = self._normalized
+        direction = n.scaled(tf.ones(n.g.shape, n.g._dtype), n.v.dtype)
+        values = [(n.v, direction)]
+        if n.owner.bias is not None:
+            values.append((n.owner.bias, tf.zeros(n.owner.bias.shape, n.owner.bias.dtype)))
+        activation, n.owner.activation = n.owner.activation, None
+        try:
+            with Substitution(values):
+                t = self._call(*args, **kwargs)
+        finally:
+            n.owner.activation = activation
+        initialize(self._unit, _units_last(n.owner, t))
+        with Substitution([(n.v, n.w(n.v.dtype))]):
+            return self._call(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def initializing_call(wrapper, normalized):
+    """While active, the owner of this kernel sets itself when it is called."""
+    owner = normalized.owner
+    hook = vars(owner).get("call")
+    if not isinstance(hook, _InitializingCall):
+        hook = _InitializingCall(wrapper, normalized)
+        object.__setattr__(owner, "call", hook)
+    hook.users += 1  # Replicas take turns in here.
+    try:
+        yield
+    finally:
+        hook.users -= 1
+        if not hook.users:
+            object.__delattr__(owner, "call")
+
+
+def refuse(layer):
+    """Raises the error for a layer that cannot be initialized from data."""
+    if isinstance(layer, keras.layers.RNN | keras.layers.Bidirectional | keras.layers.Embedding):
+        refuse_initialization(layer)
+    raise RuntimeError(
+        f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}, and does "
+        "not know its pre-activations: normalize the Dense, EinsumDense and convolution layers in "
+        "it one by one, or initialize the model without it"
+    )
