@@ -9,6 +9,7 @@ goes on with them.
 
 import contextlib
 import contextvars
+import re
 import threading
 
 import tensorflow as tf
@@ -54,7 +55,7 @@ class Layer(tf.Module):
     """A module that makes its variables once, in `_initialize`, when it first sees an input."""
 
     def __init__(self, name=None):
-        super().__init__(name=name)
+        super().__init__(name=name or _snake_case(type(self).__name__))
         self._built = False
 
     def build(self, input_shape) -> None:
@@ -74,6 +75,11 @@ class Layer(tf.Module):
 
     def _initialize(self, input_shape: tf.TensorShape) -> None:
         raise NotImplementedError
+
+
+def _snake_case(name: str) -> str:
+    """Keras' way with digits: conv2d_transpose, where tf.Module has conv2_d_transpose."""
+    return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()
 
 
 def _in_replica() -> bool:

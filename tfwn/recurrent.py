@@ -356,7 +356,8 @@ class RNN(Layer):
         if self.unroll and not isinstance(steps, int):
             raise ValueError(f"unroll=True needs a known number of steps, got shape {x.shape}")
         self.build(x.shape)
-        zeros = cell.get_initial_state(tf.shape(x)[0])
+        batch = tf.shape(x)[0]
+        zeros = cell.get_initial_state(batch)
         states = zeros if initial_state is None else cell.check_states(initial_state)
 
         weights = cell.effective_weights()
@@ -396,7 +397,9 @@ class RNN(Layer):
             )
         _, outputs, output, *states = carry
         if self.return_sequences:
-            output = tf.transpose(outputs[0].stack(), [1, 0, 2])
+            # The shape of a stack of no steps is not known otherwise.
+            stacked = tf.reshape(outputs[0].stack(), [steps, batch, cell.units])
+            output = tf.transpose(stacked, [1, 0, 2])
         output = tf.ensure_shape(output, [*x.shape[: output.shape.rank - 1], cell.units])
         return (output, *states) if self.return_state else output
 
