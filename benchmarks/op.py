@@ -21,6 +21,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
+import tfwn.native as native
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -144,16 +145,63 @@ def torch_contenders(case: Case, dtype: str, backward: bool) -> dict[str, Callab
     return {TORCH: run, FLOOR: floor, FRESH: fresh}
 
 
+def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> dict[str, Callable]:
+    """The kernels as such, into memory that the caller owns where the kernel can do that."""
+    random = np.random.default_rng(0)
+    numpy_type = tf.as_dtype(dtype).as_numpy_dtype
+
+    def arrays(shape, kind=numpy_type):
+        return [random.normal(size=shape).astype(kind) for _ in range(case.weights)]
+
+    units = case.shape[case.axis]
+    vs, gs, grad_ws = arrays(case.shape), arrays(units), arrays(case.shape)
+    ws, norms = arrays(case.shape), arrays(units, "float32")
+    grad_vs, grad_gs = arrays(case.shape), arrays(units)
+
+    def ours():
+        for i in range(case.weights):
+            native.weight_norm(vs[i], gs[i], case.axis, out=(ws[i], norms[i]), threads=threads)
+            if backward:
+                native.weight_norm_grad(
+                    grad_ws[i],
+                    vs[i],
+                    gs[i],
+                    norms[i],
+                    case.axis,
+                    out=(grad_vs[i], grad_gs[i]),
+                    threads=threads,
+                )
+
+    if case.axis not in (0, -1):
+        return {KERNEL: ours}  # PyTorch has kernels for the first and the last axis only
+    kind = getattr(torch, dtype)
+    axis = case.axis % len(case.shape)
+    g_shape = [n if a == axis else 1 for a, n in enumerate(case.shape)]
+    tensors = [
+        [torch.randn(shape, dtype=kind) for _ in range(case.weights)]
+        for shape in (case.shape, g_shape, case.shape)
+    ]
+
+    def theirs():
+        for v, g, grad_w in zip(*tensors, strict=True):
+            _, norm = torch._weight_norm_interface(v, g, axis)
+            if backward:
+                torch.ops.aten._weight_norm_interface_backward(grad_w, v, g, norm, axis)
+
+    return {KERNEL: ours, TORCH_KERNEL: theirs}
+
+
 def touch_fresh(like):
     """Returns a tensor in pages that nothing has touched since the system gave them out."""
     pages = mmap.mmap(-1, like.nbytes)
     return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
 
-def measure(case: Case, dtype: str, backward: bool, rounds: int) -> timing.Times:
-    """Times one row of the table, per weight."""
+def measure(case: Case, dtype: str, backward: bool, *, threads: int, rounds: int) -> timing.Times:
+    """Times one row of the tables, per weight."""
     contenders = tensorflow_contenders(case, dtype, backward)
     contenders |= torch_contenders(case, dtype, backward)
+    contenders |= kernel_contenders(case, dtype, backward, threads)
     times = timing.interleave(contenders, rounds=rounds)
     return timing.Times({name: s / case.weights for name, s in times.seconds.items()})
 
@@ -280,10 +328,15 @@ def main() -> None:
             rows = []
             for case in cases:
                 with console.status(f"{dtype} {case.name}"):
-                    times = measure(case, dtype, backward, arguments.rounds)
+                    times = measure(
+                        case, dtype, backward, threads=arguments.threads, rounds=arguments.rounds
+                    )
                 rows.append(row_of(case, dtype, backward, times))
             title = f"{rows[0]['pass']}, {dtype}, {arguments.threads} threads"
-            console.print(table_of(rows, title, OURS, [PLAIN, XLA, TORCH]))
+            console.print(table_of(rows, f"in a graph, {title}", OURS, [PLAIN, XLA, TORCH]))
+            with_peer = [row for row in rows if TORCH_KERNEL in row["seconds"]]
+            if with_peer:
+                console.print(table_of(with_peer, f"kernels, {title}", KERNEL, [TORCH_KERNEL]))
             results += rows
         plot(
             rows,
