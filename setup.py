@@ -111,7 +111,7 @@ class Cuda:
             )
         # Machine code runs on every later minor version: one architecture per major is enough.
         first = {a // 10: a for a in reversed(known) if a >= 75}
-        self.architectures = sorted(map(int, chosen) or first.values())
+        self.architectures = sorted(map(int, chosen) if chosen else first.values())
 
     @classmethod
     def find(cls) -> "Cuda | None":
