@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -31,12 +32,14 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-// Entries after the period of sums and factors, see weight_norm_cpu_kernels.h.
-constexpr int kPadding = 16;
+// Part of a matrix: rows of `width` elements, `stride` apart.
+struct Block {
+  int64_t rows, width, stride;
+};
 
-// The numbers that multiply each position: power * rest, where power is a power of two. Applying
-// power first keeps the product in range whenever the result is: 1e-30 * (1 / 1e-30 norm) and the
-// like would leave the range of float as a single factor.
+// The numbers that multiply a column or a segment: power * rest, where power is a power of two.
+// Applying power first keeps a product in range whenever the result is, where a single factor such as
+// 1 / norm can be too large for a float.
 struct Factors {
   void* power;
   void* rest;
@@ -46,15 +49,20 @@ template <class V, class W>
 using ComputeType =
     std::conditional_t<std::is_same_v<V, double> || std::is_same_v<W, double>, double, float>;
 
+// What weight_norm_cpu_kernels.h has for each pair of types of v and w.
 struct Kernels {
-  void (*square_sums)(const void* v, int64_t size, int64_t position, int64_t period, double* sums);
-  void (*product_sums)(const void* grad_w, const void* v, int64_t size, int64_t position,
-                       int64_t period, double* sums);
-  void (*scale_forward)(const void* v, int64_t size, int64_t position, int64_t period,
-                        const Factors& scale, void* w);
-  void (*scale_backward)(const void* grad_w, const void* v, int64_t size, int64_t position,
-                         int64_t period, const Factors& scale, const Factors& projection,
-                         void* grad_v);
+  void (*sum_forward)(const void* v, const Block& block, double* sums);
+  void (*sum_backward)(const void* grad_w, const void* v, const Block& block, double* sums);
+  void (*scale_forward)(const void* v, const Block& block, const Factors& scale, void* w);
+  void (*scale_backward)(const void* grad_w, const void* v, const Block& block,
+                         const Factors& scale, const Factors& projection, void* grad_v);
+  void (*sum_segments_forward)(const void* v, int64_t count, int64_t length, double* sums);
+  void (*sum_segments_backward)(const void* grad_w, const void* v, int64_t count, int64_t length,
+                                double* sums);
+  void (*scale_segments_forward)(const void* v, int64_t count, int64_t length,
+                                 const Factors& scale, void* w);
+  void (*scale_segments_backward)(const void* grad_w, const void* v, int64_t count, int64_t length,
+                                  const Factors& scale, const Factors& projection, void* grad_v);
 };
 
 namespace baseline {
@@ -64,8 +72,6 @@ namespace baseline {
 }  // namespace baseline
 
 #if defined(__x86_64__)
-#define TFWN_F16C
-
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -102,7 +108,6 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
-#undef TFWN_F16C
 #endif  // defined(__x86_64__)
 
 enum class Level { kBaseline, kAvx2, kAvx512 };
@@ -137,6 +142,14 @@ Kernels KernelsFor(Type v, Type w) {
   if (UsedLevel() == Level::kAvx2) return avx2::KernelsFor(v, w);
 #endif
   return baseline::KernelsFor(v, w);
+}
+
+void AddRows(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total) {
+#if defined(__x86_64__)
+  if (UsedLevel() == Level::kAvx512) return avx512::AddRows(sums, rows, width, stride, total);
+  if (UsedLevel() == Level::kAvx2) return avx2::AddRows(sums, rows, width, stride, total);
+#endif
+  return baseline::AddRows(sums, rows, width, stride, total);
 }
 
 // Makes subnormals count while in scope. Frameworks flush them in some threads and not in others, and
@@ -202,143 +215,177 @@ void* At(void* base, Type type, int64_t i) { return static_cast<char*>(base) + i
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDiv(a, multiple) * multiple; }
 
-constexpr int64_t kTaskElements = 16384;
-constexpr int64_t kMostChunks = 64;
-// Enough for a vector to be done with its sums before the next row needs them.
-constexpr int64_t kShortestPeriod = 512;
-constexpr int64_t kSegmentPeriod = 64;
 
-// How the tensor is cut into tasks and its partial sums into units.
+// How a tensor is cut into tasks, from its shape alone.
+//
+// As columns: the tensor is a matrix whose rows are [units, inner], with a sum per column; a task is
+// a block of it. Narrow rows are folded, several into one, so that vectors are full and many sums
+// are in flight; the last row is then partial.
+//
+// As segments: stretches of `inner` elements of one unit. Where a unit fits in cache, a task is a
+// run of whole units, and is summed and scaled in one go. Else it is a piece of a segment.
 struct Plan {
-  int64_t units;
-  int64_t size;
-
-  // Either the tensor is chunks of whole periods, each with a sum per position, and the unit of
-  // position p is p / inner % units; or it is segments of `inner` elements of one unit, each cut into
-  // pieces, each with one sum.
-  bool segmented;
-  int64_t inner;
-  int64_t period;
-  int64_t chunk;           // elements
-  int64_t pieces, piece;   // per segment, elements in one
-  int64_t pieces_per_task;
+  int64_t units, size;
+  int64_t inner;  // elements of a unit next to each other
+  bool columns, fused;
   int64_t tasks;
 
-  // partial sums of unit n: groups x pieces of them, at n * pieces + group * group_stride + piece.
-  int64_t groups, group_stride;
-  int64_t sums() const { return groups * group_stride; }
-  int64_t factors() const { return segmented ? units : period + kPadding; }
+  int64_t row;                                 // columns: elements of a row
+  int64_t chunks, rows_per_chunk;              // columns: tasks down
+  int64_t blocks, columns_per_block;           // columns: and across
+  int64_t outer, units_per_task;               // fused segments
+  int64_t pieces, piece;                       // other segments: how many, and elements in one
 
-  explicit Plan(const Layout& layout) : units(layout.units), size(layout.size()) {
-    int64_t outer = layout.outer;
-    inner = layout.inner;
+  // Unit n has `groups` x `folds` x `sums_per_unit` partial sums:
+  // [group * group_size + (fold * units + n) * sums_per_unit + i].
+  int64_t groups, group_size, folds, sums_per_unit;
+
+  explicit Plan(const Layout& layout)
+      : units(layout.units), size(layout.size()), inner(layout.inner), outer(layout.outer) {
     if (units == 1 || size == 0) {  // Any split of a single unit will do.
       outer = size;
       inner = 1;
     }
-    segmented = inner >= 32 || (inner > 1 && outer < 4);
-    if (!segmented) {
-      period = std::max<int64_t>(units * inner, 1);
-      if (period < kShortestPeriod) period *= CeilDiv(kShortestPeriod, period);
-      const int64_t rows = CeilDiv(size, period);
-      const int64_t rows_per_chunk = std::max<int64_t>(
-          {CeilDiv(rows, kMostChunks), CeilDiv(kTaskElements, period), std::min<int64_t>(rows, 16)});
-      chunk = rows_per_chunk * period;
-      tasks = CeilDiv(size, std::max<int64_t>(chunk, 1));
-      pieces = 1;
-      groups = tasks;
-      group_stride = RoundUp(period + kPadding, 8);
+    columns = inner == 1 || outer >= 32 || (inner < 16 && outer >= 8);
+    fused = false;
+    if (size == 0) {
+      tasks = groups = group_size = folds = sums_per_unit = 0;
+    } else if (columns) {
+      PlanColumns();
     } else {
-      pieces = std::max<int64_t>(inner / (4 * kTaskElements), 1);
-      piece = RoundUp(CeilDiv(inner, pieces), 64);
-      pieces = std::max<int64_t>(CeilDiv(inner, std::max<int64_t>(piece, 1)), 1);
-      pieces_per_task = std::max<int64_t>(kTaskElements / std::max<int64_t>(piece, 1), 1);
-      tasks = size == 0 ? 0 : CeilDiv(outer * units * pieces, pieces_per_task);
-      groups = size == 0 ? 0 : outer;
-      group_stride = units * pieces;
-      period = kSegmentPeriod;
+      PlanSegments();
     }
   }
 
-  // Calls body(begin, end, index of the piece) for the pieces of a task.
+  void PlanColumns() {
+    row = units * inner;
+    folds = CeilDiv(256, row);
+    row *= folds;
+    const int64_t rows = CeilDiv(size, row);
+    blocks = CeilDiv(row, 4096);
+    columns_per_block = RoundUp(CeilDiv(row, blocks), 16);
+    blocks = CeilDiv(row, columns_per_block);
+    // At least 64 rows, so that partial sums are few next to elements; at least 64 KiB of floats.
+    const int64_t least = std::max<int64_t>(64, 16384 / columns_per_block);
+    chunks = std::min<int64_t>(std::max<int64_t>(rows / least, 1), 64);
+    if (chunks > 4) chunks -= chunks % 4;  // evenly shared by 2 or 4 threads
+    rows_per_chunk = CeilDiv(rows, chunks);
+    chunks = CeilDiv(rows, rows_per_chunk);
+    tasks = chunks * blocks;
+    groups = chunks;
+    group_size = row;
+    sums_per_unit = inner;
+  }
+
+  void PlanSegments() {
+    groups = outer;
+    folds = 1;
+    const int64_t unit_size = outer * inner;
+    fused = unit_size <= 65536;
+    if (fused) {
+      units_per_task = std::max<int64_t>(8192 / unit_size, 1);
+      tasks = CeilDiv(units, units_per_task);
+      sums_per_unit = 1;
+    } else {
+      pieces = CeilDiv(inner, 32768);
+      piece = RoundUp(CeilDiv(inner, pieces), 16);
+      pieces = CeilDiv(inner, piece);
+      tasks = outer * units * pieces;
+      sums_per_unit = pieces;
+    }
+    group_size = units * sums_per_unit;
+  }
+
+  int64_t sums() const { return groups * group_size; }
+  int64_t factors() const { return columns ? units * inner * folds : units; }
+
+  // Calls body(first element, block, first column, first sum) for the parts of a task of columns.
   template <class Body>
-  void ForPieces(int64_t task, const Body& body) const {
-    const int64_t end = std::min((task + 1) * pieces_per_task, groups * units * pieces);
-    for (int64_t i = task * pieces_per_task; i < end; ++i) {
-      const int64_t begin = i / pieces * inner + i % pieces * piece;
-      body(begin, std::min(begin + piece, (i / pieces + 1) * inner), i);
+  void ForBlocks(int64_t task, const Body& body) const {
+    const int64_t chunk = task / blocks;
+    const int64_t column = task % blocks * columns_per_block;
+    const int64_t width = std::min(columns_per_block, row - column);
+    const int64_t begin = chunk * rows_per_chunk;
+    const int64_t end = std::min(begin + rows_per_chunk, size / row);
+    if (begin < end) {
+      body(begin * row + column, Block{end - begin, width, row}, column,
+           chunk * group_size + column);
+    }
+    const int64_t partial = size % row;
+    if (chunk == chunks - 1 && column < partial) {
+      body(size - partial + column, Block{1, std::min(width, partial - column), row}, column,
+           chunk * group_size + column);
+    }
+  }
+
+  void ClearSums(int64_t task, double* partial) const {
+    const int64_t column = task % blocks * columns_per_block;
+    double* sums = partial + task / blocks * group_size + column;
+    std::fill(sums, sums + std::min(columns_per_block, row - column), 0.0);
+  }
+
+  // Calls body(first element, count, length, first unit, first sum) for the segments of a task.
+  template <class Body>
+  void ForSegments(int64_t task, const Body& body) const {
+    if (!fused) {
+      const int64_t segment = task / pieces;
+      const int64_t begin = task % pieces * piece;
+      body(segment * inner + begin, 1, std::min(piece, inner - begin), segment % units, task);
+      return;
+    }
+    const int64_t unit = task * units_per_task;
+    const int64_t count = std::min(units_per_task, units - unit);
+    for (int64_t o = 0; o < outer; ++o) {
+      body((o * units + unit) * inner, count, inner, unit, o * units + unit);
     }
   }
 };
 
-// Stage 1. sum(begin, size, period, sums) adds the elements' terms.
-template <class Sum>
-void SumTask(const Plan& plan, int64_t task, double* partial, const Sum& sum) {
-  if (plan.segmented) {
-    plan.ForPieces(task, [&](int64_t begin, int64_t end, int64_t i) {
-      double sums[kSegmentPeriod + kPadding] = {};
-      sum(begin, end - begin, plan.period, sums);
-      double total = 0;
-      for (double s : sums) total += s;
-      partial[i] = total;
-    });
-    return;
-  }
-  double* sums = partial + task * plan.group_stride;
-  std::fill(sums, sums + plan.group_stride, 0.0);
-  const int64_t begin = task * plan.chunk;
-  sum(begin, std::min(plan.chunk, plan.size - begin), plan.period, sums);
-  for (int64_t i = 0; i < kPadding; ++i) sums[i] += sums[plan.period + i];
-  const int64_t row = plan.units * plan.inner;
-  for (int64_t i = row; i < plan.period; ++i) sums[i % row] += sums[i];
-  for (int64_t n = 0; n < plan.units && plan.inner > 1; ++n) {
-    double total = 0;
-    for (int64_t b = 0; b < plan.inner; ++b) total += sums[n * plan.inner + b];
-    sums[n] = total;
-  }
-}
+constexpr int64_t kMostTotals = 1024;
 
-double Total(const Plan& plan, const double* partial, int64_t unit) {
-  double total = 0;
-  for (int64_t group = 0; group < plan.groups; ++group) {
-    const double* sums = partial + group * plan.group_stride + unit * plan.pieces;
-    for (int64_t i = 0; i < plan.pieces; ++i) total += sums[i];
+// Adds up the partial sums of units [begin, end), at most kMostTotals of them.
+void Combine(const Plan& plan, const double* partial, int64_t begin, int64_t end, double* totals) {
+  std::fill(totals, totals + (end - begin), 0.0);
+  const int64_t per_unit = plan.sums_per_unit;
+  for (int64_t fold = 0; fold < plan.folds; ++fold) {
+    const double* from = partial + (fold * plan.units + begin) * per_unit;
+    if (per_unit == 1) {
+      AddRows(from, plan.groups, end - begin, plan.group_size, totals);
+      continue;
+    }
+    for (int64_t group = 0; group < plan.groups; ++group, from += plan.group_size) {
+      for (int64_t n = 0; n < end - begin; ++n) {
+        for (int64_t i = 0; i < per_unit; ++i) totals[n] += from[n * per_unit + i];
+      }
+    }
   }
-  return total;
 }
 
 // Splits factor into power * rest.
 template <class C>
-void StoreFactor(double factor, const Factors& to, int64_t i) {
+void StoreFactor(const Plan& plan, double factor, const Factors& to, int64_t unit) {
   constexpr int kMost = std::is_same_v<C, double> ? 1022 : 126;
-  int exponent = int(baseline::BitCast<uint64_t>(factor) >> 52 & 0x7ff) - 1023;
+  const uint64_t bits = baseline::BitCast<uint64_t>(factor);
+  int exponent = int(bits >> 52 & 0x7ff) - 1023;
   if (factor == 0 || exponent == 1024) exponent = 0;  // 1024: infinity or NaN
   exponent = std::min(std::max(exponent, -kMost), kMost);
-  static_cast<C*>(to.power)[i] = C(baseline::BitCast<double>(uint64_t(1023 + exponent) << 52));
-  static_cast<C*>(to.rest)[i] = C(factor * baseline::BitCast<double>(uint64_t(1023 - exponent) << 52));
-}
-
-template <class C>
-void StoreFactor(const Plan& plan, double factor, const Factors& to, int64_t unit) {
-  if (plan.segmented) return StoreFactor<C>(factor, to, unit);
-  const int64_t row = plan.units * plan.inner;
-  for (int64_t i = unit * plan.inner; i < plan.period + kPadding; i += row) {
-    for (int64_t b = 0; b < plan.inner && i + b < plan.period + kPadding; ++b) {
-      StoreFactor<C>(factor, to, i + b);
+  const C power = C(baseline::BitCast<double>(uint64_t(1023 + exponent) << 52));
+  const C rest = C(factor * baseline::BitCast<double>(uint64_t(1023 - exponent) << 52));
+  C* powers = static_cast<C*>(to.power);
+  C* rests = static_cast<C*>(to.rest);
+  if (!plan.columns) {
+    powers[unit] = power;
+    rests[unit] = rest;
+    return;
+  }
+  for (int64_t fold = 0; fold < plan.folds; ++fold) {
+    const int64_t first = (fold * plan.units + unit) * plan.inner;
+    for (int64_t i = first; i < first + plan.inner; ++i) {
+      powers[i] = power;
+      rests[i] = rest;
     }
   }
 }
-
-// A unit's factors where the kernels read them: along a short period of its own.
-template <class C>
-struct SegmentFactors {
-  C power[2 * kPadding], rest[2 * kPadding];
-  SegmentFactors(const Factors& from, int64_t unit) {
-    std::fill(power, power + 2 * kPadding, static_cast<const C*>(from.power)[unit]);
-    std::fill(rest, rest + 2 * kPadding, static_cast<const C*>(from.rest)[unit]);
-  }
-  Factors get() { return {power, rest}; }
-};
 
 class Scratch {
  public:
@@ -349,6 +396,10 @@ class Scratch {
     used_ += RoundUp(count * sizeof(T), 64);
     return taken;
   }
+  Factors TakeFactors(const Plan& plan) {
+    double* power = Take<double>(plan.factors());
+    return {power, Take<double>(plan.factors())};
+  }
   size_t used() const { return used_; }
 
  private:
@@ -356,20 +407,55 @@ class Scratch {
   size_t used_ = 0;
 };
 
-Factors TakeFactors(Scratch* scratch, const Plan& plan) {
-  return {scratch->Take<double>(plan.factors()), scratch->Take<double>(plan.factors())};
+Factors operator+(const Factors& factors, std::pair<Type, int64_t> offset) {
+  return {At(factors.power, offset.first, offset.second),
+          At(factors.rest, offset.first, offset.second)};
 }
 
-void For(const ParallelFor& parallel_for, int64_t n, int64_t bytes_per_task,
-         const std::function<void(int64_t)>& body) {
-  if (n == 0) return;
-  parallel_for(n, bytes_per_task, [&](int64_t begin, int64_t end) {
-    KeepSubnormals keep_subnormals;
-    for (int64_t i = begin; i < end; ++i) body(i);
-  });
+// Runs the three stages: sum(task), combine(first unit, end), scale(task).
+template <class Sum, class CombineUnits, class Scale>
+void RunStages(const Plan& plan, const ParallelFor& parallel_for, int64_t sum_bytes,
+               int64_t scale_bytes, const Sum& sum, const CombineUnits& combine,
+               const Scale& scale) {
+  const auto combine_range = [&](int64_t begin, int64_t end) {
+    for (; begin < end; begin += kMostTotals) combine(begin, std::min(begin + kMostTotals, end));
+  };
+  const int64_t elements_per_task = plan.size / std::max<int64_t>(plan.tasks, 1);
+  if (plan.fused) {
+    parallel_for(plan.tasks, elements_per_task * (sum_bytes + scale_bytes),
+                 [&](int64_t begin, int64_t end) {
+                   KeepSubnormals keep_subnormals;
+                   for (int64_t task = begin; task < end; ++task) {
+                     sum(task);
+                     combine_range(task * plan.units_per_task,
+                                   std::min((task + 1) * plan.units_per_task, plan.units));
+                     scale(task);
+                   }
+                 });
+    return;
+  }
+  if (plan.tasks > 0) {
+    parallel_for(plan.tasks, elements_per_task * sum_bytes, [&](int64_t begin, int64_t end) {
+      KeepSubnormals keep_subnormals;
+      for (int64_t task = begin; task < end; ++task) sum(task);
+    });
+  }
+  if (plan.units > 0) {
+    constexpr int64_t kUnitsPerTask = 64;
+    const int64_t bytes = kUnitsPerTask * 8 * (plan.groups * plan.folds * plan.sums_per_unit + 8);
+    parallel_for(CeilDiv(plan.units, kUnitsPerTask), bytes, [&](int64_t begin, int64_t end) {
+      KeepSubnormals keep_subnormals;
+      combine_range(begin * kUnitsPerTask, std::min(end * kUnitsPerTask, plan.units));
+    });
+  }
+  if (plan.tasks > 0) {
+    parallel_for(plan.tasks, elements_per_task * scale_bytes, [&](int64_t begin, int64_t end) {
+      KeepSubnormals keep_subnormals;
+      // Backwards, because what was summed last is still in cache.
+      for (int64_t task = end - 1; task >= begin; --task) scale(task);
+    });
+  }
 }
-
-constexpr int64_t kUnitsPerTask = 256;
 
 // 1 / norm, with the one exception that makes a unit with v = 0 come out as zero.
 double Reciprocal(double norm) { return norm == 0 ? 0 : 1 / norm; }
@@ -380,40 +466,49 @@ void RunForward(const Forward& a, void* scratch_base, const ParallelFor& paralle
   const Kernels kernels = KernelsFor(a.v_type, a.w_type);
   Scratch scratch(scratch_base);
   double* partial = scratch.Take<double>(plan.sums());
-  const Factors scale = TakeFactors(&scratch, plan);
-  const int64_t elements_per_task = plan.size / std::max<int64_t>(plan.tasks, 1);
-  const int64_t v_bytes = SizeOf(a.v_type), w_bytes = SizeOf(a.w_type);
+  const Factors scales = scratch.TakeFactors(plan);
+  constexpr Type kC = std::is_same_v<C, double> ? Type::kDouble : Type::kFloat;
 
-  For(parallel_for, plan.tasks, elements_per_task * v_bytes, [&](int64_t task) {
-    SumTask(plan, task, partial, [&](int64_t begin, int64_t size, int64_t period, double* sums) {
-      kernels.square_sums(At(a.v, a.v_type, begin), size, 0, period, sums);
-    });
-  });
-
-  For(parallel_for, CeilDiv(plan.units, kUnitsPerTask), kUnitsPerTask * 8 * plan.groups,
-      [&](int64_t task) {
-        const int64_t end = std::min((task + 1) * kUnitsPerTask, plan.units);
-        for (int64_t n = task * kUnitsPerTask; n < end; ++n) {
-          const double norm = std::sqrt(Total(plan, partial, n));
-          StoreNumber(norm, NormType(a.v_type), a.norm, n);
-          StoreFactor<C>(plan, LoadNumber(a.g_type, a.g, n) * Reciprocal(norm), scale, n);
-        }
+  const auto sum = [&](int64_t task) {
+    if (plan.columns) {
+      plan.ClearSums(task, partial);
+      plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t, int64_t at) {
+        kernels.sum_forward(At(a.v, a.v_type, first), block, partial + at);
       });
-
-  For(parallel_for, plan.tasks, elements_per_task * (v_bytes + w_bytes), [&](int64_t reversed) {
-    const int64_t task = plan.tasks - 1 - reversed;
-    if (!plan.segmented) {
-      const int64_t begin = task * plan.chunk;
-      kernels.scale_forward(At(a.v, a.v_type, begin), std::min(plan.chunk, plan.size - begin), 0,
-                            plan.period, scale, At(a.w, a.w_type, begin));
-      return;
+    } else {
+      plan.ForSegments(task, [&](int64_t first, int64_t count, int64_t length, int64_t, int64_t at) {
+        kernels.sum_segments_forward(At(a.v, a.v_type, first), count, length, partial + at);
+      });
     }
-    plan.ForPieces(task, [&](int64_t begin, int64_t end, int64_t i) {
-      SegmentFactors<C> unit_scale(scale, i / plan.pieces % plan.units);
-      kernels.scale_forward(At(a.v, a.v_type, begin), end - begin, 0, kPadding, unit_scale.get(),
-                            At(a.w, a.w_type, begin));
-    });
-  });
+  };
+
+  const auto combine = [&](int64_t begin, int64_t end) {
+    double squares[kMostTotals];
+    Combine(plan, partial, begin, end, squares);
+    for (int64_t n = begin; n < end; ++n) {
+      const double norm = std::sqrt(squares[n - begin]);
+      StoreNumber(norm, NormType(a.v_type), a.norm, n);
+      StoreFactor<C>(plan, LoadNumber(a.g_type, a.g, n) * Reciprocal(norm), scales, n);
+    }
+  };
+
+  const auto scale = [&](int64_t task) {
+    if (plan.columns) {
+      plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t column, int64_t) {
+        kernels.scale_forward(At(a.v, a.v_type, first), block, scales + std::pair(kC, column),
+                              At(a.w, a.w_type, first));
+      });
+    } else {
+      plan.ForSegments(task, [&](int64_t first, int64_t count, int64_t length, int64_t unit,
+                                 int64_t) {
+        kernels.scale_segments_forward(At(a.v, a.v_type, first), count, length,
+                                       scales + std::pair(kC, unit), At(a.w, a.w_type, first));
+      });
+    }
+  };
+
+  RunStages(plan, parallel_for, SizeOf(a.v_type), SizeOf(a.v_type) + SizeOf(a.w_type), sum,
+            combine, scale);
 }
 
 template <class C>
@@ -422,47 +517,57 @@ void RunBackward(const Backward& a, void* scratch_base, const ParallelFor& paral
   const Kernels kernels = KernelsFor(a.v_type, a.w_type);
   Scratch scratch(scratch_base);
   double* partial = scratch.Take<double>(plan.sums());
-  const Factors scale = TakeFactors(&scratch, plan);
-  const Factors projection = TakeFactors(&scratch, plan);
-  const int64_t elements_per_task = plan.size / std::max<int64_t>(plan.tasks, 1);
-  const int64_t v_bytes = SizeOf(a.v_type), w_bytes = SizeOf(a.w_type);
+  const Factors scales = scratch.TakeFactors(plan);
+  const Factors projections = scratch.TakeFactors(plan);
+  constexpr Type kC = std::is_same_v<C, double> ? Type::kDouble : Type::kFloat;
 
-  For(parallel_for, plan.tasks, elements_per_task * (v_bytes + w_bytes), [&](int64_t task) {
-    SumTask(plan, task, partial, [&](int64_t begin, int64_t size, int64_t period, double* sums) {
-      kernels.product_sums(At(a.grad_w, a.w_type, begin), At(a.v, a.v_type, begin), size, 0, period,
-                           sums);
-    });
-  });
-
-  For(parallel_for, CeilDiv(plan.units, kUnitsPerTask), kUnitsPerTask * 8 * plan.groups,
-      [&](int64_t task) {
-        const int64_t end = std::min((task + 1) * kUnitsPerTask, plan.units);
-        for (int64_t n = task * kUnitsPerTask; n < end; ++n) {
-          const double reciprocal = Reciprocal(LoadNumber(NormType(a.v_type), a.norm, n));
-          const double grad_g = Total(plan, partial, n) * reciprocal;
-          StoreNumber(grad_g, a.g_type, a.grad_g, n);
-          StoreFactor<C>(plan, LoadNumber(a.g_type, a.g, n) * reciprocal, scale, n);
-          StoreFactor<C>(plan, grad_g * reciprocal, projection, n);
-        }
+  const auto sum = [&](int64_t task) {
+    if (plan.columns) {
+      plan.ClearSums(task, partial);
+      plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t, int64_t at) {
+        kernels.sum_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first), block,
+                             partial + at);
       });
-
-  For(parallel_for, plan.tasks, elements_per_task * (2 * v_bytes + w_bytes), [&](int64_t reversed) {
-    const int64_t task = plan.tasks - 1 - reversed;
-    if (!plan.segmented) {
-      const int64_t begin = task * plan.chunk;
-      kernels.scale_backward(At(a.grad_w, a.w_type, begin), At(a.v, a.v_type, begin),
-                             std::min(plan.chunk, plan.size - begin), 0, plan.period, scale,
-                             projection, At(a.grad_v, a.v_type, begin));
-      return;
+    } else {
+      plan.ForSegments(task, [&](int64_t first, int64_t count, int64_t length, int64_t, int64_t at) {
+        kernels.sum_segments_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first),
+                                      count, length, partial + at);
+      });
     }
-    plan.ForPieces(task, [&](int64_t begin, int64_t end, int64_t i) {
-      const int64_t unit = i / plan.pieces % plan.units;
-      SegmentFactors<C> unit_scale(scale, unit), unit_projection(projection, unit);
-      kernels.scale_backward(At(a.grad_w, a.w_type, begin), At(a.v, a.v_type, begin), end - begin,
-                             0, kPadding, unit_scale.get(), unit_projection.get(),
-                             At(a.grad_v, a.v_type, begin));
-    });
-  });
+  };
+
+  const auto combine = [&](int64_t begin, int64_t end) {
+    double dots[kMostTotals];
+    Combine(plan, partial, begin, end, dots);
+    for (int64_t n = begin; n < end; ++n) {
+      const double reciprocal = Reciprocal(LoadNumber(NormType(a.v_type), a.norm, n));
+      const double grad_g = dots[n - begin] * reciprocal;
+      StoreNumber(grad_g, a.g_type, a.grad_g, n);
+      StoreFactor<C>(plan, LoadNumber(a.g_type, a.g, n) * reciprocal, scales, n);
+      StoreFactor<C>(plan, grad_g * reciprocal, projections, n);
+    }
+  };
+
+  const auto scale = [&](int64_t task) {
+    if (plan.columns) {
+      plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t column, int64_t) {
+        kernels.scale_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first), block,
+                               scales + std::pair(kC, column), projections + std::pair(kC, column),
+                               At(a.grad_v, a.v_type, first));
+      });
+    } else {
+      plan.ForSegments(task, [&](int64_t first, int64_t count, int64_t length, int64_t unit,
+                                 int64_t) {
+        kernels.scale_segments_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first),
+                                        count, length, scales + std::pair(kC, unit),
+                                        projections + std::pair(kC, unit),
+                                        At(a.grad_v, a.v_type, first));
+      });
+    }
+  };
+
+  RunStages(plan, parallel_for, SizeOf(a.v_type) + SizeOf(a.w_type),
+            2 * SizeOf(a.v_type) + SizeOf(a.w_type), sum, combine, scale);
 }
 
 bool ComputesInDouble(Type v, Type w) { return v == Type::kDouble || w == Type::kDouble; }
@@ -473,7 +578,7 @@ size_t ScratchBytes(const Forward& a) {
   const Plan plan(a.layout);
   Scratch scratch(nullptr);
   scratch.Take<double>(plan.sums());
-  TakeFactors(&scratch, plan);
+  scratch.TakeFactors(plan);
   return scratch.used();
 }
 
@@ -481,8 +586,8 @@ size_t ScratchBytes(const Backward& a) {
   const Plan plan(a.layout);
   Scratch scratch(nullptr);
   scratch.Take<double>(plan.sums());
-  TakeFactors(&scratch, plan);
-  TakeFactors(&scratch, plan);
+  scratch.TakeFactors(plan);
+  scratch.TakeFactors(plan);
   return scratch.used();
 }
 

@@ -1,14 +1,11 @@
 // The loops over elements, for one instruction set. weight_norm_cpu.cc includes this file once per
-// set, inside a namespace of its own, with TFWN_VECTOR_BYTES (and TFWN_F16C) defined; hence no
+// set, inside a namespace of its own, with TFWN_VECTOR_BYTES defined; hence no
 // include guard and no #include.
 //
-// Every loop runs along a contiguous piece of the tensor, in memory order, and looks its unit up by
-// a position that advances with the element and wraps at the period: sums and factors are arrays of
-// period + kPadding entries, where a vector that starts just before the period runs on into the
-// padding. sums[period + i] counts for sums[i]; factors[period + i] repeats factors[i].
+// There are two shapes of loop. "Rows" walks rows of a matrix whose columns have a sum, or factors,
+// each. "Segments" walks consecutive stretches of memory that have one sum, or factor, each.
 
 constexpr int kVectorBytes = TFWN_VECTOR_BYTES;
-static_assert(kVectorBytes / sizeof(float) <= kPadding);
 
 template <class T, int n>
 struct VectorOf {
@@ -82,26 +79,57 @@ TFWN_INLINE To LoadBytes(const From* from) {
   return to;
 }
 
+// Widens or narrows each lane. The compiler can do it alone, but takes detours through halves of the
+// vector. (The masks are all ones: GCC warns of an undefined value in the unmasked functions.)
+template <class To, class From, int n>
+TFWN_INLINE Vector<To, n> Convert(const Vector<From, n>& from) {
+#if TFWN_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<To, double> && std::is_same_v<From, float> && n == 8) {
+    return BitCast<Vector<To, n>>(_mm512_maskz_cvtps_pd(0xff, BitCast<__m256>(from)));
+  } else if constexpr (std::is_same_v<To, float> && std::is_same_v<From, double> && n == 8) {
+    return BitCast<Vector<To, n>>(_mm512_maskz_cvtpd_ps(0xff, BitCast<__m512d>(from)));
+  } else if constexpr (std::is_same_v<To, uint32_t> && n == 16) {
+    return BitCast<Vector<To, n>>(_mm512_maskz_cvtepu16_epi32(0xffff, BitCast<__m256i>(from)));
+  } else if constexpr (std::is_same_v<To, uint16_t> && n == 16) {
+    return BitCast<Vector<To, n>>(_mm512_maskz_cvtepi32_epi16(0xffff, BitCast<__m512i>(from)));
+  } else if constexpr (std::is_same_v<To, uint16_t> && n == 8) {
+    return BitCast<Vector<To, n>>(_mm256_maskz_cvtepi32_epi16(0xff, BitCast<__m256i>(from)));
+  } else
+#endif
+#if TFWN_VECTOR_BYTES >= 32
+  if constexpr (std::is_same_v<To, uint32_t> && n == 8) {
+    return BitCast<Vector<To, n>>(_mm256_cvtepu16_epi32(BitCast<__m128i>(from)));
+  } else
+#endif
+  {
+    return __builtin_convertvector(from, Vector<To, n>);
+  }
+}
+
 // Loads n numbers of type T and converts them to C, float or double.
 template <class C, int n, class T>
 TFWN_INLINE Vector<C, n> Load(const T* from) {
   if constexpr (std::is_same_v<C, T>) {
     return LoadBytes<Vector<C, n>>(from);
-  } else if constexpr (std::is_same_v<C, double> && !std::is_same_v<T, float>) {
-    return __builtin_convertvector((Load<float, n>(from)), Vector<C, n>);
-  } else if constexpr (std::is_same_v<T, float>) {
-    return __builtin_convertvector((LoadBytes<Vector<float, n>>(from)), Vector<C, n>);
+  } else if constexpr (std::is_same_v<C, double>) {
+    return Convert<double, float, n>(Load<float, n>(from));
+  } else if constexpr (std::is_same_v<T, double>) {
+    return Convert<float, double, n>(LoadBytes<Vector<double, n>>(from));
   } else {
-#ifdef TFWN_F16C
+#if TFWN_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<T, Half> && n == 16) {
+      return BitCast<Vector<C, n>>(_mm512_maskz_cvtph_ps(0xffff, LoadBytes<__m256i>(from)));
+    }
+#endif
+#if TFWN_VECTOR_BYTES >= 32
     if constexpr (std::is_same_v<T, Half> && n == 8) {
       return BitCast<Vector<C, n>>(_mm256_cvtph_ps(LoadBytes<__m128i>(from)));
     }
     if constexpr (std::is_same_v<T, Half> && n == 4) {
-      return BitCast<Vector<C, n>>(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)from)));
+      return BitCast<Vector<C, n>>(_mm_cvtph_ps(_mm_set1_epi64x(LoadBytes<int64_t>(from))));
     }
 #endif
-    const auto bits = __builtin_convertvector((LoadBytes<Vector<uint16_t, n>>(from)),
-                                              Vector<uint32_t, n>);
+    const auto bits = Convert<uint32_t, uint16_t, n>(LoadBytes<Vector<uint16_t, n>>(from));
     if constexpr (std::is_same_v<T, Half>) {
       return FloatFromHalfBits<Vector<C, n>>(bits);
     } else {
@@ -115,14 +143,19 @@ template <class C, int n, class T>
 TFWN_INLINE void Store(const Vector<C, n>& from, T* to) {
   if constexpr (std::is_same_v<C, T>) {
     std::memcpy(to, &from, sizeof(from));
-  } else if constexpr (sizeof(T) >= sizeof(float)) {
-    const auto converted = __builtin_convertvector(from, Vector<T, n>);
-    std::memcpy(to, &converted, sizeof(converted));
+  } else if constexpr (std::is_same_v<T, double>) {
+    Store<double, n>(Convert<double, float, n>(from), to);
   } else if constexpr (std::is_same_v<C, double>) {
-    const Vector<float, n> single = __builtin_convertvector(from, Vector<float, n>);
-    Store<float, n>(single, to);
+    Store<float, n>(Convert<float, double, n>(from), to);
   } else {
-#ifdef TFWN_F16C
+#if TFWN_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<T, Half> && n == 16) {
+      const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, BitCast<__m512>(from), _MM_FROUND_TO_NEAREST_INT);
+      std::memcpy(to, &halves, sizeof(halves));
+      return;
+    }
+#endif
+#if TFWN_VECTOR_BYTES >= 32
     if constexpr (std::is_same_v<T, Half> && n == 8) {
       const __m128i halves = _mm256_cvtps_ph(BitCast<__m256>(from), _MM_FROUND_TO_NEAREST_INT);
       std::memcpy(to, &halves, sizeof(halves));
@@ -135,130 +168,280 @@ TFWN_INLINE void Store(const Vector<C, n>& from, T* to) {
     } else {
       bits = Bfloat16BitsFromFloat<Vector<uint32_t, n>>(from);
     }
-    const auto shorter = __builtin_convertvector(bits, Vector<uint16_t, n>);
-    std::memcpy(to, &shorter, sizeof(shorter));
+    const auto narrow = Convert<uint16_t, uint32_t, n>(bits);
+    std::memcpy(to, &narrow, sizeof(narrow));
   }
 }
 
-// A vector's worth of elements of which only the first `size` are in the tensor.
-template <class T>
-struct Tail {
-  T values[kPadding] = {};
-  Tail(const T* from, int64_t size) { std::memcpy(values, from, size * sizeof(T)); }
+// A term of a sum over elements: v^2 in eq. 2, grad_w * v in eq. 3.
+template <class V>
+struct Square {
+  const V* v;
+  template <int n>
+  TFWN_INLINE Vector<double, n> At(int64_t i) const {
+    const Vector<double, n> x = Load<double, n>(v + i);
+    return x * x;
+  }
 };
 
-// sums[position] += v^2
-template <class V>
-void SquareSums(const void* v_bytes, int64_t size, int64_t position, int64_t period, double* sums) {
-  constexpr int n = kLanes<double>;
-  const V* v = static_cast<const V*>(v_bytes);
-  auto add = [&](const V* at) __attribute__((always_inline)) {
-    const Vector<double, n> x = Load<double, n>(at);
-    Store<double, n>(Load<double, n>(sums + position) + x * x, sums + position);
-    position += n;
-    if (position >= period) position -= period;
+template <class V, class W>
+struct Product {
+  const W* grad_w;
+  const V* v;
+  template <int n>
+  TFWN_INLINE Vector<double, n> At(int64_t i) const {
+    return Load<double, n>(grad_w + i) * Load<double, n>(v + i);
+  }
+};
+
+// A partial sum.
+struct Plain {
+  const double* sums;
+  template <int n>
+  TFWN_INLINE Vector<double, n> At(int64_t i) const {
+    return LoadBytes<Vector<double, n>>(sums + i);
+  }
+};
+
+// sums[j] += the terms of column j, `group` rows of them
+template <int n, int group, class Term>
+TFWN_INLINE void SumGroup(Term term, int64_t first, int64_t width, int64_t stride, double* sums) {
+  static_assert(group == 1 || group == 4);
+  const auto of_column = [&](int64_t i, Vector<double, n> sum) __attribute__((always_inline)) {
+    sum += term.template At<n>(i);
+    if constexpr (group == 4) {
+      sum += term.template At<n>(i + stride);
+      sum += term.template At<n>(i + 2 * stride);
+      sum += term.template At<n>(i + 3 * stride);
+    }
+    return sum;
   };
-  int64_t i = 0;
-  for (; i + n <= size; i += n) add(v + i);
-  if (i < size) add(Tail<V>(v + i, size - i).values);
+  int64_t j = 0;
+  for (; j + n <= width; j += n) {
+    const auto sum = of_column(first + j, LoadBytes<Vector<double, n>>(sums + j));
+    std::memcpy(sums + j, &sum, sizeof(sum));
+  }
+  if (j == width) return;
+  // The last vector overlaps the one before; only its last columns are new.
+  const auto sum = of_column(first + width - n, Vector<double, n>{});
+  for (; j < width; ++j) sums[j] += sum[j - width + n];
 }
 
-// sums[position] += grad_w * v
-template <class V, class W>
-void ProductSums(const void* grad_w_bytes, const void* v_bytes, int64_t size, int64_t position,
-                 int64_t period, double* sums) {
-  constexpr int n = kLanes<double>;
-  const V* v = static_cast<const V*>(v_bytes);
-  const W* grad_w = static_cast<const W*>(grad_w_bytes);
-  auto add = [&](const W* grad_w_at, const V* v_at) __attribute__((always_inline)) {
-    Store<double, n>(Load<double, n>(sums + position) +
-                         Load<double, n>(grad_w_at) * Load<double, n>(v_at),
-                     sums + position);
-    position += n;
-    if (position >= period) position -= period;
-  };
-  int64_t i = 0;
-  for (; i + n <= size; i += n) add(grad_w + i, v + i);
-  if (i < size) add(Tail<W>(grad_w + i, size - i).values, Tail<V>(v + i, size - i).values);
+template <int n, class Term>
+TFWN_INLINE void SumRows(Term term, int64_t rows, int64_t width, int64_t stride, double* sums) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4) SumGroup<n, 4>(term, row * stride, width, stride, sums);
+  for (; row < rows; ++row) SumGroup<n, 1>(term, row * stride, width, stride, sums);
 }
+
+// sums[i] = the terms of segment i
+template <int n, class Term>
+TFWN_INLINE void SumSegments(Term term, int64_t count, int64_t length, double* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t begin = i * length;
+    Vector<double, n> sum = {};
+    int64_t j = 0;
+    if (4 * n <= length) {
+      Vector<double, n> a = {}, b = {}, c = {};
+      for (; j + 4 * n <= length; j += 4 * n) {
+        sum += term.template At<n>(begin + j);
+        a += term.template At<n>(begin + j + n);
+        b += term.template At<n>(begin + j + 2 * n);
+        c += term.template At<n>(begin + j + 3 * n);
+      }
+      sum = (sum + a) + (b + c);
+    }
+    for (; j + n <= length; j += n) sum += term.template At<n>(begin + j);
+    double total = 0;
+    if (j < length) {
+      const Vector<double, n> last = term.template At<n>(begin + length - n);
+      for (; j < length; ++j) total += last[j - length + n];
+    }
+    for (int k = 0; k < n; ++k) total += sum[k];
+    sums[i] = total;
+  }
+}
+
+// Factors of the columns of a row, and of all elements of a segment.
+template <class C>
+struct ColumnFactors {
+  const C* power;
+  const C* rest;
+  explicit ColumnFactors(const Factors& from)
+      : power(static_cast<const C*>(from.power)), rest(static_cast<const C*>(from.rest)) {}
+  template <int n>
+  TFWN_INLINE Vector<C, n> Times(const Vector<C, n>& x, int64_t j) const {
+    return x * LoadBytes<Vector<C, n>>(power + j) * LoadBytes<Vector<C, n>>(rest + j);
+  }
+};
+
+template <class C>
+struct SegmentFactor {
+  C power;
+  C rest;
+  SegmentFactor(const Factors& from, int64_t i)
+      : power(static_cast<const C*>(from.power)[i]), rest(static_cast<const C*>(from.rest)[i]) {}
+  template <int n>
+  TFWN_INLINE Vector<C, n> Times(const Vector<C, n>& x, int64_t) const {
+    return x * power * rest;
+  }
+};
 
 // w = scale * v
-template <class V, class W>
-void ScaleForward(const void* v_bytes, int64_t size, int64_t position, int64_t period,
-                  const Factors& scale, void* w_bytes) {
+template <class V, class W, class Factor>
+struct ForwardScale {
   using C = ComputeType<V, W>;
-  constexpr int n = kLanes<C>;
-  const V* v = static_cast<const V*>(v_bytes);
-  W* w = static_cast<W*>(w_bytes);
-  const C* power = static_cast<const C*>(scale.power);
-  const C* rest = static_cast<const C*>(scale.rest);
-  auto apply = [&](const V* v_at, W* w_at) __attribute__((always_inline)) {
-    Store<C, n>(Load<C, n>(v_at) * Load<C, n>(power + position) * Load<C, n>(rest + position),
-                w_at);
-    position += n;
-    if (position >= period) position -= period;
-  };
-  int64_t i = 0;
-  for (; i + n <= size; i += n) apply(v + i, w + i);
-  if (i < size) {
-    W last[kPadding];
-    apply(Tail<V>(v + i, size - i).values, last);
-    std::memcpy(w + i, last, (size - i) * sizeof(W));
+  const V* v;
+  W* w;
+  Factor scale;
+  template <int n>
+  TFWN_INLINE void At(int64_t i, int64_t j) const {
+    Store<C, n>(scale.template Times<n>(Load<C, n>(v + i), j), w + i);
   }
-}
+};
 
 // grad_v = scale * (grad_w - projection * v)
-template <class V, class W>
-void ScaleBackward(const void* grad_w_bytes, const void* v_bytes, int64_t size, int64_t position,
-                   int64_t period, const Factors& scale, const Factors& projection,
-                   void* grad_v_bytes) {
+template <class V, class W, class Factor>
+struct BackwardScale {
   using C = ComputeType<V, W>;
-  constexpr int n = kLanes<C>;
-  const V* v = static_cast<const V*>(v_bytes);
-  const W* grad_w = static_cast<const W*>(grad_w_bytes);
-  V* grad_v = static_cast<V*>(grad_v_bytes);
-  const C* scale_power = static_cast<const C*>(scale.power);
-  const C* scale_rest = static_cast<const C*>(scale.rest);
-  const C* projection_power = static_cast<const C*>(projection.power);
-  const C* projection_rest = static_cast<const C*>(projection.rest);
-  auto apply = [&](const W* grad_w_at, const V* v_at, V* grad_v_at) __attribute__((always_inline)) {
-    const Vector<C, n> along_v = Load<C, n>(v_at) * Load<C, n>(projection_power + position) *
-                                 Load<C, n>(projection_rest + position);
-    Store<C, n>((Load<C, n>(grad_w_at) - along_v) * Load<C, n>(scale_power + position) *
-                    Load<C, n>(scale_rest + position),
-                grad_v_at);
-    position += n;
-    if (position >= period) position -= period;
-  };
-  int64_t i = 0;
-  for (; i + n <= size; i += n) apply(grad_w + i, v + i, grad_v + i);
-  if (i < size) {
-    V last[kPadding];
-    apply(Tail<W>(grad_w + i, size - i).values, Tail<V>(v + i, size - i).values, last);
-    std::memcpy(grad_v + i, last, (size - i) * sizeof(V));
+  const W* grad_w;
+  const V* v;
+  V* grad_v;
+  Factor scale, projection;
+  template <int n>
+  TFWN_INLINE void At(int64_t i, int64_t j) const {
+    const Vector<C, n> along_v = projection.template Times<n>(Load<C, n>(v + i), j);
+    Store<C, n>(scale.template Times<n>(Load<C, n>(grad_w + i) - along_v, j), grad_v + i);
+  }
+};
+
+// Applies scale to the elements from begin on. The last vector may overlap the one before: writing
+// the same numbers twice is cheaper than a loop for the rest.
+template <int n, class Scale>
+TFWN_INLINE void ScaleRow(const Scale& scale, int64_t begin, int64_t width) {
+  int64_t j = 0;
+  for (; j + n <= width; j += n) scale.template At<n>(begin + j, j);
+  if (j < width) scale.template At<n>(begin + width - n, width - n);
+}
+
+// Shorter rows than a vector go number by number: vectors of one.
+template <int n, class Body>
+TFWN_INLINE void ByWidth(int64_t width, const Body& body) {
+  if (width >= n) {
+    body(std::integral_constant<int, n>());
+  } else {
+    body(std::integral_constant<int, 1>());
   }
 }
 
 template <class V, class W>
-Kernels KernelsOf() {
-  return {SquareSums<V>, ProductSums<V, W>, ScaleForward<V, W>, ScaleBackward<V, W>};
-}
+struct KernelsOf {
+  using C = ComputeType<V, W>;
+  static constexpr int kWide = kVectorBytes / sizeof(double);
+  static constexpr int kNarrow = kVectorBytes / sizeof(C);
+  static const V* AsV(const void* v) { return static_cast<const V*>(v); }
+  static const W* AsW(const void* w) { return static_cast<const W*>(w); }
+
+  static void SumForward(const void* v, const Block& block, double* sums) {
+    const Square<V> term = {AsV(v)};
+    ByWidth<kWide>(block.width, [&](auto n) __attribute__((always_inline)) {
+      SumRows<n()>(term, block.rows, block.width, block.stride, sums);
+    });
+  }
+
+  static void SumBackward(const void* grad_w, const void* v, const Block& block, double* sums) {
+    const Product<V, W> term = {AsW(grad_w), AsV(v)};
+    ByWidth<kWide>(block.width, [&](auto n) __attribute__((always_inline)) {
+      SumRows<n()>(term, block.rows, block.width, block.stride, sums);
+    });
+  }
+
+  static void ScaleForward(const void* v, const Block& block, const Factors& scale, void* w) {
+    const ForwardScale<V, W, ColumnFactors<C>> all = {AsV(v), static_cast<W*>(w),
+                                                      ColumnFactors<C>(scale)};
+    ByWidth<kNarrow>(block.width, [&](auto n) __attribute__((always_inline)) {
+      for (int64_t r = 0; r < block.rows; ++r) ScaleRow<n()>(all, r * block.stride, block.width);
+    });
+  }
+
+  static void ScaleBackward(const void* grad_w, const void* v, const Block& block,
+                            const Factors& scale, const Factors& projection, void* grad_v) {
+    const BackwardScale<V, W, ColumnFactors<C>> all = {AsW(grad_w), AsV(v),
+                                                       static_cast<V*>(grad_v),
+                                                       ColumnFactors<C>(scale),
+                                                       ColumnFactors<C>(projection)};
+    ByWidth<kNarrow>(block.width, [&](auto n) __attribute__((always_inline)) {
+      for (int64_t r = 0; r < block.rows; ++r) ScaleRow<n()>(all, r * block.stride, block.width);
+    });
+  }
+
+  static void SumSegmentsForward(const void* v, int64_t count, int64_t length, double* sums) {
+    const Square<V> term = {AsV(v)};
+    ByWidth<kWide>(length, [&](auto n) __attribute__((always_inline)) {
+      SumSegments<n()>(term, count, length, sums);
+    });
+  }
+
+  static void SumSegmentsBackward(const void* grad_w, const void* v, int64_t count, int64_t length,
+                                  double* sums) {
+    const Product<V, W> term = {AsW(grad_w), AsV(v)};
+    ByWidth<kWide>(length, [&](auto n) __attribute__((always_inline)) {
+      SumSegments<n()>(term, count, length, sums);
+    });
+  }
+
+  static void ScaleSegmentsForward(const void* v, int64_t count, int64_t length,
+                                   const Factors& scale, void* w) {
+    ByWidth<kNarrow>(length, [&](auto n) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < count; ++i) {
+        const ForwardScale<V, W, SegmentFactor<C>> one = {AsV(v), static_cast<W*>(w),
+                                                          SegmentFactor<C>(scale, i)};
+        ScaleRow<n()>(one, i * length, length);
+      }
+    });
+  }
+
+  static void ScaleSegmentsBackward(const void* grad_w, const void* v, int64_t count,
+                                    int64_t length, const Factors& scale,
+                                    const Factors& projection, void* grad_v) {
+    ByWidth<kNarrow>(length, [&](auto n) __attribute__((always_inline)) {
+      for (int64_t i = 0; i < count; ++i) {
+        const BackwardScale<V, W, SegmentFactor<C>> one = {
+            AsW(grad_w), AsV(v), static_cast<V*>(grad_v), SegmentFactor<C>(scale, i),
+            SegmentFactor<C>(projection, i)};
+        ScaleRow<n()>(one, i * length, length);
+      }
+    });
+  }
+
+  static Kernels Get() {
+    return {SumForward,         SumBackward,         ScaleForward,         ScaleBackward,
+            SumSegmentsForward, SumSegmentsBackward, ScaleSegmentsForward, ScaleSegmentsBackward};
+  }
+};
 
 template <class V>
-Kernels KernelsOf(Type w) {
+Kernels KernelsForW(Type w) {
   switch (w) {
-    case Type::kHalf: return KernelsOf<V, Half>();
-    case Type::kBfloat16: return KernelsOf<V, Bfloat16>();
-    case Type::kFloat: return KernelsOf<V, float>();
-    default: return KernelsOf<V, double>();
+    case Type::kHalf: return KernelsOf<V, Half>::Get();
+    case Type::kBfloat16: return KernelsOf<V, Bfloat16>::Get();
+    case Type::kFloat: return KernelsOf<V, float>::Get();
+    default: return KernelsOf<V, double>::Get();
   }
 }
 
 Kernels KernelsFor(Type v, Type w) {
   switch (v) {
-    case Type::kHalf: return KernelsOf<Half>(w);
-    case Type::kBfloat16: return KernelsOf<Bfloat16>(w);
-    case Type::kFloat: return KernelsOf<float>(w);
-    default: return KernelsOf<double>(w);
+    case Type::kHalf: return KernelsForW<Half>(w);
+    case Type::kBfloat16: return KernelsForW<Bfloat16>(w);
+    case Type::kFloat: return KernelsForW<float>(w);
+    default: return KernelsForW<double>(w);
   }
+}
+
+// total[j] += the sums of column j
+void AddRows(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total) {
+  ByWidth<kVectorBytes / sizeof(double)>(width, [&](auto n) __attribute__((always_inline)) {
+    SumRows<n()>(Plain{sums}, rows, width, stride, total);
+  });
 }
