@@ -17,6 +17,7 @@ from tfwn.embedding import Embedding
 from tfwn.mean_only_batch_norm import MeanOnlyBatchNormalization
 from tfwn.ops import weight_norm
 from tfwn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, SimpleRNN, SimpleRNNCell
+from tfwn.reparameterize import fold, reparameterize
 from tfwn.weight import Weight
 
 __all__ = [
@@ -39,8 +40,10 @@ __all__ = [
     "SimpleRNNCell",
     "Weight",
     "data_dependent_init",
+    "fold",
     "is_initialized",
     "keras",
+    "reparameterize",
     "weight_norm",
 ]
 

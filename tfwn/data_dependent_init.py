@@ -77,7 +77,7 @@ def data_dependent_init(model, batch, *, init_scale: float = 1.0, training: bool
     first_pass = _FirstPass(before, init_scale)
 
     def forward(batch):
-        seen = set()  # One for each replica: all of them take part in all moments.
+        seen: set[int] = set()  # One for each replica: all of them take part in all moments.
         with initializing(lambda layer, t: first_pass.initialize(layer, t, seen)):
             return model(batch, **arguments)
 
@@ -133,7 +133,7 @@ class _FirstPass:
     def __init__(self, before: "_Snapshot", init_scale: float):
         self._before = before
         self._init_scale = init_scale
-        self.changed = set()
+        self.changed: set[int] = set()
 
     def initialize(self, layer, t, seen):
         if id(layer.weight) in seen:

@@ -23,7 +23,7 @@ from tfwn.keras_data_dependent_init import (
 from tfwn.keras_scope import Substitution, exact
 from tfwn.layer import is_initializing
 from tfwn.ops import weight_norm
-from tfwn.weight import check_axis
+from tfwn.weight import check_axis, norm
 
 __all__ = ["WeightNormalization"]
 
@@ -82,14 +82,14 @@ class WeightNormalization(keras.layers.Wrapper):
             )
         # Keras reads from these signatures which arguments, masks and shapes to pass.
         object.__setattr__(self, "call", _with_signature(self._call, layer.call))
-        self.build.__signature__ = inspect.signature(layer.build)
+        self.build.__signature__ = inspect.signature(layer.build)  # type: ignore[attr-defined]
         super().__init__(
             layer, **{"dtype": layer.dtype_policy, "trainable": layer.trainable} | kwargs
         )
         self.weight_names = None if weight_names is None else list(weight_names)
         self.axis = axis
         self.supports_masking = layer.supports_masking
-        self.normalized = []
+        self.normalized: tuple[NormalizedVariable, ...] = ()
 
     def build(self, *shapes, **named_shapes):
         """Builds the layer, and makes a g for each of its kernels."""
@@ -131,7 +131,7 @@ class WeightNormalization(keras.layers.Wrapper):
     def _is_weight(self, variable) -> bool:
         if self.weight_names is not None:
             return variable.name in self.weight_names
-        return variable.name in ("kernel", "embeddings") or variable.name.endswith("_kernel")
+        return is_weight(variable)
 
     def _normalize(self, owner, v) -> "NormalizedVariable":
         axis = self.axis.get(v.name, "auto") if isinstance(self.axis, Mapping) else self.axis
@@ -144,7 +144,7 @@ class WeightNormalization(keras.layers.Wrapper):
             )
         g = self.add_weight(
             shape=[v.shape[a] for a in axes],
-            initializer=lambda shape, dtype: _norm(exact(v), axes, dtype),
+            initializer=lambda shape, dtype: norm(exact(v), axes),
             dtype=v._dtype,
             trainable=v.trainable,
             autocast=False,
@@ -264,7 +264,7 @@ class NormalizedVariable:
 
     def scaled(self, g, dtype=None) -> tf.Tensor:
         """Returns g * v / ||v|| with this g."""
-        return weight_norm(exact(self.v), g, self.axis or None, out_dtype=dtype or self.v._dtype)
+        return weight_norm(exact(self.v), g, self.axis, out_dtype=dtype or self.v._dtype)
 
 
 class _OfWeight:
@@ -276,6 +276,11 @@ class _OfWeight:
 
     def __call__(self, v):
         return self.regularizer(self.normalized.w())
+
+
+def is_weight(variable: keras.Variable) -> bool:
+    """Whether the variable is normalized by default."""
+    return variable.name in ("kernel", "embeddings") or variable.name.endswith("_kernel")
 
 
 def unit_axes(owner: keras.layers.Layer, v: keras.Variable) -> int | tuple[int, ...]:
@@ -301,12 +306,6 @@ def unit_axes(owner: keras.layers.Layer, v: keras.Variable) -> int | tuple[int, 
 
 def _relative_path(v, layer) -> str:
     return v.path.removeprefix(f"{layer.path}/").replace("/", "_")
-
-
-def _norm(v, axes, dtype) -> tf.Tensor:
-    unit = weight_norm(v, tf.ones([v.shape[a] for a in axes], v.dtype), axes or None)
-    others = [a for a in range(v.shape.rank) if a not in axes]
-    return tf.cast(tf.reduce_sum(v * unit, others), dtype)
 
 
 def _with_signature(function, model):

@@ -27,7 +27,7 @@ class Substitution(keras.StatelessScope):
     def __init__(self, values: Iterable[tuple[keras.Variable, tf.Tensor]]):
         super().__init__(initialize_variables=False)
         self.state_mapping = {id(variable): value for variable, value in values}
-        self.own_losses = []
+        self.own_losses: list[tf.Tensor] = []
 
     def __enter__(self):
         outer = get_stateless_scope()

@@ -18,7 +18,7 @@ from tfwn.weight import Weight, check_weight_options, initial_value
 
 # One lock for all layers, so that a layer can be copied and pickled. Reentrant: layers nest.
 _lock = threading.RLock()
-_callback = contextvars.ContextVar("tfwn_initialization", default=None)
+_callback: contextvars.ContextVar = contextvars.ContextVar("tfwn_initialization", default=None)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,16 @@ def check_axis(axis, rank: int) -> tuple[int, ...]:
     return positive
 
 
+def norm(v, axis: tuple[int, ...]) -> tf.Tensor:
+    """||v||, one for each unit, in v's type; `axis` as from `check_axis`."""
+    # v . (v / ||v||): no square, so nothing under- or overflows, and 0 for v = 0.
+    v = tf.convert_to_tensor(v)
+    wide = tf.float64 if v.dtype == tf.float64 else tf.float32
+    unit = weight_norm(v, tf.ones([v.shape[a] for a in axis], v.dtype), axis, out_dtype=wide)
+    others = [a for a in range(v.shape.rank) if a not in axis]
+    return tf.cast(tf.reduce_sum(tf.cast(v, wide) * unit, others), v.dtype)
+
+
 class Weight(tf.Module):
     """A weight in the weight-normalized or in the normal parameterization (paper, section 2).
 
@@ -134,7 +144,7 @@ class Weight(tf.Module):
             self.w = tf.Variable(v if g is None else weight_norm(v, g, self.axis), name="w")
             return
         self.v = tf.Variable(v, name="v")
-        g = self._norm(v) if g is None else g
+        g = norm(v, self.axis) if g is None else g
         if self.exponential_g:
             self.s = tf.Variable(self._log(g), name="s")
         else:
@@ -173,7 +183,7 @@ class Weight(tf.Module):
     def get_g(self) -> tf.Tensor:
         """Returns g, of shape `g_shape`: g itself, exp(s), or ||w|| for "normal"."""
         if self.parameterization == "normal":
-            return self._norm(self._masked(self.w))
+            return norm(self._masked(self.w), self.axis)
         return tf.exp(self.s) if self.exponential_g else tf.convert_to_tensor(self.g)
 
     def set_g(self, g) -> None:
@@ -193,7 +203,7 @@ class Weight(tf.Module):
             self.w.assign(w)
         else:
             self.v.assign(w)
-            self.set_g(self._norm(w))
+            self.set_g(norm(w, self.axis))
 
     def _masked(self, v):
         return v if self.mask is None else v * self.mask
@@ -201,13 +211,6 @@ class Weight(tf.Module):
     def _normalized(self, g):
         v = self.w if self.parameterization == "normal" else self.v
         return weight_norm(self._masked(v), g, self.axis, out_dtype=self.compute_dtype)
-
-    def _norm(self, v):
-        # v . (v / ||v||): no square, so nothing under- or overflows, and 0 for v = 0.
-        wide = tf.float64 if self.dtype == tf.float64 else tf.float32
-        unit = weight_norm(v, tf.ones(self.g_shape, self.dtype), self.axis, out_dtype=wide)
-        others = [a for a in range(self.shape.rank) if a not in self.axis]
-        return tf.cast(tf.reduce_sum(tf.cast(v, wide) * unit, others), self.dtype)
 
     def _log(self, g):
         # A unit with v = 0 has w = 0 whatever its g; log(1) keeps s finite.

@@ -1,0 +1,440 @@
+"""tfwn.reparameterize and tfwn.fold on modules, Sonnet, tfwn's layers and Keras models."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import tfwn
+from tfwn.keras import WeightNormalization
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
+)
+
+
+def inputs(*shape):
+    return tf.random.stateless_normal(shape or (5, 4), [1, 2])
+
+
+class Network(tf.Module):
+    """A user's own module: variables as attributes, in a list and in a dict; tied and traced."""
+
+    def __init__(self):
+        self.w = tf.Variable(inputs(4, 6), name="w")
+        self.b = tf.Variable(inputs(6), name="b")
+        self.hidden = [tf.Variable(inputs(6, 6) / 2, name=f"hidden_{i}") for i in range(2)]
+        self.out = {"w": tf.Variable(inputs(6, 4), name="out_w"), "b": tf.Variable(tf.ones([1, 4]))}
+        self.tied = self.w
+        self.steps = tf.Variable(tf.zeros([2, 2]), trainable=False)
+
+    @tf.function
+    def __call__(self, x):
+        x = tf.nn.relu(tf.matmul(x, self.w) + self.b)
+        for w in self.hidden:
+            x = tf.tanh(x @ w)
+        x = x @ self.out["w"] * 2.0 + self.out["b"]
+        return tf.matmul(x, self.tied)
+
+
+def test_a_module_of_ones_own():
+    model, x = Network(), inputs()
+    expected = model(x)
+    w = model.w
+    assert tfwn.reparameterize(model) is model
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+    assert model.w.v is w
+    assert model.tied is model.w
+    names = sorted(variable.name for variable in model.trainable_variables)
+    assert len(names) == 4 * 2 + 2
+    assert sum("g:" in name for name in names) == 4
+    np.testing.assert_allclose(model.w.g, np.linalg.norm(w.numpy(), axis=0), rtol=1e-6)
+
+    # The function that was traced before reads g now.
+    model.w.g.assign(2 * model.w.g)
+    assert not np.allclose(model(x), expected)
+    assert tfwn.fold(model) is model
+    assert isinstance(model.w, tf.Variable)
+    assert model.w is w
+    assert len(model.trainable_variables) == 6
+    assert not np.allclose(model(x), expected)
+
+
+def test_fold_is_the_inverse_and_keeps_outputs():
+    model, x = Network(), inputs()
+    before = [variable.numpy() for variable in model.variables]
+    tfwn.reparameterize(model)
+    tfwn.fold(model)
+    for old, variable in zip(before, model.variables, strict=True):
+        np.testing.assert_allclose(variable, old, rtol=1e-6, atol=1e-7)
+    tfwn.reparameterize(model)
+    for variable in model.trainable_variables:
+        variable.assign_add(0.1 * tf.random.stateless_normal(variable.shape, [3, 4]))
+    expected = model(x)
+    tfwn.fold(model)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_reach_v_and_g_and_one_step_is_that_of_a_layer():
+    class Linear(tf.Module):
+        def __init__(self, w):
+            self.w = tf.Variable(w)
+
+        def __call__(self, x):
+            return tf.matmul(x, self.w)
+
+    w, x = inputs(4, 3), inputs()
+    layer = tfwn.Dense(3, use_bias=False)
+    layer.build(x.shape)
+    layer.weight.assign(w)
+    model = tfwn.reparameterize(Linear(w))
+    for module, v, g in ((layer, layer.weight.v, layer.weight.g), (model, model.w.v, model.w.g)):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(module(x) ** 2)
+        for variable, gradient in zip((v, g), tape.gradient(loss, (v, g)), strict=True):
+            variable.assign_sub(0.1 * gradient)
+    np.testing.assert_allclose(model.w.v, layer.weight.v, rtol=1e-6)
+    np.testing.assert_allclose(model.w.g, layer.weight.g, rtol=1e-6)
+
+
+def test_what_stands_for_the_variable_reads_like_one():
+    model = Network()
+    w = model.w.numpy()
+    tfwn.reparameterize(model)
+    for value in (
+        model.w.numpy(),
+        np.asarray(model.w),
+        tf.convert_to_tensor(model.w),
+        model.w.value(),
+        model.w.read_value(),
+        model.w * 1.0,
+        1.0 * model.w,
+        model.w[:],
+        tf.transpose(tf.transpose(model.w)),
+        tf.stack([model.w])[0],
+    ):
+        np.testing.assert_allclose(value, w, rtol=1e-6)
+    assert model.w.shape == w.shape
+    assert model.w.dtype == tf.float32
+    model.w.assign(2 * w)
+    np.testing.assert_allclose(model.w.numpy(), 2 * w, rtol=1e-6)
+    assert tf.cast(model.w, tf.float16).dtype == tf.float16
+
+
+def test_select_and_axis():
+    model = Network()
+    tfwn.reparameterize(model, select=lambda v: v.name == "w:0", axis=0)
+    assert model.w.g.shape == [4]
+    assert all(isinstance(w, tf.Variable) for w in model.hidden)
+    model = Network()
+    tfwn.reparameterize(model, axis=lambda v: None if "hidden" in v.name else -1)
+    assert model.hidden[0].g.shape == []
+    assert model.w.g.shape == [6]
+
+
+def test_checkpoint_round_trip_and_conversion_from_a_plain_one(tmp_path):
+    x = inputs()
+    plain = Network()
+    plain.w.assign_add(tf.ones([4, 6]))
+    path = tf.train.Checkpoint(model=plain).save(tmp_path / "plain")
+    model = Network()
+    tf.train.Checkpoint(model=model).restore(path).assert_consumed()
+    tfwn.reparameterize(model)
+    np.testing.assert_allclose(model(x), plain(x), rtol=1e-5, atol=1e-6)
+    model.w.g.assign(model.w.g * 3)
+    path = tf.train.Checkpoint(model=model).save(tmp_path / "normalized")
+    again = tfwn.reparameterize(Network())
+    tf.train.Checkpoint(model=again).restore(path).assert_consumed()
+    np.testing.assert_array_equal(again(x), model(x))
+
+
+def test_sonnet():
+    snt = pytest.importorskip("sonnet", exc_type=ImportError)
+
+    class Model(snt.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = snt.Conv2D(6, 3)
+            self.norm = snt.BatchNorm(True, True)
+            self.depthwise = snt.DepthwiseConv2D(3, channel_multiplier=2)
+            self.up = snt.Conv2DTranspose(5, 3, stride=2)
+            self.lstm = snt.LSTM(7)
+            self.mlp = snt.nets.MLP([8, 3])
+            self.embed = snt.Embed(5, 3)
+
+        def __call__(self, x):
+            x = self.depthwise(tf.nn.relu(self.norm(self.conv(x), is_training=False)))
+            x = tf.reduce_mean(self.up(x), [1, 2])
+            x, _ = snt.static_unroll(self.lstm, x[None], self.lstm.initial_state(x.shape[0]))
+            return self.mlp(x[0]) + self.embed(tf.constant([1, 2]))
+
+    model, x = Model(), inputs(2, 8, 8, 3)
+    expected = model(x)
+    count = len(model.trainable_variables)
+    tfwn.reparameterize(model)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+    # conv, depthwise, up, two of the LSTM, two of the MLP, embed; not batch norm.
+    assert len(model.trainable_variables) == count + 8
+    assert model.depthwise.w.g.shape == [6, 2]
+    assert model.up.w.g.shape == [5]
+    assert model.embed.embeddings.g.shape == [5]
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(model(x) ** 2)
+    gradients = tape.gradient(loss, model.trainable_variables)
+    assert all(gradient is not None for gradient in gradients)
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+        variable.assign_sub(0.01 * tf.convert_to_tensor(gradient))
+    expected = model(x)
+    tfwn.fold(model)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+    assert len(model.trainable_variables) == count
+
+
+@pytest.mark.parametrize("exponential_g", [False, True])
+def test_layers_of_tfwn(exponential_g, tmp_path):
+    class Model(tf.Module):
+        def __init__(self, parameterization):
+            super().__init__()
+            options = {"parameterization": parameterization, "exponential_g": exponential_g}
+            mask = np.tril(np.ones([6, 5]))
+            self.conv = tfwn.Conv2DTranspose(6, 3, compute_dtype=tf.float32, **options)
+            self.masked = tfwn.Dense(5, kernel_mask=mask, activation="relu", **options)
+            self.gru = tfwn.GRU(3, **options)
+
+        @tf.function
+        def __call__(self, x):
+            x = self.masked(self.conv(x))
+            return self.gru(tf.reshape(x, [x.shape[0], -1, 5]))
+
+    x = inputs(2, 4, 4, 3)
+    model = Model("normal")
+    expected = model(x)
+    tfwn.reparameterize(model)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+    assert model.masked.weight.parameterization == "weight_norm"
+    assert len(model.trainable_variables) == 4 * 2 + 3
+    names = {variable.name.rpartition("/")[2] for variable in model.gru.trainable_variables}
+    assert names >= ({"s:0"} if exponential_g else {"g:0"})
+    # A checkpoint of it is that of a model which was made so.
+    path = tf.train.Checkpoint(model=model).save(tmp_path / "checkpoint")
+    other = Model("weight_norm")
+    other(x)
+    tf.train.Checkpoint(model=other).restore(path).assert_consumed()
+    np.testing.assert_allclose(other(x), expected, rtol=1e-5, atol=1e-6)
+
+    for variable in model.trainable_variables:
+        variable.assign_add(0.1 * tf.random.stateless_normal(variable.shape, [3, 4]))
+    expected = model(x)
+    tfwn.fold(model)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+    assert len(model.trainable_variables) == 4 + 3
+    path = tf.train.Checkpoint(model=model).save(tmp_path / "checkpoint")
+    other = Model("normal")
+    other(x)
+    tf.train.Checkpoint(model=other).restore(path).assert_consumed()
+    np.testing.assert_array_equal(other(x), model(x))
+
+
+LOAD = """
+import sys
+sys.modules["tfwn"] = None  # An import fails, where tfwn is installed too.
+import numpy as np
+import tensorflow as tf
+folder, = sys.argv[1:]
+model = tf.saved_model.load(folder)
+serve = model.signatures["serving_default"]
+(name,) = serve.structured_input_signature[1]
+(y,) = serve(**{name: tf.constant(np.load(folder + "/x.npy"))}).values()
+np.testing.assert_allclose(y, np.load(folder + "/y.npy"), rtol=1e-5, atol=1e-6)
+print("served")
+"""
+
+
+def check_serves_without_tfwn(folder, x, y):
+    np.save(folder / "x.npy", x)
+    np.save(folder / "y.npy", y)
+    command = [sys.executable, "-I", "-c", LOAD, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stdout == "served\n", result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("kind", ["module", "layers"])
+def test_a_folded_saved_model_serves_without_tfwn(kind, tmp_path):
+    class Layers(tf.Module):
+        def __init__(self):
+            self.layers = [tfwn.Dense(6, activation="relu"), tfwn.Dense(4)]
+
+        @tf.function
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    x = inputs()
+    if kind == "layers":
+        model = Layers()
+        tfwn.data_dependent_init(model, x)
+    else:
+        model = tfwn.reparameterize(Network())
+        model.w.g.assign(model.w.g * 2)
+    y = model(x)
+    tfwn.fold(model)
+    signature = model.__call__.get_concrete_function(tf.TensorSpec([None, 4]))
+    tf.saved_model.save(model, str(tmp_path / "saved"), signatures=signature)
+    check_serves_without_tfwn(tmp_path / "saved", x, y)
+
+
+def keras_model():
+    kernel = keras.layers.Input((6, 4))
+    x = keras.layers.Conv1D(8, 3, activation="relu")(kernel)
+    x = keras.layers.BatchNormalization()(x)
+    shared = keras.layers.Dense(8)
+    x = shared(shared(x))
+    x = keras.Sequential([keras.layers.Dense(5), keras.layers.Dropout(0.1)])(x)
+    x = keras.layers.Bidirectional(keras.layers.LSTM(3, return_sequences=True))(x)
+    x = keras.layers.MultiHeadAttention(2, 3)(x, x)
+    return keras.Model(kernel, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
+
+
+def test_functional_keras_model(tmp_path):
+    x = inputs(3, 6, 4)
+    plain = keras_model()
+    expected = plain(x)
+    model = tfwn.reparameterize(plain)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    # conv, shared, inner dense, 4 of the LSTMs, 4 of attention, dense
+    assert len(model.trainable_variables) == len(plain.trainable_variables) + 12
+    model.compile("adam", "mse")
+    model.fit(x, tf.zeros([3, 2]), epochs=1, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(x), model(x))
+    y = model(x)
+    folded = tfwn.fold(model)
+    np.testing.assert_allclose(folded(x), y, rtol=1e-4, atol=1e-5)
+    assert [type(layer) for layer in folded.layers] == [type(layer) for layer in plain.layers]
+    folded.export(tmp_path / "export", verbose=False)
+    check_serves_without_tfwn(tmp_path / "export", x, y)
+
+
+def test_subclassed_keras_model_in_place():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = keras.layers.Dense(4)
+            self.blocks = [keras.layers.Dense(4) for _ in range(2)]
+            self.norm = keras.layers.LayerNormalization()
+
+        def call(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = block(x)
+            return self.norm(x)
+
+    model, x = Model(), inputs()
+    expected = model(x)
+    model.compile("sgd", "mse")
+    model.predict(x, verbose=0)
+    assert tfwn.reparameterize(model) is model
+    assert isinstance(model.first, WeightNormalization)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(model.trainable_variables) == 3 * 3 + 2
+    model.first.g.assign(2 * model.first.g)
+    model.blocks[0].normalized[0].g.assign([1.0, 2.0, 3.0, 4.0])
+    expected = model(x)
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-5, atol=1e-5)
+    assert tfwn.fold(model) is model
+    assert [type(layer) for layer in model.layers][:1] == [keras.layers.Dense]
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_keras_layers_around_wrappers_are_folded():
+    inner = keras.layers.TimeDistributed(WeightNormalization(keras.layers.Dense(3)))
+    model = keras.Sequential([inner, keras.layers.Dense(2)])
+    x = inputs(2, 3, 4)
+    expected = model(x)
+    folded = tfwn.fold(model)
+    assert isinstance(folded.layers[0].layer, keras.layers.Dense)
+    np.testing.assert_allclose(folded(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_single_keras_layer():
+    layer, x = keras.layers.Dense(3), inputs()
+    expected = layer(x)
+    wrapped = tfwn.reparameterize(layer)
+    np.testing.assert_allclose(wrapped(x), expected, rtol=1e-5, atol=1e-6)
+    assert tfwn.fold(wrapped) is layer
+
+
+def test_keras_layer_in_a_module():
+    class Mixed(tf.Module):
+        def __init__(self):
+            self.keras = keras.layers.Dense(3)
+            self.w = tf.Variable(inputs(3, 2), name="w")
+
+        def __call__(self, x):
+            return self.keras(x) @ self.w
+
+    model, x = Mixed(), inputs()
+    expected = model(x)
+    tfwn.reparameterize(model)
+    assert isinstance(model.keras, WeightNormalization)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+    tfwn.fold(model)
+    assert isinstance(model.keras, keras.layers.Dense)
+
+
+def test_zero_weights_stay_zero_and_finite():
+    class Linear(tf.Module):
+        def __init__(self):
+            self.w = tf.Variable(tf.zeros([4, 3]))
+
+    model = tfwn.reparameterize(Linear())
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(tf.matmul(inputs(), model.w) ** 2)
+    gradients = tape.gradient(loss, model.trainable_variables)
+    assert all(np.all(np.isfinite(gradient)) for gradient in gradients)
+    np.testing.assert_array_equal(tfwn.fold(model).w, np.zeros([4, 3]))
+
+
+def test_under_a_strategy():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = Network()
+    expected = model(inputs())
+    tfwn.reparameterize(model)
+    assert model.w.g.distribute_strategy is strategy
+    np.testing.assert_allclose(model(inputs()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_errors():
+    for function in (tfwn.reparameterize, tfwn.fold):
+        with pytest.raises(ValueError, match=r"needs a tf.Module or a Keras layer, got 3"):
+            function(3)
+
+    class Empty(tf.Module):
+        def __init__(self):
+            self.b = tf.Variable(tf.ones([4]), name="b")
+
+    with pytest.raises(ValueError, match=r"no weight in Empty, whose variables are \['b:0'\]"):
+        tfwn.reparameterize(Empty())
+    with pytest.raises(ValueError, match="nothing weight-normalized in Network"):
+        tfwn.fold(Network())
+    with pytest.raises(ValueError, match="nothing weight-normalized in 'dense"):
+        tfwn.fold(keras.layers.Dense(3))
+    with pytest.raises(ValueError, match="is not built"):
+        tfwn.reparameterize(keras.Sequential([keras.layers.Dense(3)]))
+    with pytest.raises(ValueError, match=r"select and axis are for tf.Modules"):
+        tfwn.reparameterize(keras.layers.Dense(3), axis=0)
+    model = Network()
+    with pytest.raises(ValueError, match="axis must lie in"):
+        tfwn.reparameterize(model, axis=5)
+    assert isinstance(model.w, tf.Variable)
+    model.forward = tf.function(lambda x: x @ model.w)
+    model.forward(inputs())
+    with pytest.raises(ValueError, match=r"the tf.function 'forward' of Network was traced"):
+        tfwn.reparameterize(model)
+    assert isinstance(model.w, tf.Variable)
