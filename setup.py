@@ -95,8 +95,8 @@ class Cuda:
     """An nvcc, and the GPUs to compile for."""
 
     def __init__(self, nvcc: str):
-        self.nvcc = nvcc
-        self.home = Path(nvcc).resolve().parent.parent
+        self.nvcc = str(Path(nvcc).resolve())  # whose path holds its version
+        self.home = Path(self.nvcc).parent.parent
         self.version = re.findall(r"release ([\d.]+)", output_of(nvcc, "--version"))[0]
         known = sorted(
             int(a)
@@ -154,20 +154,21 @@ class Cuda:
 
 def run(command: list[str], output: Path) -> None:
     """Runs a compiler, whose output appears only once it is whole."""
-    begin = time.monotonic()
+    begin = time.time()
     part = output.with_suffix(f".{os.getpid()}.part")
     done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"tfwn: {shlex.join(command)}\n{done.stderr}tfwn: failed")
     if done.stderr:
         sys.stderr.write(done.stderr)
+    os.utime(part, (begin, begin))  # an edit during the compilation is newer than the object
     part.replace(output)
-    print(f"tfwn: {output.name} {time.monotonic() - begin:.1f} s", flush=True)
+    print(f"tfwn: {output.name} {time.time() - begin:.1f} s", flush=True)
 
 
-def compile_object(source: str, command: list[str], version: str) -> Path:
+def compile_object(source: str, command: list[str], versions: str) -> Path:
     """Compiles `source`, unless an object of the same command is newer than all it was made of."""
-    key = hashlib.sha256("\0".join([*command, source, version]).encode()).hexdigest()[:12]
+    key = hashlib.sha256("\0".join([*command, source, versions]).encode()).hexdigest()[:12]
     output = CACHE / f"{Path(source).stem}-{key}.o"
     dependencies = output.with_suffix(".d")
     if output.exists() and dependencies.exists():
@@ -230,20 +231,23 @@ class Build(build_ext):
         print(f"CUDA {cuda.version} {cuda.architectures}" if cuda else "CPU only (no nvcc)")
 
         base = [CXX, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        base += ["-DTFWN_CUDA=1"] if cuda else []
         compile_commands = dict.fromkeys(CPU_KERNELS, base)
         if cuda:
             compile_commands |= dict.fromkeys(CUDA_KERNELS, cuda.compile_command)
         kernels = list(compile_commands)
         for ext in self.extensions:
             for source in ext.sources:
-                compile_commands[source] = base + self.compile_flags(ext, tensorflow, info)
+                flags = self.compile_flags(ext, tensorflow, info)
+                if cuda and ext.name != "tfwn._xla":
+                    flags.append("-DTFWN_CUDA=1")
+                compile_commands[source] = base + flags
 
         CACHE.mkdir(parents=True, exist_ok=True)
-        # TensorFlow's headers take most of a minute, the kernels seconds: longest first.
-        sources = sorted(compile_commands, key=lambda source: "tensorflow" not in source)
+        versions = f"{compiler} {info['tensorflow']}"
+        longest = (".cu", "xla", "tensorflow")
+        sources = sorted(compile_commands, key=lambda s: [w in s for w in longest], reverse=True)
         with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
-            built = pool.map(lambda s: compile_object(s, compile_commands[s], str(info)), sources)
+            built = pool.map(lambda s: compile_object(s, compile_commands[s], versions), sources)
             objects = dict(zip(sources, built, strict=True))
         for ext in self.extensions:
             parts = [*ext.sources, *(kernels if ext.name != "tfwn._xla" else [])]
