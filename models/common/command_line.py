@@ -202,7 +202,7 @@ def _add(parser: Any, option: options.Option, text: str, **extra: Any) -> None:
 
 
 class _Tuple(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+    def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, tuple(values))
 
 

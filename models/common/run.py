@@ -33,8 +33,8 @@ class Run:
         self._stop: signal.Signals | None = None
         self.strategy = runtime.configure(config)
         self.dtype = runtime.compute_dtype(config)
-        program = program or run_folder.program_of(type(config))
-        self._folder = run_folder.RunFolder(config, program) if self.chief else None
+        self._program = program or run_folder.program_of(type(config))
+        self._folder = run_folder.RunFolder(config) if self.chief else None
         self.path = self._folder.path if self._folder else run_folder.Path(config.out)
         self.step = 0
         self.best: float | None = None
@@ -72,7 +72,8 @@ class Run:
             else:
                 self.step, rows, self.best = state["step"], state["rows"], state["best"]
                 self.say(f"resumed at step {self.step:,}")
-        if self.chief:
+        if self._folder:
+            self._folder.write_config(self.config, self._program)
             self._metrics = metrics.Metrics(self.path, rows, self.step)
         return self.step
 

@@ -18,7 +18,7 @@ from models.common.errors import UserError
 class RunFolder:
     """The folder of one run, created or taken up again, and locked while the process lives."""
 
-    def __init__(self, config: options.RunConfig, program: str):
+    def __init__(self, config: options.RunConfig):
         self.path = Path(config.out)
         exists = (self.path / "config.json").exists()
         if config.resume and not exists:
@@ -48,13 +48,13 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {platform.node()}")
         self._lock.flush()
-        self._write_config(config, program)
 
     def close(self) -> None:
         """Gives the lock back."""
         self._lock.close()
 
-    def _write_config(self, config: options.RunConfig, program: str) -> None:
+    def write_config(self, config: options.RunConfig, program: str) -> None:
+        """Writes config.json: from here on there is a run in the folder."""
         path = self.path / "config.json"
         history = json.loads(path.read_text())["sessions"] if path.exists() else []
         history.append(

@@ -207,7 +207,8 @@ def test_a_folder_holds_one_run(run, tmp_path):
 
 def test_a_second_process_is_refused(program, run, tmp_path):
     config = program.Config(out=str(tmp_path / "a"), steps=1)
-    with Run(config):
+    with Run(config) as first:
+        first.begin({"w": tf.Variable(0.0)})
         status, _, err = run("--out", tmp_path / "a", "--resume")
     assert (status, f"in use by another process (pid {os.getpid()} on" in err) == (2, True)
 

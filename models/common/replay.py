@@ -1,0 +1,271 @@
+"""The replay memory: single frames in a ring, in memory or in a file; without TensorFlow.
+
+Slot t of an environment holds frame x_t, action a_t, reward r_t and how step t ended. A state is
+the last 4 frames up to x_t, zeros before the first frame of its game. A transition needs slots
+t - 3 to t + 1 within the window of the `capacity` latest, so the ring's seam is never crossed.
+
+The ring is a little longer than the window. What is written after a checkpoint goes over slots
+that its window does not hold, so that the ring's file on disk serves the last two checkpoints
+and each needs only small arrays besides: see `spare`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.common.environments import FRAME_SHAPE
+from models.common.errors import UserError
+
+TERMINAL = 1  # Nothing follows step t: no value is bootstrapped.
+LAST = 2  # Slot t + 1 holds the first frame of another game.
+CUT = 4  # The game was stopped at t; what would have followed is not known.
+_HEADER = 4096  # Bytes before the frames in the file: how many slots have ever been written.
+
+
+class Batch(NamedTuple):
+    """Transitions; x_{t-3}..x_{t+1} as one array holds both states."""
+
+    frames: np.ndarray  # uint8 [batch, 5, 84, 84]
+    actions: np.ndarray  # int32 [batch]
+    rewards: np.ndarray  # float32 [batch]
+    terminals: np.ndarray  # bool [batch]
+
+
+class Replay:
+    """The replay memory of several environments, each with its own ring.
+
+    Args:
+      capacity: transitions, over all environments.
+      environments: how many.
+      file: where the frames are saved by state_dict(), or live.
+      in_memory: True: in memory, and copied to `file`, if given, at each save. False: in `file`,
+        memory-mapped, and the operating system keeps in memory what it has room for.
+      spare: slots, over all environments, that may be written after a checkpoint without hurting
+        it. Save before so many steps have passed; twice so many protect the last two checkpoints.
+      whole_stacks: sample only states whose 4 frames are of one game.
+      seed: of the sampling.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        environments: int = 1,
+        *,
+        file: Path | None = None,
+        in_memory: bool = True,
+        spare: int = 0,
+        whole_stacks: bool = False,
+        stack: int = 4,
+        seed: int = 0,
+    ):
+        self._window = -(-capacity // environments)
+        self._slots = self._window + -(-spare // environments) + 1
+        self._stack, self._whole_stacks = stack, whole_stacks
+        self._file, self._in_memory = file, in_memory
+        self._generator = np.random.default_rng([seed, 2])
+        self._written = 0  # Slots ever written, per environment.
+        self._saved = 0  # Of these, on disk.
+        self._floor = 0  # Slots before this one are lost.
+        shape = (environments, self._slots)
+        needed = environments * self._slots * FRAME_SHAPE[0] * FRAME_SHAPE[1]
+        if in_memory:
+            _check_memory(needed, capacity)
+        if file is not None:
+            _make_file(file, needed)
+            self._ever = np.memmap(file, np.uint64, "r+", 0, (1,))
+        if in_memory:
+            self._frames = np.zeros((*shape, *FRAME_SHAPE), np.uint8)
+        else:
+            assert file is not None, "frames that are not in memory need a file"
+            self._frames = np.memmap(file, np.uint8, "r+", _HEADER, (*shape, *FRAME_SHAPE))
+        self._actions = np.zeros(shape, np.uint8)
+        self._rewards = np.zeros(shape, np.float32)
+        self._ends = np.zeros(shape, np.uint8)
+
+    def __len__(self) -> int:
+        return (self._written - self._oldest()) * len(self._frames)
+
+    def add(
+        self, frames: np.ndarray, actions: np.ndarray, rewards: np.ndarray, ends: np.ndarray
+    ) -> None:
+        """Adds a step of each environment: x_t, a_t, r_t, and TERMINAL | LAST | CUT."""
+        slot = self._written % self._slots
+        if not self._in_memory:
+            self._mark(self._written + 1)
+        self._frames[:, slot] = frames
+        self._actions[:, slot] = actions
+        self._rewards[:, slot] = rewards
+        self._ends[:, slot] = ends
+        self._written += 1
+
+    def sample(self, size: int) -> Batch:
+        """Draws transitions uniformly, with replacement."""
+        chosen = self._choose(size)
+        while (bad := ~self._usable(*chosen)).any():
+            for kept, new in zip(chosen, self._choose(int(bad.sum())), strict=True):
+                kept[bad] = new
+        return self.gather(*chosen)
+
+    def gather(self, rings: np.ndarray, times: np.ndarray) -> Batch:
+        """Returns the transitions at given times, counted from the first slot ever written."""
+        slots = (times[:, None] + np.arange(1 - self._stack, 2)) % self._slots
+        frames = self._frames[rings[:, None], slots]
+        frames[:, : self._stack][self._foreign(rings, times)] = 0
+        at = slots[:, self._stack - 1]
+        ends = self._ends[rings, at]
+        return Batch(
+            frames,
+            self._actions[rings, at].astype(np.int32),
+            self._rewards[rings, at],
+            (ends & TERMINAL) != 0,
+        )
+
+    def bounds(self) -> tuple[int, int]:
+        """Returns the first and last time that may be sampled, inclusive."""
+        oldest = self._oldest()
+        return oldest + (self._stack - 1 if oldest else 0), self._written - 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """Brings the file up to date and returns the rest of the state."""
+        if self._in_memory and self._file is not None:
+            self._write_new()
+        elif self._file is not None:
+            self._frames.flush()  # type: ignore[attr-defined]
+        return {
+            "written": self._written,
+            "floor": self._floor,
+            "generator": self._generator.bit_generator.state,
+            "actions": self._actions,
+            "rewards": self._rewards,
+            "ends": self._ends,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a saved state; frames that the file has lost since are left out."""
+        self._generator.bit_generator.state = state["generator"]
+        if self._file is None:
+            return
+        if state["actions"].shape != self._actions.shape:
+            raise UserError(
+                f"the replay memory was {state['actions'].shape} slots and is now "
+                f"{self._actions.shape}: resume with the --replay and --num-envs of the run"
+            )
+        self._written = self._saved = state["written"]
+        self._actions[:], self._rewards[:] = state["actions"], state["rewards"]
+        self._ends[:] = state["ends"]
+        ever = int(self._ever[0])
+        self._floor = max(state["floor"], ever - self._slots)
+        if self._in_memory:
+            with open(self._file, "rb") as file:
+                used = min(self._slots, max(ever, self._written))
+                for ring in self._frames:
+                    for begin in range(0, used, 1024):
+                        part = ring[begin : min(used, begin + 1024)]
+                        file.seek(_HEADER + self._offset(part))
+                        file.readinto(part.data)
+
+    @property
+    def lost(self) -> int:
+        """Transitions missing since an older checkpoint was restored; 0 as a rule."""
+        return max(0, self._floor - max(0, self._written - self._window)) * len(self._frames)
+
+    def _oldest(self) -> int:
+        return max(0, self._written - self._window, self._floor)
+
+    def _choose(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        first, last = self.bounds()
+        assert last >= first, "sampled from an empty replay memory"
+        rings = self._generator.integers(0, len(self._frames), size)
+        return rings, self._generator.integers(first, last + 1, size)
+
+    def _usable(self, rings: np.ndarray, times: np.ndarray) -> np.ndarray:
+        good = (self._ends[rings, times % self._slots] & CUT) == 0
+        if self._whole_stacks:
+            good &= ~self._foreign(rings, times).any(1) & (times >= self._stack - 1)
+        return good
+
+    def _foreign(self, rings: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """Tells, bool [batch, 4], which frames of a stack are of an earlier game, or none."""
+        before = times[:, None] + np.arange(1 - self._stack, 0)
+        ends = (self._ends[rings[:, None], before % self._slots] & LAST) != 0
+        ends |= before < 0
+        foreign = np.zeros((len(times), self._stack), bool)
+        # A game that ended at slot j makes j and all before it foreign.
+        foreign[:, :-1] = np.logical_or.accumulate(ends[:, ::-1], 1)[:, ::-1]
+        return foreign
+
+    def _write_new(self) -> None:
+        begin = max(self._saved, self._written - self._slots)
+        self._mark(self._written)
+        with open(self._file, "r+b") as file:  # type: ignore[arg-type]
+            for ring in self._frames:
+                at = begin
+                while at < self._written:
+                    slot = at % self._slots
+                    count = min(self._written - at, self._slots - slot)
+                    part = ring[slot : slot + count]
+                    file.seek(_HEADER + self._offset(part))
+                    file.write(part)
+                    at += count
+            file.flush()
+            os.fsync(file.fileno())
+        self._saved = self._written
+
+    def _mark(self, written: int) -> None:
+        """Notes in the file, before they are written, how many slots ever were."""
+        self._ever[0] = max(int(self._ever[0]), written)
+
+    def _offset(self, part: np.ndarray) -> int:
+        return part.__array_interface__["data"][0] - self._frames.__array_interface__["data"][0]
+
+
+def _check_memory(needed: int, capacity: int) -> None:
+    free = available_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"the replay memory of {capacity:,} frames needs {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free: keep it on disk by --replay-file FILE, "
+            "or lower --replay"
+        )
+
+
+def available_memory() -> int | None:
+    """Returns the bytes of memory this process may still take, None where that is not known."""
+    free = None
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(x.split()[1]) * 1024 for x in file if x.startswith("MemAvailable"))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+            free = min(free, int(limit) - used)
+    except (OSError, ValueError, StopIteration):
+        pass
+    return free
+
+
+def _make_file(path: Path, needed: int) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size not in (0, _HEADER + needed):
+                raise UserError(
+                    f"{path}: holds {size} bytes and not the {_HEADER + needed} of this replay "
+                    "memory; name another file, or remove it"
+                )
+            stat = os.statvfs(path)
+            free = stat.f_bavail * stat.f_frsize + file.tell()
+            if needed > free:
+                raise UserError(
+                    f"{path}: the replay memory needs {needed / 2**30:.1f} GiB and "
+                    f"{free / 2**30:.1f} GiB are free there: lower --replay, or name a file on "
+                    "another disk by --replay-file"
+                )
+            file.truncate(_HEADER + needed)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write the replay memory there ({error.strerror})"
+        ) from None
