@@ -1,5 +1,7 @@
 """Convolutions, their transposes and the depthwise convolution."""
 
+import numbers
+
 import tensorflow as tf
 
 from tfwn.layer import FeedForward, check_positive
@@ -11,9 +13,7 @@ class _Conv(FeedForward):
     _spatial_rank: int
     _paddings: tuple[str, ...] = ("valid", "same")
 
-    def __init__(
-        self, filters, kernel_size, strides, padding, data_format, dilation_rate, **options
-    ):
+    def __init__(self, kernel_size, strides, padding, data_format, dilation_rate, **options):
         self.kernel_size = self._sizes("kernel_size", kernel_size)
         self.strides = self._sizes("strides", strides)
         self.dilation_rate = self._sizes("dilation_rate", dilation_rate)
@@ -25,21 +25,22 @@ class _Conv(FeedForward):
         ):
             if value not in rule:
                 raise ValueError(f"{name} must be one of {rule}, got {value!r}")
-        super().__init__(filters, **options)
+        super().__init__(**options)
         self._rank = self._spatial_rank + 2
         # Always named: in eager mode the gradient of Conv3D needs it.
         self._format = ("NWC", "NHWC", "NDHWC")[self._spatial_rank - 1]
 
     def _sizes(self, name, value, least=1) -> tuple[int, ...]:
-        sizes = (value,) * self._spatial_rank if isinstance(value, int) else tuple(value)
+        scalar = isinstance(value, numbers.Integral)
+        sizes = (value,) * self._spatial_rank if scalar else tuple(value)
         if len(sizes) != self._spatial_rank or any(
-            not isinstance(size, int) or size < least for size in sizes
+            not isinstance(size, numbers.Integral) or size < least for size in sizes
         ):
             raise ValueError(
                 f"{name} must be one or {self._spatial_rank} integers of at least {least}, "
                 f"got {value!r}"
             )
-        return sizes
+        return tuple(map(int, sizes))
 
     def _window(self, i) -> int:
         return (self.kernel_size[i] - 1) * self.dilation_rate[i] + 1
@@ -68,7 +69,6 @@ class _ConvND(_Conv):
         **options,
     ):
         super().__init__(
-            check_positive("filters", filters),
             kernel_size,
             strides,
             padding,
@@ -78,10 +78,10 @@ class _ConvND(_Conv):
             use_bias=use_bias,
             **options,
         )
-        self.filters = filters
+        self.filters = check_positive("filters", filters)
         self.groups = check_positive("groups", groups)
         self._refuse_dilated_strides()
-        if filters % groups:
+        if self.filters % self.groups:
             raise ValueError(f"filters must be a multiple of groups={groups}, got {filters}")
 
     def _weight_shape(self, channels):
@@ -186,7 +186,6 @@ class _ConvNDTranspose(_Conv):
         **options,
     ):
         super().__init__(
-            check_positive("filters", filters),
             kernel_size,
             strides,
             padding,
@@ -196,7 +195,7 @@ class _ConvNDTranspose(_Conv):
             use_bias=use_bias,
             **options,
         )
-        self.filters = filters
+        self.filters = check_positive("filters", filters)
         self.output_padding = None
         if output_padding is not None:
             self.output_padding = self._sizes("output_padding", output_padding, least=0)
@@ -334,7 +333,6 @@ class DepthwiseConv2D(_Conv):
         **options,
     ):
         super().__init__(
-            None,
             kernel_size,
             strides,
             padding,

@@ -48,7 +48,6 @@ class Dense(FeedForward):
         **weight_options,
     ):
         super().__init__(
-            check_positive("units", units),
             activation,
             use_bias,
             kernel_initializer=kernel_initializer,
@@ -57,7 +56,7 @@ class Dense(FeedForward):
             name=name,
             **weight_options,
         )
-        self.units = units
+        self.units = check_positive("units", units)
 
     def _weight_shape(self, channels):
         return [channels, self.units]

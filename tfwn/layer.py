@@ -9,8 +9,10 @@ goes on with them.
 
 import contextlib
 import contextvars
+import numbers
 import re
 import threading
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -18,7 +20,9 @@ from tfwn.weight import Weight, check_weight_options, initial_value
 
 # One lock for all layers, so that a layer can be copied and pickled. Reentrant: layers nest.
 _lock = threading.RLock()
-_callback: contextvars.ContextVar = contextvars.ContextVar("tfwn_initialization", default=None)
+_callback: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
+    "tfwn_initialization", default=None
+)
 
 
 @contextlib.contextmanager
@@ -37,8 +41,9 @@ def is_initializing() -> bool:
 
 
 def initialize(layer, t) -> None:
-    """Hands callback(layer, t) to the initialization that is running in this thread."""
-    _callback.get()(layer, t)
+    """Hands layer and t to the initialization that is running in this thread."""
+    if callback := _callback.get():
+        callback(layer, t)
 
 
 def refuse_initialization(layer) -> None:
@@ -93,9 +98,9 @@ def get_activation(activation):
 
 def check_positive(name: str, value) -> int:
     """`value`, where it is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
+    return int(value)
 
 
 class FeedForward(Layer):
@@ -111,7 +116,6 @@ class FeedForward(Layer):
 
     def __init__(
         self,
-        units,
         activation=None,
         use_bias=True,
         *,
@@ -122,7 +126,6 @@ class FeedForward(Layer):
         **weight_options,
     ):
         super().__init__(name=name)
-        self._units = units
         self.activation = get_activation(activation)
         self.use_bias = use_bias
         self.kernel_initializer = kernel_initializer
@@ -160,7 +163,7 @@ class FeedForward(Layer):
             w = None  # The caller's was computed from the old g.
         outputs = self._linear(x, self.weight() if w is None else w)
         if self.b is not None:
-            outputs = outputs + tf.cast(self.b, self.compute_dtype)
+            outputs = tf.nn.bias_add(outputs, tf.cast(self.b, self.compute_dtype))
         return (
             tf.transpose(outputs, [0, self._rank - 1, *range(1, self._rank - 1)])
             if first

@@ -308,8 +308,8 @@ class RNN(Layer):
       name: of the layer.
 
     Raises:
-      ValueError: inputs whose rank is not 3; unroll and an unknown number of steps; a mask of
-        another shape; a wrong number of states.
+      ValueError: another kind of cell; inputs whose rank is not 3; unroll and an unknown number of
+        steps; a mask of another shape; a wrong number of states.
       RuntimeError: reached by data-dependent initialization.
 
     Inputs are [batch, time, in]; outputs [batch, units], or [batch, time, units] with
@@ -332,6 +332,11 @@ class RNN(Layer):
         name=None,
     ):
         super().__init__(name=name)
+        if not isinstance(cell, _Cell):
+            raise ValueError(
+                "cell must be a tfwn.SimpleRNNCell, tfwn.LSTMCell or tfwn.GRUCell, got "
+                f"{type(cell).__module__}.{type(cell).__name__}"
+            )
         self.cell = cell
         self.return_sequences = return_sequences
         self.return_state = return_state

@@ -56,6 +56,11 @@ def test_errors(message, call):
         call()
 
 
+def test_sizes_may_be_numpys():
+    layer = tfwn.Conv2D(np.int64(4), np.int32(3), strides=[np.int64(2), 1])
+    assert layer(tf.ones([1, 9, 9, 2])).shape == [1, 4, 7, 4]
+
+
 def test_misspelt_arguments_are_refused_at_once():
     with pytest.raises(TypeError, match="parametrization"):
         tfwn.Dense(3, parametrization="normal")

@@ -101,6 +101,9 @@ def test_masked_steps_may_hold_anything(rng):
 
 
 ERRORS = {
+    "cell must be a tfwn.SimpleRNNCell, .*, got keras.*LSTMCell": lambda: tfwn.RNN(
+        tf.keras.layers.LSTMCell(4)
+    ),
     "inputs of 'gru' must have rank 3": lambda: tfwn.GRU(4)(tf.ones([2, 3])),
     r"mask must have shape \[batch, time\] = \(2, 5\), got \(2, 4\)": lambda: tfwn.GRU(4)(
         tf.ones([2, 5, 3]), mask=tf.ones([2, 4])
