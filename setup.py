@@ -239,7 +239,7 @@ class Build(build_ext):
             for source in ext.sources:
                 flags = self.compile_flags(ext, tensorflow, info)
                 if cuda and ext.name != "tfwn._xla":
-                    flags.append("-DTFWN_CUDA=1")
+                    flags += ["-DTFWN_CUDA=1", "-isystem", f"{cuda.home}/include"]
                 compile_commands[source] = base + flags
 
         CACHE.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ using Real = typename std::conditional<std::is_same<V, double>::value, double, f
 template <class R>
 struct Factor {
   R fraction;
-  R power;  // 0 for an all-zero unit
+  R power;
 };
 
 template <class R>
@@ -279,8 +279,7 @@ __device__ void Write(const Batch<V, W, kVec, kBackward>& batch, int k,
       x = grad_w - (x * tilt.fraction) * tilt.power;
     }
     x = (x * scale.fraction) * scale.power;
-    // Not 0 * x: a zero unit's gradient is zero even where grad_w is not finite.
-    Assign(scale.power == 0 ? R(0) : x, &result.x[i]);
+    Assign(x, &result.x[i]);
   }
   *reinterpret_cast<Pack<Result, kVec>*>(static_cast<Result*>(work.result) + at) = result;
 }
@@ -437,7 +436,6 @@ __global__ void __launch_bounds__(kThreads, 2) Kernel(const Work work) {
         }
       }
     }
-    __syncthreads();
   }
 }
 

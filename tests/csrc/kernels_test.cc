@@ -101,12 +101,16 @@ uint16_t Encode(Type type, double value) {
   return sign | (((exponent - format.least) << stored) + mantissa);
 }
 
+// Elements by which buffers miss the alignment of memory that is new.
+int misalignment = 0;
+
 // A tensor in memory of exactly its size, between guard bytes.
 class Buffer {
  public:
   Buffer(Type type, int64_t size)
-      : type_(type), size_(size), bytes_(new unsigned char[Bytes() + 2 * kGuard]) {
-    std::memset(bytes_.get(), 0xa5, Bytes() + 2 * kGuard);
+      : type_(type), size_(size), shift_(misalignment * SizeOf(type)),
+        bytes_(new unsigned char[shift_ + Bytes() + 2 * kGuard]) {
+    std::memset(bytes_.get(), 0xa5, shift_ + Bytes() + 2 * kGuard);
   }
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr size_t kGuard = 0;
@@ -114,11 +118,11 @@ class Buffer {
   static constexpr size_t kGuard = 64;
 #endif
   size_t Bytes() const { return size_ * SizeOf(type_); }
-  void* data() const { return bytes_.get() + kGuard; }
+  void* data() const { return bytes_.get() + kGuard + shift_; }
   int64_t size() const { return size_; }
   bool Intact() const {
     for (size_t i = 0; i < kGuard; ++i) {
-      if (bytes_[i] != 0xa5 || bytes_[kGuard + Bytes() + i] != 0xa5) return false;
+      if (bytes_[shift_ + i] != 0xa5 || bytes_[shift_ + kGuard + Bytes() + i] != 0xa5) return false;
     }
     return true;
   }
@@ -150,6 +154,7 @@ class Buffer {
  private:
   Type type_;
   int64_t size_;
+  size_t shift_;
   std::unique_ptr<unsigned char[]> bytes_;
 };
 
@@ -364,6 +369,7 @@ void TestRandomProblems(int cases, uint64_t seed) {
   for (int i = 0; i < cases; ++i) {
     std::mt19937_64 random(seed + i);
     PickDevice(&random);
+    misalignment = static_cast<int>(Pick(&random, {0, 0, 1}));
     const auto type = [&] { return static_cast<Type>(random() % 4); };
     Problem p(RandomLayout(&random), type(), type(), type());
     std::normal_distribution<double> normal;
@@ -380,6 +386,7 @@ void TestRandomProblems(int cases, uint64_t seed) {
     const double grad_size = narrow_v || narrow_w ? 0.1 : std::pow(10.0, int(random() % 7) - 3);
     for (int64_t k = 0; k < p.grad_w.size(); ++k) p.grad_w.Set(k, normal(random) * grad_size);
 
+    misalignment = static_cast<int>(Pick(&random, {0, 0, 1}));
     const auto results = RunBoth(p, Inline);
     Check(results->Intact(), p.Name() + ": wrote out of bounds");
     CheckAgainstReference(p, *results);
@@ -387,6 +394,46 @@ void TestRandomProblems(int cases, uint64_t seed) {
     Check(threaded->Intact(), p.Name() + ": wrote out of bounds in threads");
     Check(*results == *threaded, p.Name() + ": threads change the result");
     if (failures > 20) return;
+  }
+}
+
+// A unit with v = 0 has zero results.
+void TestZeroUnits() {
+  for (const Type type : {Type::kHalf, Type::kBfloat16, Type::kFloat, Type::kDouble}) {
+    for (const Layout layout : {Layout{70, 5, 1}, Layout{1, 5, 70}, Layout{8, 5, 40}}) {
+      Problem p(layout, type, Type::kFloat, type);
+      for (int64_t i = 0; i < p.v.size(); ++i) {
+        p.v.Set(i, p.Unit(i) == 2 ? 0 : 1);
+        p.grad_w.Set(i, i % 7 - 60000.0);
+      }
+      for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, 3);
+      const auto results = RunBoth(p, Inline);
+      bool zero = results->norm[2] == 0 && results->grad_g[2] == 0;
+      for (int64_t i = 0; i < p.v.size(); ++i) {
+        if (p.Unit(i) == 2) zero = zero && results->w[i] == 0 && results->grad_v[i] == 0;
+      }
+      Check(zero, p.Name() + ": a zero unit has results that are not zero");
+      CheckAgainstReference(p, *results);
+    }
+  }
+}
+
+// Where g / norm leaves the range of float, though w and grad_v are in it.
+void TestExtremes() {
+  for (const Type type : {Type::kFloat, Type::kBfloat16}) {
+    for (const double size : {1e-30, 1e-20, 1e20, 1e30}) {
+      for (const Layout layout : {Layout{70, 5, 1}, Layout{1, 5, 70}, Layout{8, 3, 40}}) {
+        Problem p(layout, type, Type::kFloat, Type::kFloat);
+        std::mt19937_64 random(0);
+        std::normal_distribution<double> normal;
+        for (int64_t k = 0; k < p.v.size(); ++k) {
+          p.v.Set(k, normal(random) * size);
+          p.grad_w.Set(k, normal(random) * (size < 1 ? 1e-25 : 1e20));
+        }
+        for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, normal(random) / std::sqrt(size));
+        CheckAgainstReference(p, *RunBoth(p, Inline));
+      }
+    }
   }
 }
 
@@ -449,6 +496,8 @@ int main(int argc, char** argv) {
   std::printf("%s, %d cases, seed %llu\n", DeviceName().c_str(), cases,
               static_cast<unsigned long long>(seed));
   TestConversions();
+  TestZeroUnits();
+  TestExtremes();
   TestRandomProblems(cases, seed);
   std::printf(failures == 0 ? "passed\n" : "%d failures\n", failures);
   return failures != 0;

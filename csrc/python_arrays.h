@@ -1,0 +1,335 @@
+// Python's arrays as the kernels see them: NumPy's, and those on a CUDA device by way of DLPack or
+// __cuda_array_interface__. Whatever is wrong with one is a ValueError.
+
+#ifndef TFWN_CSRC_PYTHON_ARRAYS_H_
+#define TFWN_CSRC_PYTHON_ARRAYS_H_
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#ifdef TFWN_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "weight_norm.h"
+
+namespace tfwn {
+
+namespace py = pybind11;
+
+struct Array {
+  std::string name;  // the argument's
+  Type type;
+  std::vector<int64_t> shape;
+  bool contiguous;  // and aligned
+  void* data;
+  bool writable;
+  bool on_device;
+  py::object object;  // the caller's, or a copy of it
+  py::object owner;   // keeps data alive
+};
+
+template <class... Pieces>
+[[noreturn]] void Fail(const Pieces&... pieces) {
+  std::ostringstream message;
+  (message << ... << pieces);
+  throw py::value_error(message.str());
+}
+
+inline std::string Repr(const py::handle& object) { return py::repr(object).cast<std::string>(); }
+
+inline std::string Repr(const std::vector<int64_t>& shape) {
+  return Repr(py::tuple(py::cast(shape)));
+}
+
+inline std::string TypeName(const py::handle& object) {
+  return py::type::of(object).attr("__name__").cast<std::string>();
+}
+
+inline int64_t SizeOf(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<int64_t>());
+}
+
+inline const char* NameOf(Type type) {
+  switch (type) {
+    case Type::kHalf:
+      return "float16";
+    case Type::kBfloat16:
+      return "bfloat16";
+    case Type::kFloat:
+      return "float32";
+    default:
+      return "float64";
+  }
+}
+
+inline py::dtype DTypeOf(Type type) {
+  if (type != Type::kBfloat16) return py::dtype(NameOf(type));
+  return py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16"));
+}
+
+inline Type ParseDType(const std::string& name, const py::dtype& dtype) {
+  const std::string text = py::str(dtype.attr("name"));
+  if (dtype.attr("isnative").cast<bool>()) {
+    for (const Type type : {Type::kHalf, Type::kBfloat16, Type::kFloat, Type::kDouble}) {
+      if (text == NameOf(type)) return type;
+    }
+  }
+  Fail(name, " must be float16, bfloat16, float32 or float64 in native byte order, but is ",
+       Repr(dtype), ". Convert it, for example with astype(np.float32)");
+}
+
+inline Type ParseType(const std::string& name, const py::object& dtype) {
+  if (py::isinstance<py::str>(dtype) && dtype.cast<std::string>() == "bfloat16") {
+    return Type::kBfloat16;
+  }
+  try {
+    return ParseDType(name, py::dtype::from_args(dtype));
+  } catch (const py::error_already_set&) {
+    Fail(name, " must be a type, such as np.float32 or \"bfloat16\", but is ", Repr(dtype));
+  }
+}
+
+inline Array ParseNumPy(const std::string& name, const py::array& array) {
+  Array result = {
+      name, ParseDType(name, array.dtype()), {}, false, nullptr, array.writeable(), false, array,
+      array};
+  result.shape.assign(array.shape(), array.shape() + array.ndim());
+  const py::object flags = array.attr("flags");
+  result.contiguous = flags.attr("c_contiguous").cast<bool>() && flags.attr("aligned").cast<bool>();
+  result.data = const_cast<void*>(array.data());
+  return result;
+}
+
+// Strides in elements of an array without gaps. Those of axes of size 1 do not matter.
+inline bool IsContiguous(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+  if (SizeOf(shape) == 0) return true;
+  int64_t expected = 1;
+  for (size_t a = shape.size(); a-- > 0;) {
+    if (shape[a] != 1 && strides[a] != expected) return false;
+    expected *= shape[a];
+  }
+  return true;
+}
+
+#ifdef TFWN_CUDA
+
+inline void CheckCuda(int error, const char* what) {
+  if (error != 0) {
+    throw std::runtime_error(std::string("CUDA: ") + what + ": " + cuda::ErrorString(error));
+  }
+}
+
+// The parts of DLPack's stable ABI (dmlc/dlpack, dlpack.h) that are read here.
+struct DLManagedTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;  // in elements; null when contiguous
+  uint64_t byte_offset;
+  void* manager_context;
+  void (*deleter)(DLManagedTensor*);
+};
+
+constexpr int kDLCuda = 2, kDLCudaManaged = 13, kDLFloat = 2, kDLBfloat = 4;
+
+inline Array ParseDLPack(const std::string& name, const py::object& object, intptr_t stream) {
+  // The producer makes its work on the array come before ours. 1 is DLPack's name for stream 0.
+  // The capsule, never renamed to "used_dltensor", frees itself.
+  const py::capsule capsule = object.attr("__dlpack__")(py::arg("stream") = stream ? stream : 1);
+  const DLManagedTensor& tensor = *capsule.get_pointer<DLManagedTensor>();
+  Array result = {name, Type::kFloat, {}, true, nullptr, true, true, object, capsule};
+  const int bits = tensor.type_bits;
+  if (tensor.type_lanes == 1 && tensor.type_code == kDLBfloat && bits == 16) {
+    result.type = Type::kBfloat16;
+  } else if (tensor.type_lanes == 1 && tensor.type_code == kDLFloat &&
+             (bits == 16 || bits == 32 || bits == 64)) {
+    result.type = bits == 16 ? Type::kHalf : bits == 32 ? Type::kFloat : Type::kDouble;
+  } else {
+    Fail(name, " must be float16, bfloat16, float32 or float64, but is DLPack's type code ",
+         int{tensor.type_code}, " of ", bits, " bits");
+  }
+  result.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
+  if (tensor.strides != nullptr) {
+    const std::vector<int64_t> strides(tensor.strides, tensor.strides + tensor.ndim);
+    result.contiguous = IsContiguous(result.shape, strides);
+  }
+  result.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return result;
+}
+
+inline Array ParseCudaArray(const std::string& name, const py::object& object, intptr_t stream) {
+  const py::dict interface = object.attr("__cuda_array_interface__");
+  const py::tuple data = interface["data"];
+  Array result = {name,
+                  ParseDType(name, py::dtype(interface["typestr"].cast<std::string>())),
+                  interface["shape"].cast<std::vector<int64_t>>(),
+                  true,
+                  reinterpret_cast<void*>(data[0].cast<uintptr_t>()),
+                  !data[1].cast<bool>(),
+                  true,
+                  object,
+                  object};
+  if (interface.contains("strides") && !interface["strides"].is_none()) {
+    std::vector<int64_t> strides = interface["strides"].cast<std::vector<int64_t>>();
+    for (int64_t& stride : strides) stride /= static_cast<int64_t>(SizeOf(result.type));
+    result.contiguous = IsContiguous(result.shape, strides);
+  }
+  if (interface.contains("stream") && !interface["stream"].is_none()) {
+    // The array is ready once this stream has come as far as it is now.
+    const intptr_t producer = interface["stream"].cast<intptr_t>();
+    if (producer != stream) {
+      cudaEvent_t ready;
+      CheckCuda(cudaEventCreateWithFlags(&ready, cudaEventDisableTiming), "create an event");
+      int error = cudaEventRecord(ready, reinterpret_cast<cudaStream_t>(producer));
+      if (error == 0) error = cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(stream), ready, 0);
+      cudaEventDestroy(ready);
+      CheckCuda(error, "wait for the array's stream");
+    }
+  }
+  return result;
+}
+
+// The one device that all arrays are on.
+inline int DeviceOf(const std::vector<const Array*>& arrays) {
+  int device = -1;
+  for (const Array* array : arrays) {
+    if (SizeOf(array->shape) == 0) continue;
+    cudaPointerAttributes attributes;
+    CheckCuda(cudaPointerGetAttributes(&attributes, array->data), "look up a pointer");
+    if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
+      Fail(array->name, " must be in a CUDA device's memory, but its pointer is not");
+    }
+    if (device >= 0 && attributes.device != device) {
+      Fail(array->name, " must be on device ", device, " like the arrays before it, but is on ",
+           attributes.device);
+    }
+    device = attributes.device;
+  }
+  if (device < 0) CheckCuda(cudaGetDevice(&device), "find the device");
+  return device;
+}
+
+template <class Arguments>
+void RunOnDevice(const Arguments& arguments, int device, intptr_t stream_handle) {
+  const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
+  int before = 0, multiprocessors = 0;
+  CheckCuda(cudaGetDevice(&before), "find the device");
+  CheckCuda(cudaSetDevice(device), "choose the device");
+  int error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  void* scratch = nullptr;
+  if (error == 0) {
+    const size_t bytes = cuda::ScratchBytes(arguments, multiprocessors);
+    if (bytes > 0) error = cudaMallocAsync(&scratch, bytes, stream);
+  }
+  if (error == 0) error = cuda::Run(arguments, multiprocessors, scratch, stream);
+  if (scratch != nullptr) cudaFreeAsync(scratch, stream);
+  cudaSetDevice(before);
+  CheckCuda(error, "run weight_norm");
+}
+
+#else
+
+inline int DeviceOf(const std::vector<const Array*>&) { return 0; }
+
+template <class Arguments>
+void RunOnDevice(const Arguments&, int, intptr_t) {}
+
+#endif
+
+// NumPy's scalars count as arrays. stream is the one that the array will be used on.
+inline Array ParseArray(const std::string& name, py::object object,
+                        [[maybe_unused]] intptr_t stream) {
+  const py::module_ numpy = py::module_::import("numpy");
+  if (py::isinstance(object, numpy.attr("generic"))) object = numpy.attr("asarray")(object);
+  if (py::isinstance<py::array>(object)) return ParseNumPy(name, object.cast<py::array>());
+  const bool interface = py::hasattr(object, "__cuda_array_interface__");
+  int device_type = 0;
+  if (py::hasattr(object, "__dlpack_device__")) {
+    device_type = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
+    if (device_type == 1) {
+      Fail(name, " is in the host's memory, but is no NumPy array: ", TypeName(object),
+           ". Pass np.from_dlpack(", name, ") or ", name, ".numpy()");
+    }
+  }
+#ifdef TFWN_CUDA
+  if (device_type == kDLCuda || device_type == kDLCudaManaged) {
+    return ParseDLPack(name, object, stream);
+  }
+  if (interface) return ParseCudaArray(name, object, stream);
+#else
+  if (interface || device_type != 0) {
+    Fail(name, " is on a device, but this module was built without CUDA. Build it where there is ",
+         "an nvcc, or copy ", name, " to a NumPy array");
+  }
+#endif
+  Fail(name, " must be a NumPy array or an array on a CUDA device, but is ", TypeName(object),
+       ". Pass np.asarray(", name, ", np.float32)");
+}
+
+inline Array NewArray(const std::string& name, const std::vector<int64_t>& shape, Type type) {
+  return ParseNumPy(name, py::array(DTypeOf(type), shape));
+}
+
+// With its axes in another order, unless `order` is empty.
+inline Array ContiguousCopy(const Array& array, const std::vector<int64_t>& order) {
+  py::object view = array.object;
+  if (!order.empty()) view = view.attr("transpose")(py::cast(order));
+  const py::module_ numpy = py::module_::import("numpy");
+  return ParseNumPy(array.name, numpy.attr("require")(view, py::none(), "CA").cast<py::array>());
+}
+
+// to.transpose(order)[...] = from, bit for bit.
+inline void CopyTransposed(const Array& from, const std::vector<int64_t>& order, const Array& to) {
+  const py::object shape = to.object.attr("transpose")(py::cast(order)).attr("shape");
+  to.object.attr("transpose")(py::cast(order))
+      .attr("__setitem__")(py::ellipsis(), from.object.attr("reshape")(shape));
+}
+
+inline void CheckOutput(const Array& array) {
+  if (!array.writable) Fail(array.name, " in out must be writable, but is read-only");
+  if (!array.contiguous) {
+    Fail(array.name, " in out must be contiguous (C order) and aligned, but is not");
+  }
+}
+
+inline bool Overlap(const Array& a, const Array& b) {
+  const auto begin = [](const Array& x) { return reinterpret_cast<uintptr_t>(x.data); };
+  const auto bytes = [](const Array& x) { return SizeOf(x.shape) * SizeOf(x.type); };
+  return bytes(a) > 0 && bytes(b) > 0 && begin(a) < begin(b) + bytes(b) &&
+         begin(b) < begin(a) + bytes(a);
+}
+
+class AlignedMemory {
+ public:
+  AlignedMemory(size_t bytes, size_t alignment)
+      : memory_(bytes == 0 ? nullptr
+                           : std::aligned_alloc(alignment,
+                                                (bytes + alignment - 1) / alignment * alignment)) {
+    if (bytes > 0 && memory_ == nullptr) throw std::bad_alloc();
+  }
+  ~AlignedMemory() { std::free(memory_); }
+  AlignedMemory(const AlignedMemory&) = delete;
+  AlignedMemory& operator=(const AlignedMemory&) = delete;
+  void* data() const { return memory_; }
+
+ private:
+  void* memory_;
+};
+
+}  // namespace tfwn
+
+#endif  // TFWN_CSRC_PYTHON_ARRAYS_H_

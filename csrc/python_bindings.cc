@@ -1,0 +1,351 @@
+// tfwn.native: the kernels on NumPy arrays and on device arrays, without TensorFlow.
+//
+// To use it without TensorFlow, build it alone and load the file, past tfwn/__init__.py:
+//
+//   TFWN_TENSORFLOW=0 python setup.py build_ext --inplace
+//
+//   from importlib.util import module_from_spec, spec_from_file_location
+//   spec = spec_from_file_location("native", glob.glob("tfwn/native.*.so")[0])
+//   native = module_from_spec(spec)
+//   spec.loader.exec_module(native)
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "python_arrays.h"
+#include "thread_pool.h"
+#include "weight_norm.h"
+
+namespace tfwn {
+namespace {
+
+// Which axes of v index the units, and the contract's layout of it.
+struct Axes {
+  std::vector<int64_t> units_shape;
+  Layout layout;
+  bool consecutive;
+  std::vector<int64_t> order;  // v's axes, those of the units first: layout after a transpose
+};
+
+std::vector<int64_t> AxisList(const py::object& axis) {
+  try {
+    if (axis.is_none()) return {};
+    if (py::hasattr(axis, "__index__")) return {py::int_(axis).cast<int64_t>()};
+    std::vector<int64_t> list;
+    for (const py::handle a : axis) {
+      if (!py::hasattr(a, "__index__")) throw py::cast_error();
+      list.push_back(py::int_(py::reinterpret_borrow<py::object>(a)).cast<int64_t>());
+    }
+    return list;
+  } catch (const std::exception&) {
+    PyErr_Clear();
+    Fail("axis must be an int, a sequence of ints or None, but is ", Repr(axis));
+  }
+}
+
+Axes AxesOf(const Array& v, const py::object& axis) {
+  const int64_t rank = static_cast<int64_t>(v.shape.size());
+  Axes axes = {{}, {1, 1, 1}, true, {}};
+  const std::vector<int64_t> list = AxisList(axis);
+  for (const int64_t a : list) {
+    if (a < -rank || a >= rank) {
+      Fail("axis must name axes of v, whose shape is ", Repr(v.shape),
+           rank == 0 ? ", so it must be None" : "", ", but is ", Repr(axis));
+    }
+    axes.order.push_back(a < 0 ? a + rank : a);
+    if (std::count(axes.order.begin(), axes.order.end(), axes.order.back()) > 1) {
+      Fail("axis must name each axis of v once, but is ", Repr(axis), " for v of shape ",
+           Repr(v.shape));
+    }
+    axes.units_shape.push_back(v.shape[axes.order.back()]);
+    axes.layout.units *= axes.units_shape.back();
+    if (axes.order.back() != axes.order[0] + static_cast<int64_t>(axes.order.size()) - 1) {
+      axes.consecutive = false;
+    }
+  }
+  const int64_t first = list.empty() || !axes.consecutive ? 0 : axes.order[0];
+  for (int64_t a = 0; a < rank; ++a) {
+    if (std::count(axes.order.begin(), axes.order.begin() + list.size(), a)) continue;
+    axes.order.push_back(a);
+    (axes.consecutive && a < first ? axes.layout.outer : axes.layout.inner) *= v.shape[a];
+  }
+  return axes;
+}
+
+void CheckShape(const Array& array, const std::vector<int64_t>& shape, const std::string& why) {
+  if (array.shape == shape) return;
+  Fail(array.name, " must have shape ", Repr(shape), ", ", why, ", but has shape ",
+       Repr(array.shape), SizeOf(array.shape) == SizeOf(shape) ? ". Reshape it" : "");
+}
+
+void CheckType(const Array& array, Type type, const std::string& why) {
+  if (array.type == type) return;
+  Fail(array.name, " must be ", NameOf(type), ", ", why, ", but is ", NameOf(array.type));
+}
+
+void CheckG(const Array& g, const Axes& axes, const py::object& axis) {
+  CheckShape(
+      g, axes.units_shape,
+      axis.is_none() ? "one norm for the whole of v" : "the sizes of v's axes " + Repr(axis));
+}
+
+int ThreadsOf(int threads) {
+  if (threads < 0) Fail("threads must be positive, or 0 for all cores, but is ", threads);
+  return threads > 0 ? threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+// Where a call runs, and what it needs of its arrays.
+struct Place {
+  bool on_device;
+  int threads;
+  intptr_t stream;
+
+  Place(const std::vector<const Array*>& arrays, int threads, intptr_t stream)
+      : on_device(arrays[0]->on_device), threads(ThreadsOf(threads)), stream(stream) {
+    for (const Array* array : arrays) {
+      if (array->on_device != on_device) {
+        Fail(arrays[0]->name, " and ", array->name, " must both be NumPy arrays or both be on a ",
+             "CUDA device, but ", (on_device ? array : arrays[0])->name, " is a NumPy array");
+      }
+    }
+  }
+};
+
+// The results of a call: the caller's arrays, or new ones.
+class Results {
+ public:
+  Results(const Place& place, const py::object& out, const char* first, const char* second) {
+    if (out.is_none()) {
+      if (place.on_device) {
+        Fail("out must be given for arrays on a device: this module does not allocate there. ",
+             "Pass out=(", first, ", ", second, ")");
+      }
+      return;
+    }
+    if (!py::isinstance<py::tuple>(out) || py::len(out) != 2) {
+      Fail("out must be a tuple of two arrays, (", first, ", ", second, "), but is ", Repr(out));
+    }
+    for (int i = 0; i < 2; ++i) {
+      given_[i] = ParseArray(i == 0 ? first : second, out.cast<py::tuple>()[i], place.stream);
+      CheckOutput(*given_[i]);
+      if (given_[i]->on_device != place.on_device) {
+        Fail(given_[i]->name, " in out must be where the inputs are, on ",
+             place.on_device ? "the device" : "the host");
+      }
+    }
+  }
+
+  const std::optional<Array>& given(int i) const { return given_[i]; }
+
+  Array Get(int i, const char* name, const std::vector<int64_t>& shape, Type type,
+            const char* type_why) const {
+    if (!given_[i]) return NewArray(name, shape, type);
+    CheckShape(*given_[i], shape, "as a result");
+    CheckType(*given_[i], type, type_why);
+    return *given_[i];
+  }
+
+ private:
+  std::optional<Array> given_[2];
+};
+
+void CheckOverlap(const std::vector<const Array*>& inputs, const std::vector<const Array*>& out) {
+  for (size_t i = 0; i < out.size(); ++i) {
+    for (const Array* input : inputs) {
+      if (Overlap(*out[i], *input)) Fail(out[i]->name, " must not overlap ", input->name);
+    }
+    if (i > 0 && Overlap(*out[0], *out[i])) {
+      Fail(out[0]->name, " must not overlap ", out[i]->name);
+    }
+  }
+}
+
+template <class Arguments>
+void Execute(const Arguments& arguments, const Place& place,
+             const std::vector<const Array*>& arrays) {
+  const py::gil_scoped_release release;
+  if (place.on_device) {
+    RunOnDevice(arguments, DeviceOf(arrays), place.stream);
+    return;
+  }
+  const size_t bytes = cpu::ScratchBytes(arguments);
+  const AlignedMemory scratch(bytes, 64);
+  cpu::Run(arguments, scratch.data(), ParallelForOn(place.threads));
+}
+
+// v and grad_w as the kernel wants them: their units' axes consecutive, without gaps in memory.
+Array Prepare(const Array& array, const Axes& axes) {
+  if (axes.consecutive && array.contiguous) return array;
+  if (array.on_device) {
+    Fail(axes.consecutive
+             ? array.name + " must be contiguous on a device. Make a contiguous copy"
+             : "axis must name consecutive axes in ascending order for arrays on a device. "
+               "Transpose v");
+  }
+  return ContiguousCopy(array, axes.consecutive ? std::vector<int64_t>() : axes.order);
+}
+
+py::tuple WeightNorm(const py::object& v_in, const py::object& g_in, const py::object& axis,
+                     const py::object& out_dtype, const py::object& out, int threads,
+                     intptr_t stream) {
+  const Array v_given = ParseArray("v", v_in, stream);
+  const Array g_given = ParseArray("g", g_in, stream);
+  const Axes axes = AxesOf(v_given, axis);
+  CheckG(g_given, axes, axis);
+  const Place place({&v_given, &g_given}, threads, stream);
+  const Results results(place, out, "w", "norm");
+  Type w_type = v_given.type;
+  if (!out_dtype.is_none()) {
+    w_type = ParseType("out_dtype", out_dtype);
+  } else if (results.given(0)) {
+    w_type = results.given(0)->type;
+  }
+  const Array w = results.Get(0, "w", v_given.shape, w_type, "as out_dtype says");
+  const Array norm = results.Get(1, "norm", axes.units_shape, NormType(v_given.type),
+                                 "float64 if v is and float32 otherwise");
+  const Array v = Prepare(v_given, axes);
+  const Array g = Prepare(g_given, {{}, {}, true, {}});
+  CheckOverlap({&v, &g}, {&w, &norm});
+  const Array w_kernel = axes.consecutive ? w : NewArray("w", v.shape, w_type);
+  Execute(Forward{axes.layout, v.type, g.type, w_type, v.data, g.data, w_kernel.data, norm.data},
+          place, {&v, &g, &w, &norm});
+  if (!axes.consecutive) CopyTransposed(w_kernel, axes.order, w);
+  return py::make_tuple(w.object, norm.object);
+}
+
+py::tuple WeightNormGrad(const py::object& grad_w_in, const py::object& v_in,
+                         const py::object& g_in, const py::object& norm_in, const py::object& axis,
+                         const py::object& out, int threads, intptr_t stream) {
+  const Array grad_w_given = ParseArray("grad_w", grad_w_in, stream);
+  const Array v_given = ParseArray("v", v_in, stream);
+  const Array g_given = ParseArray("g", g_in, stream);
+  const Array norm_given = ParseArray("norm", norm_in, stream);
+  const Axes axes = AxesOf(v_given, axis);
+  CheckShape(grad_w_given, v_given.shape, "v's");
+  CheckG(g_given, axes, axis);
+  CheckShape(norm_given, axes.units_shape, "g's");
+  CheckType(norm_given, NormType(v_given.type), "float64 if v is and float32 otherwise");
+  const Place place({&grad_w_given, &v_given, &g_given, &norm_given}, threads, stream);
+  const Results results(place, out, "grad_v", "grad_g");
+  const Array grad_v = results.Get(0, "grad_v", v_given.shape, v_given.type, "like v");
+  const Array grad_g = results.Get(1, "grad_g", axes.units_shape, g_given.type, "like g");
+  const Axes as_is = {{}, {}, true, {}};
+  const Array grad_w = Prepare(grad_w_given, axes), v = Prepare(v_given, axes);
+  const Array g = Prepare(g_given, as_is), norm = Prepare(norm_given, as_is);
+  CheckOverlap({&grad_w, &v, &g, &norm}, {&grad_v, &grad_g});
+  const Array grad_v_kernel = axes.consecutive ? grad_v : NewArray("grad_v", v.shape, v.type);
+  Execute(Backward{axes.layout, v.type, g.type, grad_w.type, grad_w.data, v.data, g.data, norm.data,
+                   grad_v_kernel.data, grad_g.data},
+          place, {&grad_w, &v, &g, &norm, &grad_v, &grad_g});
+  if (!axes.consecutive) CopyTransposed(grad_v_kernel, axes.order, grad_v);
+  return py::make_tuple(grad_v.object, grad_g.object);
+}
+
+py::dict BuildInfo() {
+  const auto text_or_none = [](const char* text) -> py::object {
+    return *text == '\0' ? py::object(py::none()) : py::object(py::str(text));
+  };
+  py::list architectures;
+  std::istringstream list(TFWN_CUDA_ARCHITECTURES);
+  for (std::string a; std::getline(list, a, ',');) architectures.append(std::stoi(a));
+  py::dict info;
+  info["tensorflow"] = text_or_none(TFWN_TENSORFLOW_VERSION);
+  info["cuda"] = text_or_none(TFWN_CUDA_VERSION);
+  info["cuda_architectures"] = architectures;
+  info["simd"] = cpu::SimdLevel();
+  return info;
+}
+
+constexpr char kModuleDoc[] = R"(The kernels of weight normalization on arrays, without TensorFlow.
+
+Arrays are NumPy arrays (float16, float32, float64, and bfloat16 of ml_dtypes), for which the CPU
+kernels run; or arrays on a CUDA device, with __dlpack__ or __cuda_array_interface__, for which the
+CUDA kernels run on the given stream, without waiting for them.
+)";
+
+constexpr char kWeightNormDoc[] = R"(Returns (w, norm).
+
+    norm = ||v||,  w = g * v / norm                  (Salimans & Kingma 2016, eq. 2)
+
+>>> v = np.array([[3, 0], [4, 2]], np.float32)
+>>> w, norm = native.weight_norm(v, np.array([1, 10], np.float32))
+>>> w, norm
+(array([[ 0.6,  0. ],
+       [ 0.8, 10. ]], dtype=float32), array([5., 2.], dtype=float32))
+
+Args:
+  v: any shape. An array that is not contiguous is copied.
+  g: of shape [v.shape[a] for a in axis].
+  axis: the axes of v that index the units: an int, a sequence of ints, or None for one norm over
+    the whole of v. On a device, and to do without a copy, consecutive and ascending.
+  out_dtype: the type of w; that of out[0], or v's, by default.
+  out: (w, norm) to write into: contiguous, not overlapping the inputs. Required on a device.
+  threads: how many threads a NumPy array may use, 0 for all cores. Results do not depend on it.
+  stream: the CUDA stream's handle, as an int; 0 is the default stream.
+
+Returns:
+  w, of v's shape, and norm, of g's shape: float64 if v is, float32 otherwise.
+
+Raises:
+  ValueError: an argument's shape, type, place or value is wrong.
+  RuntimeError: a CUDA call fails.
+)";
+
+constexpr char kWeightNormGradDoc[] = R"(Returns (grad_v, grad_g), of v's and g's shapes and types.
+
+    grad_g = sum(grad_w * v) / norm                  (Salimans & Kingma 2016, eq. 3)
+    grad_v = (g / norm) * (grad_w - (grad_g / norm) * v)
+
+>>> v = np.array([[3, 0], [4, 2]], np.float32)
+>>> g = np.array([1, 10], np.float32)
+>>> w, norm = native.weight_norm(v, g)
+>>> native.weight_norm_grad(np.ones_like(w), v, g, norm)
+(array([[ 0.032,  5.   ],
+       [-0.024,  0.   ]], dtype=float32), array([1.4, 1. ], dtype=float32))
+
+Args:
+  grad_w: the gradient with respect to w, of v's shape, any type.
+  v, g, axis: as for weight_norm.
+  norm: as weight_norm returned it.
+  out: (grad_v, grad_g) to write into, as for weight_norm.
+  threads, stream: as for weight_norm.
+
+Raises:
+  ValueError: an argument's shape, type, place or value is wrong.
+  RuntimeError: a CUDA call fails.
+)";
+
+constexpr char kBuildInfoDoc[] = R"(Returns what this module was built with, and for.
+
+A dict: tensorflow, the version that the op beside this module was built against, or None;
+cuda, nvcc's version, or None without CUDA kernels; cuda_architectures, a list of ints;
+simd, the instruction set that the CPU kernels use on this machine.
+
+>>> native.build_info()["simd"] in ("avx512", "avx2", "baseline")
+True
+)";
+
+PYBIND11_MODULE(native, m) {
+  using py::arg;
+  m.doc() = kModuleDoc;
+  m.def("weight_norm", &WeightNorm, kWeightNormDoc, arg("v"), arg("g"), arg("axis") = -1,
+        arg("out_dtype") = py::none(), py::kw_only(), arg("out") = py::none(), arg("threads") = 0,
+        arg("stream") = 0);
+  m.def("weight_norm_grad", &WeightNormGrad, kWeightNormGradDoc, arg("grad_w"), arg("v"), arg("g"),
+        arg("norm"), arg("axis") = -1, py::kw_only(), arg("out") = py::none(), arg("threads") = 0,
+        arg("stream") = 0);
+  m.def("build_info", &BuildInfo, kBuildInfoDoc);
+}
+
+}  // namespace
+}  // namespace tfwn

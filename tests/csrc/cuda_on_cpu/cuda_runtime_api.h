@@ -1,0 +1,3 @@
+// See cuda_runtime.h here.
+
+#include "cuda_runtime.h"
