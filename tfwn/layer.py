@@ -70,9 +70,7 @@ class Layer(tf.Module):
         """
         if self._built:
             return
-        # Replicas of a strategy take turns within one process and create each variable together:
-        # one that waited for a lock would wait for ever.
-        with contextlib.nullcontext() if _in_replica() else _lock:
+        with _lock:
             if not self._built:
                 with tf.init_scope(), self.name_scope:
                     self._initialize(tf.TensorShape(input_shape))
@@ -85,10 +83,6 @@ class Layer(tf.Module):
 def _snake_case(name: str) -> str:
     """Keras' way with digits: conv2d_transpose, where tf.Module has conv2_d_transpose."""
     return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()
-
-
-def _in_replica() -> bool:
-    return tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context()
 
 
 def get_activation(activation):
