@@ -2,6 +2,7 @@
 
 import importlib
 
+from tfwn import convert
 from tfwn.conv import (
     Conv1D,
     Conv1DTranspose,
@@ -39,6 +40,7 @@ __all__ = [
     "SimpleRNN",
     "SimpleRNNCell",
     "Weight",
+    "convert",
     "data_dependent_init",
     "fold",
     "is_initialized",

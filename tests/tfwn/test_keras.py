@@ -1,6 +1,8 @@
 """tfwn.keras.WeightNormalization: each Keras layer, and each way in which Keras uses layers."""
 
 import copy
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -431,3 +433,13 @@ def test_importing_tfwn_does_not_import_its_keras_module():
         "assert tfwn.keras.WeightNormalization is sys.modules['tfwn.keras'].WeightNormalization"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_migration_note_runs():
+    note = pathlib.Path(__file__).parents[2] / "docs" / "migrate-from-addons.md"
+    blocks = re.findall(r"```python\n(.*?)```", note.read_text(), re.DOTALL)
+    variables = {}
+    for block in blocks:
+        exec(block, variables)
+    assert len(blocks) == 2
+    assert variables["tfwn"].is_initialized(variables["model"])

@@ -1,0 +1,82 @@
+"""Weights from and to other forms: dicts of plain arrays, and PyTorch's state dicts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tfwn.torch_state_dict import array_norm, array_weight_norm, as_array, from_torch, to_torch
+from tfwn.weight import check_axis
+
+__all__ = ["from_torch", "to_normal", "to_torch", "to_weight_norm"]
+
+
+def to_weight_norm(
+    weights: Mapping[str, Any],
+    axis: int | Sequence[int] | Callable[[str], Any] | None = -1,
+    *,
+    select: Callable[[str], bool] | None = None,
+) -> dict[str, np.ndarray]:
+    """Splits named weights w into v = w, under name + "/v", and g = ||w||, under name + "/g".
+
+    Arguments:
+      weights: arrays by name.
+      axis: the axis or axes that index units, as for `tfwn.weight_norm`, or a function of the name.
+      select: whether the array of this name is a weight. Default: those of rank 2 and more.
+
+    Returns:
+      A new dict; what is no weight is in it unchanged. `to_normal` is the inverse.
+
+    Raises:
+      ValueError: a bad axis.
+
+    >>> parts = tfwn.convert.to_weight_norm({"w": [[3.0, 0.0], [4.0, 1.0]], "b": [0.0, 0.0]})
+    >>> sorted(parts), parts["w/g"]
+    (['b', 'w/g', 'w/v'], array([5., 1.]))
+    """
+    converted = {}
+    for name, value in weights.items():
+        array = as_array(value)
+        if select(name) if select else array.ndim >= 2:
+            axes = check_axis(axis(name) if callable(axis) else axis, array.ndim)
+            converted[f"{name}/v"] = array
+            converted[f"{name}/g"] = array_norm(array, axes).reshape([array.shape[a] for a in axes])
+        else:
+            converted[name] = array
+    return converted
+
+
+def to_normal(
+    weights: Mapping[str, Any],
+    axis: int | Sequence[int] | Callable[[str], Any] | None = -1,
+) -> dict[str, np.ndarray]:
+    """Folds each pair v, under name + "/v", and g, under name + "/g", into w = g * v / ||v||.
+
+    Arguments:
+      weights: arrays by name, as from `to_weight_norm`.
+      axis: as for `to_weight_norm`.
+
+    Returns:
+      A new dict; what belongs to no pair is in it unchanged.
+
+    Raises:
+      ValueError: a bad axis; a g whose shape is not that of v along `axis`.
+
+    >>> tfwn.convert.to_normal({"w/v": [[3.0], [4.0]], "w/g": [10.0]})
+    {'w': array([[6.],
+           [8.]])}
+    """
+    converted = {}
+    for name, value in weights.items():
+        base, _, letter = name.rpartition("/")
+        if letter == "v" and f"{base}/g" in weights:
+            v, g = as_array(value), as_array(weights[f"{base}/g"])
+            axes = check_axis(axis(base) if callable(axis) else axis, v.ndim)
+            expected = tuple(v.shape[a] for a in axes)
+            if g.shape != expected:
+                raise ValueError(f"{base}/g must have shape {expected}, got {g.shape}")
+            kept = [v.shape[a] if a in axes else 1 for a in range(v.ndim)]
+            converted[base] = array_weight_norm(v, g.reshape(kept), axes)
+        elif not (letter == "g" and f"{base}/v" in weights):
+            converted[name] = as_array(value)
+    return converted
