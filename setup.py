@@ -321,7 +321,7 @@ def extensions() -> list[Extension]:
         sources["tfwn._ops"] = "csrc/tensorflow_ops.cc"
         if wanted("TFWN_XLA"):
             sources["tfwn._xla"] = "csrc/tensorflow_xla.cc"
-    return [Extension(n, [s]) for n, s in sources.items() if os.path.exists(s)]
+    return [Extension(name, [source]) for name, source in sources.items()]
 
 
 def requirements() -> dict:
