@@ -2,7 +2,8 @@
 //
 // Forward and backward run alike, in three stages, each parallel and each a pass over memory:
 //   1. sum     every task sums v^2 (or grad_w * v), in double, over its own contiguous elements;
-//   2. combine the tasks' partial sums, in fixed order, give one norm (or grad_g) per unit, and from
+//   2. combine the tasks' partial sums, in fixed order, give one norm (or grad_g) per unit, and
+//   from
 //              it the unit's factors;
 //   3. scale   every task multiplies its own elements by the factors.
 // Tasks are cut by shape only, so that a result does not depend on the number of threads.
@@ -38,8 +39,8 @@ struct Block {
 };
 
 // The numbers that multiply a column or a segment: power * rest, where power is a power of two.
-// Applying power first keeps a product in range whenever the result is, where a single factor such as
-// 1 / norm can be too large for a float.
+// Applying power first keeps a product in range whenever the result is, where a single factor such
+// as 1 / norm can be too large for a float.
 struct Factors {
   void* power;
   void* rest;
@@ -59,10 +60,25 @@ struct Kernels {
   void (*sum_segments_forward)(const void* v, int64_t count, int64_t length, double* sums);
   void (*sum_segments_backward)(const void* grad_w, const void* v, int64_t count, int64_t length,
                                 double* sums);
-  void (*scale_segments_forward)(const void* v, int64_t count, int64_t length,
-                                 const Factors& scale, void* w);
+  void (*scale_segments_forward)(const void* v, int64_t count, int64_t length, const Factors& scale,
+                                 void* w);
   void (*scale_segments_backward)(const void* grad_w, const void* v, int64_t count, int64_t length,
                                   const Factors& scale, const Factors& projection, void* grad_v);
+};
+
+// And for the arithmetic on one number per unit, all of it in double. Tables are by Type.
+constexpr int kUnitLanes = 8;
+
+struct UnitKernels {
+  void (*add_rows)(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total);
+  void (*forward)(int64_t count, const double* squares, const double* g, double* norms,
+                  double* scales);
+  void (*backward)(int64_t count, const double* dots, const double* norms, const double* g,
+                   double* grad_g, double* scales, double* projections);
+  void (*split_to_float)(int64_t count, const double* factors, float* power, float* rest);
+  void (*split_to_double)(int64_t count, const double* factors, double* power, double* rest);
+  void (*to_double[4])(const void* from, int64_t count, double* to);
+  void (*from_double[4])(const double* from, int64_t count, void* to);
 };
 
 namespace baseline {
@@ -90,7 +106,7 @@ namespace avx2 {
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                    \
     __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
     apply_to = function)
 #else
@@ -144,16 +160,16 @@ Kernels KernelsFor(Type v, Type w) {
   return baseline::KernelsFor(v, w);
 }
 
-void AddRows(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total) {
+const UnitKernels& Units() {
 #if defined(__x86_64__)
-  if (UsedLevel() == Level::kAvx512) return avx512::AddRows(sums, rows, width, stride, total);
-  if (UsedLevel() == Level::kAvx2) return avx2::AddRows(sums, rows, width, stride, total);
+  if (UsedLevel() == Level::kAvx512) return avx512::kUnitKernels;
+  if (UsedLevel() == Level::kAvx2) return avx2::kUnitKernels;
 #endif
-  return baseline::AddRows(sums, rows, width, stride, total);
+  return baseline::kUnitKernels;
 }
 
-// Makes subnormals count while in scope. Frameworks flush them in some threads and not in others, and
-// a result must not depend on the thread.
+// Makes subnormals count while in scope. Frameworks flush them in some threads and not in others,
+// and a result must not depend on the thread.
 class KeepSubnormals {
  public:
   KeepSubnormals() : saved_(Get()) { Set(saved_ & ~kFlush); }
@@ -182,31 +198,6 @@ class KeepSubnormals {
 #endif
 };
 
-double LoadNumber(Type type, const void* from, int64_t i) {
-  switch (type) {
-    case Type::kHalf:
-      return baseline::FloatFromHalfBits<float>(uint32_t{static_cast<const uint16_t*>(from)[i]});
-    case Type::kBfloat16:
-      return baseline::FloatFromBfloat16Bits<float>(uint32_t{static_cast<const uint16_t*>(from)[i]});
-    case Type::kFloat: return static_cast<const float*>(from)[i];
-    default: return static_cast<const double*>(from)[i];
-  }
-}
-
-void StoreNumber(double value, Type type, void* to, int64_t i) {
-  const float single = static_cast<float>(value);
-  switch (type) {
-    case Type::kHalf:
-      static_cast<uint16_t*>(to)[i] = uint16_t(baseline::HalfBitsFromFloat<uint32_t>(single));
-      break;
-    case Type::kBfloat16:
-      static_cast<uint16_t*>(to)[i] = uint16_t(baseline::Bfloat16BitsFromFloat<uint32_t>(single));
-      break;
-    case Type::kFloat: static_cast<float*>(to)[i] = single; break;
-    default: static_cast<double*>(to)[i] = value;
-  }
-}
-
 const void* At(const void* base, Type type, int64_t i) {
   return static_cast<const char*>(base) + i * SizeOf(type);
 }
@@ -215,12 +206,11 @@ void* At(void* base, Type type, int64_t i) { return static_cast<char*>(base) + i
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDiv(a, multiple) * multiple; }
 
-
 // How a tensor is cut into tasks, from its shape alone.
 //
-// As columns: the tensor is a matrix whose rows are [units, inner], with a sum per column; a task is
-// a block of it. Narrow rows are folded, several into one, so that vectors are full and many sums
-// are in flight; the last row is then partial.
+// As columns: the tensor is a matrix whose rows are [units, inner], with a sum per column; a task
+// is a block of it. Narrow rows are folded, several into one, so that vectors are full and many
+// sums are in flight; the last row is then partial.
 //
 // As segments: stretches of `inner` elements of one unit. Where a unit fits in cache, a task is a
 // run of whole units, and is summed and scaled in one go. Else it is a piece of a segment.
@@ -230,11 +220,11 @@ struct Plan {
   bool columns, fused;
   int64_t tasks;
 
-  int64_t row;                                 // columns: elements of a row
-  int64_t chunks, rows_per_chunk;              // columns: tasks down
-  int64_t blocks, columns_per_block;           // columns: and across
-  int64_t outer, units_per_task;               // fused segments
-  int64_t pieces, piece;                       // other segments: how many, and elements in one
+  int64_t row;                        // columns: elements of a row
+  int64_t chunks, rows_per_chunk;     // columns: tasks down
+  int64_t blocks, columns_per_block;  // columns: and across
+  int64_t outer, units_per_task;      // fused segments
+  int64_t pieces, piece;              // other segments: how many, and elements in one
 
   // Unit n has `groups` x `folds` x `sums_per_unit` partial sums:
   // [group * group_size + (fold * units + n) * sums_per_unit + i].
@@ -341,16 +331,16 @@ struct Plan {
   }
 };
 
-constexpr int64_t kMostTotals = 1024;
+constexpr int64_t kMostUnits = 512;  // in one go
 
-// Adds up the partial sums of units [begin, end), at most kMostTotals of them.
+// Adds up the partial sums of units [begin, end), at most kMostUnits of them.
 void Combine(const Plan& plan, const double* partial, int64_t begin, int64_t end, double* totals) {
   std::fill(totals, totals + (end - begin), 0.0);
   const int64_t per_unit = plan.sums_per_unit;
   for (int64_t fold = 0; fold < plan.folds; ++fold) {
     const double* from = partial + (fold * plan.units + begin) * per_unit;
     if (per_unit == 1) {
-      AddRows(from, plan.groups, end - begin, plan.group_size, totals);
+      Units().add_rows(from, plan.groups, end - begin, plan.group_size, totals);
       continue;
     }
     for (int64_t group = 0; group < plan.groups; ++group, from += plan.group_size) {
@@ -361,28 +351,48 @@ void Combine(const Plan& plan, const double* partial, int64_t begin, int64_t end
   }
 }
 
-// Splits factor into power * rest.
-template <class C>
-void StoreFactor(const Plan& plan, double factor, const Factors& to, int64_t unit) {
-  constexpr int kMost = std::is_same_v<C, double> ? 1022 : 126;
-  const uint64_t bits = baseline::BitCast<uint64_t>(factor);
-  int exponent = int(bits >> 52 & 0x7ff) - 1023;
-  if (factor == 0 || exponent == 1024) exponent = 0;  // 1024: infinity or NaN
-  exponent = std::min(std::max(exponent, -kMost), kMost);
-  const C power = C(baseline::BitCast<double>(uint64_t(1023 + exponent) << 52));
-  const C rest = C(factor * baseline::BitCast<double>(uint64_t(1023 - exponent) << 52));
-  C* powers = static_cast<C*>(to.power);
-  C* rests = static_cast<C*>(to.rest);
-  if (!plan.columns) {
-    powers[unit] = power;
-    rests[unit] = rest;
-    return;
+// One number per unit, for the units that are combined in one go.
+struct UnitArray {
+  alignas(64) double values[kMostUnits];
+  // The functions of UnitKernels take whole vectors.
+  explicit UnitArray(int64_t count) {
+    for (int64_t i = count; i % kUnitLanes != 0; ++i) values[i] = 0;
   }
+};
+
+void ToDouble(Type type, const void* from, int64_t begin, int64_t count, UnitArray* to) {
+  Units().to_double[static_cast<int>(type)](At(from, type, begin), count, to->values);
+}
+
+void FromDouble(Type type, const UnitArray& from, int64_t begin, int64_t count, void* to) {
+  Units().from_double[static_cast<int>(type)](from.values, count, At(to, type, begin));
+}
+
+// Sets the factors of units [begin, begin + count), of each column that is theirs.
+template <class C>
+void StoreFactors(const Plan& plan, const UnitArray& factors, int64_t begin, int64_t count,
+                  const Factors& to) {
+  alignas(64) C powers[kMostUnits], rests[kMostUnits];
+  if constexpr (std::is_same_v<C, double>) {
+    Units().split_to_double(count, factors.values, powers, rests);
+  } else {
+    Units().split_to_float(count, factors.values, powers, rests);
+  }
+  const int64_t inner = plan.columns ? plan.inner : 1;
   for (int64_t fold = 0; fold < plan.folds; ++fold) {
-    const int64_t first = (fold * plan.units + unit) * plan.inner;
-    for (int64_t i = first; i < first + plan.inner; ++i) {
-      powers[i] = power;
-      rests[i] = rest;
+    const int64_t first = (fold * plan.units + begin) * inner;
+    C* power = static_cast<C*>(to.power) + first;
+    C* rest = static_cast<C*>(to.rest) + first;
+    if (inner == 1) {
+      std::copy(powers, powers + count, power);
+      std::copy(rests, rests + count, rest);
+      continue;
+    }
+    for (int64_t n = 0; n < count; ++n) {
+      for (int64_t i = 0; i < inner; ++i) {
+        *power++ = powers[n];
+        *rest++ = rests[n];
+      }
     }
   }
 }
@@ -418,7 +428,7 @@ void RunStages(const Plan& plan, const ParallelFor& parallel_for, int64_t sum_by
                int64_t scale_bytes, const Sum& sum, const CombineUnits& combine,
                const Scale& scale) {
   const auto combine_range = [&](int64_t begin, int64_t end) {
-    for (; begin < end; begin += kMostTotals) combine(begin, std::min(begin + kMostTotals, end));
+    for (; begin < end; begin += kMostUnits) combine(begin, std::min(begin + kMostUnits, end));
   };
   const int64_t elements_per_task = plan.size / std::max<int64_t>(plan.tasks, 1);
   if (plan.fused) {
@@ -457,9 +467,6 @@ void RunStages(const Plan& plan, const ParallelFor& parallel_for, int64_t sum_by
   }
 }
 
-// 1 / norm, with the one exception that makes a unit with v = 0 come out as zero.
-double Reciprocal(double norm) { return norm == 0 ? 0 : 1 / norm; }
-
 template <class C>
 void RunForward(const Forward& a, void* scratch_base, const ParallelFor& parallel_for) {
   const Plan plan(a.layout);
@@ -476,20 +483,21 @@ void RunForward(const Forward& a, void* scratch_base, const ParallelFor& paralle
         kernels.sum_forward(At(a.v, a.v_type, first), block, partial + at);
       });
     } else {
-      plan.ForSegments(task, [&](int64_t first, int64_t count, int64_t length, int64_t, int64_t at) {
-        kernels.sum_segments_forward(At(a.v, a.v_type, first), count, length, partial + at);
-      });
+      plan.ForSegments(
+          task, [&](int64_t first, int64_t count, int64_t length, int64_t, int64_t at) {
+            kernels.sum_segments_forward(At(a.v, a.v_type, first), count, length, partial + at);
+          });
     }
   };
 
   const auto combine = [&](int64_t begin, int64_t end) {
-    double squares[kMostTotals];
-    Combine(plan, partial, begin, end, squares);
-    for (int64_t n = begin; n < end; ++n) {
-      const double norm = std::sqrt(squares[n - begin]);
-      StoreNumber(norm, NormType(a.v_type), a.norm, n);
-      StoreFactor<C>(plan, LoadNumber(a.g_type, a.g, n) * Reciprocal(norm), scales, n);
-    }
+    const int64_t count = end - begin;
+    UnitArray squares(count), g(count), norms(count), scale(count);
+    Combine(plan, partial, begin, end, squares.values);
+    ToDouble(a.g_type, a.g, begin, count, &g);
+    Units().forward(count, squares.values, g.values, norms.values, scale.values);
+    FromDouble(NormType(a.v_type), norms, begin, count, a.norm);
+    StoreFactors<C>(plan, scale, begin, count, scales);
   };
 
   const auto scale = [&](int64_t task) {
@@ -499,16 +507,16 @@ void RunForward(const Forward& a, void* scratch_base, const ParallelFor& paralle
                               At(a.w, a.w_type, first));
       });
     } else {
-      plan.ForSegments(task, [&](int64_t first, int64_t count, int64_t length, int64_t unit,
-                                 int64_t) {
-        kernels.scale_segments_forward(At(a.v, a.v_type, first), count, length,
-                                       scales + std::pair(kC, unit), At(a.w, a.w_type, first));
-      });
+      plan.ForSegments(
+          task, [&](int64_t first, int64_t count, int64_t length, int64_t unit, int64_t) {
+            kernels.scale_segments_forward(At(a.v, a.v_type, first), count, length,
+                                           scales + std::pair(kC, unit), At(a.w, a.w_type, first));
+          });
     }
   };
 
-  RunStages(plan, parallel_for, SizeOf(a.v_type), SizeOf(a.v_type) + SizeOf(a.w_type), sum,
-            combine, scale);
+  RunStages(plan, parallel_for, SizeOf(a.v_type), SizeOf(a.v_type) + SizeOf(a.w_type), sum, combine,
+            scale);
 }
 
 template <class C>
@@ -529,23 +537,25 @@ void RunBackward(const Backward& a, void* scratch_base, const ParallelFor& paral
                              partial + at);
       });
     } else {
-      plan.ForSegments(task, [&](int64_t first, int64_t count, int64_t length, int64_t, int64_t at) {
-        kernels.sum_segments_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first),
-                                      count, length, partial + at);
-      });
+      plan.ForSegments(
+          task, [&](int64_t first, int64_t count, int64_t length, int64_t, int64_t at) {
+            kernels.sum_segments_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first),
+                                          count, length, partial + at);
+          });
     }
   };
 
   const auto combine = [&](int64_t begin, int64_t end) {
-    double dots[kMostTotals];
-    Combine(plan, partial, begin, end, dots);
-    for (int64_t n = begin; n < end; ++n) {
-      const double reciprocal = Reciprocal(LoadNumber(NormType(a.v_type), a.norm, n));
-      const double grad_g = dots[n - begin] * reciprocal;
-      StoreNumber(grad_g, a.g_type, a.grad_g, n);
-      StoreFactor<C>(plan, LoadNumber(a.g_type, a.g, n) * reciprocal, scales, n);
-      StoreFactor<C>(plan, grad_g * reciprocal, projections, n);
-    }
+    const int64_t count = end - begin;
+    UnitArray dots(count), norms(count), g(count), grad_g(count), scale(count), projection(count);
+    Combine(plan, partial, begin, end, dots.values);
+    ToDouble(NormType(a.v_type), a.norm, begin, count, &norms);
+    ToDouble(a.g_type, a.g, begin, count, &g);
+    Units().backward(count, dots.values, norms.values, g.values, grad_g.values, scale.values,
+                     projection.values);
+    FromDouble(a.g_type, grad_g, begin, count, a.grad_g);
+    StoreFactors<C>(plan, scale, begin, count, scales);
+    StoreFactors<C>(plan, projection, begin, count, projections);
   };
 
   const auto scale = [&](int64_t task) {
@@ -556,13 +566,13 @@ void RunBackward(const Backward& a, void* scratch_base, const ParallelFor& paral
                                At(a.grad_v, a.v_type, first));
       });
     } else {
-      plan.ForSegments(task, [&](int64_t first, int64_t count, int64_t length, int64_t unit,
-                                 int64_t) {
-        kernels.scale_segments_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first),
-                                        count, length, scales + std::pair(kC, unit),
-                                        projections + std::pair(kC, unit),
-                                        At(a.grad_v, a.v_type, first));
-      });
+      plan.ForSegments(
+          task, [&](int64_t first, int64_t count, int64_t length, int64_t unit, int64_t) {
+            kernels.scale_segments_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first),
+                                            count, length, scales + std::pair(kC, unit),
+                                            projections + std::pair(kC, unit),
+                                            At(a.grad_v, a.v_type, first));
+          });
     }
   };
 
@@ -603,9 +613,12 @@ void Run(const Backward& a, void* scratch, const ParallelFor& parallel_for) {
 
 const char* SimdLevel() {
   switch (UsedLevel()) {
-    case Level::kAvx512: return "avx512";
-    case Level::kAvx2: return "avx2";
-    default: return "baseline";
+    case Level::kAvx512:
+      return "avx512";
+    case Level::kAvx2:
+      return "avx2";
+    default:
+      return "baseline";
   }
 }
 

@@ -79,8 +79,8 @@ TFWN_INLINE To LoadBytes(const From* from) {
   return to;
 }
 
-// Widens or narrows each lane. The compiler can do it alone, but takes detours through halves of the
-// vector. (The masks are all ones: GCC warns of an undefined value in the unmasked functions.)
+// Widens or narrows each lane. The compiler can do it alone, but takes detours through halves of
+// the vector. (The masks are all ones: GCC warns of an undefined value in the unmasked functions.)
 template <class To, class From, int n>
 TFWN_INLINE Vector<To, n> Convert(const Vector<From, n>& from) {
 #if TFWN_VECTOR_BYTES == 64
@@ -97,7 +97,7 @@ TFWN_INLINE Vector<To, n> Convert(const Vector<From, n>& from) {
   } else
 #endif
 #if TFWN_VECTOR_BYTES >= 32
-  if constexpr (std::is_same_v<To, uint32_t> && n == 8) {
+      if constexpr (std::is_same_v<To, uint32_t> && n == 8) {
     return BitCast<Vector<To, n>>(_mm256_cvtepu16_epi32(BitCast<__m128i>(from)));
   } else
 #endif
@@ -150,7 +150,8 @@ TFWN_INLINE void Store(const Vector<C, n>& from, T* to) {
   } else {
 #if TFWN_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<T, Half> && n == 16) {
-      const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, BitCast<__m512>(from), _MM_FROUND_TO_NEAREST_INT);
+      const __m256i halves =
+          _mm512_maskz_cvtps_ph(0xffff, BitCast<__m512>(from), _MM_FROUND_TO_NEAREST_INT);
       std::memcpy(to, &halves, sizeof(halves));
       return;
     }
@@ -203,28 +204,51 @@ struct Plain {
   }
 };
 
+// The last vector of a row overlaps the one before: only its last `fresh` numbers are new.
+template <int n>
+TFWN_INLINE Vector<double, n> OnlyFresh(const Vector<double, n>& x, int64_t fresh) {
+  Vector<int64_t, n> lane;
+  for (int k = 0; k < n; ++k) lane[k] = k;
+  return BitCast<Vector<double, n>>(
+      Vector<int64_t, n>(BitCast<Vector<int64_t, n>>(x) & (lane >= n - fresh)));
+}
+
+template <int n>
+TFWN_INLINE double SumLanes(const Vector<double, n>& x) {
+  double lanes[n];
+  std::memcpy(lanes, &x, sizeof(lanes));
+  for (int half = n / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+  return lanes[0];
+}
+
+// The terms of `group` rows, added to sum.
+template <int n, int group, class Term>
+TFWN_INLINE Vector<double, n> AddTerms(Term term, int64_t i, int64_t stride,
+                                       Vector<double, n> sum) {
+  static_assert(group == 1 || group == 4);
+  sum += term.template At<n>(i);
+  if constexpr (group == 4) {
+    sum += term.template At<n>(i + stride);
+    sum += term.template At<n>(i + 2 * stride);
+    sum += term.template At<n>(i + 3 * stride);
+  }
+  return sum;
+}
+
 // sums[j] += the terms of column j, `group` rows of them
 template <int n, int group, class Term>
-TFWN_INLINE void SumGroup(Term term, int64_t first, int64_t width, int64_t stride, double* sums) {
-  static_assert(group == 1 || group == 4);
-  const auto of_column = [&](int64_t i, Vector<double, n> sum) __attribute__((always_inline)) {
-    sum += term.template At<n>(i);
-    if constexpr (group == 4) {
-      sum += term.template At<n>(i + stride);
-      sum += term.template At<n>(i + 2 * stride);
-      sum += term.template At<n>(i + 3 * stride);
-    }
-    return sum;
-  };
+TFWN_INLINE void SumGroup(Term term, int64_t i, int64_t width, int64_t stride, double* sums) {
   int64_t j = 0;
   for (; j + n <= width; j += n) {
-    const auto sum = of_column(first + j, LoadBytes<Vector<double, n>>(sums + j));
-    std::memcpy(sums + j, &sum, sizeof(sum));
+    const auto sum = LoadBytes<Vector<double, n>>(sums + j);
+    Store<double, n>(AddTerms<n, group>(term, i + j, stride, sum), sums + j);
   }
   if (j == width) return;
-  // The last vector overlaps the one before; only its last columns are new.
-  const auto sum = of_column(first + width - n, Vector<double, n>{});
-  for (; j < width; ++j) sums[j] += sum[j - width + n];
+  const auto last = AddTerms<n, group>(term, i + width - n, stride, Vector<double, n>{});
+  const auto sum = LoadBytes<Vector<double, n>>(sums + width - n);
+  Store<double, n>(sum + OnlyFresh<n>(last, width - j), sums + width - n);
 }
 
 template <int n, class Term>
@@ -252,19 +276,15 @@ TFWN_INLINE void SumSegments(Term term, int64_t count, int64_t length, double* s
       sum = (sum + a) + (b + c);
     }
     for (; j + n <= length; j += n) sum += term.template At<n>(begin + j);
-    double total = 0;
-    if (j < length) {
-      const Vector<double, n> last = term.template At<n>(begin + length - n);
-      for (; j < length; ++j) total += last[j - length + n];
-    }
-    for (int k = 0; k < n; ++k) total += sum[k];
-    sums[i] = total;
+    if (j < length) sum += OnlyFresh<n>(term.template At<n>(begin + length - n), length - j);
+    sums[i] = SumLanes<n>(sum);
   }
 }
 
 // Factors of the columns of a row, and of all elements of a segment.
 template <class C>
 struct ColumnFactors {
+  static constexpr bool kPrefetch = false;
   const C* power;
   const C* rest;
   explicit ColumnFactors(const Factors& from)
@@ -277,6 +297,8 @@ struct ColumnFactors {
 
 template <class C>
 struct SegmentFactor {
+  // The next segments are not in cache yet: only these have been summed.
+  static constexpr bool kPrefetch = true;
   C power;
   C rest;
   SegmentFactor(const Factors& from, int64_t i)
@@ -294,8 +316,10 @@ struct ForwardScale {
   const V* v;
   W* w;
   Factor scale;
+  int64_t ahead;
   template <int n>
   TFWN_INLINE void At(int64_t i, int64_t j) const {
+    if constexpr (Factor::kPrefetch) __builtin_prefetch(v + i + ahead);
     Store<C, n>(scale.template Times<n>(Load<C, n>(v + i), j), w + i);
   }
 };
@@ -308,8 +332,13 @@ struct BackwardScale {
   const V* v;
   V* grad_v;
   Factor scale, projection;
+  int64_t ahead;
   template <int n>
   TFWN_INLINE void At(int64_t i, int64_t j) const {
+    if constexpr (Factor::kPrefetch) {
+      __builtin_prefetch(v + i + ahead);
+      __builtin_prefetch(grad_w + i + ahead);
+    }
     const Vector<C, n> along_v = projection.template Times<n>(Load<C, n>(v + i), j);
     Store<C, n>(scale.template Times<n>(Load<C, n>(grad_w + i) - along_v, j), grad_v + i);
   }
@@ -324,14 +353,15 @@ TFWN_INLINE void ScaleRow(const Scale& scale, int64_t begin, int64_t width) {
   if (j < width) scale.template At<n>(begin + width - n, width - n);
 }
 
-// Shorter rows than a vector go number by number: vectors of one.
+// Calls body with the number of lanes for rows of this width: as many as a vector has if they fill
+// it.
 template <int n, class Body>
 TFWN_INLINE void ByWidth(int64_t width, const Body& body) {
-  if (width >= n) {
-    body(std::integral_constant<int, n>());
-  } else {
-    body(std::integral_constant<int, 1>());
+  if (width >= n) return body(std::integral_constant<int, n>());
+  if constexpr (n > 4) {
+    if (width >= 4) return body(std::integral_constant<int, 4>());
   }
+  body(std::integral_constant<int, 1>());
 }
 
 template <class V, class W>
@@ -358,7 +388,7 @@ struct KernelsOf {
 
   static void ScaleForward(const void* v, const Block& block, const Factors& scale, void* w) {
     const ForwardScale<V, W, ColumnFactors<C>> all = {AsV(v), static_cast<W*>(w),
-                                                      ColumnFactors<C>(scale)};
+                                                      ColumnFactors<C>(scale), 0};
     ByWidth<kNarrow>(block.width, [&](auto n) __attribute__((always_inline)) {
       for (int64_t r = 0; r < block.rows; ++r) ScaleRow<n()>(all, r * block.stride, block.width);
     });
@@ -366,10 +396,12 @@ struct KernelsOf {
 
   static void ScaleBackward(const void* grad_w, const void* v, const Block& block,
                             const Factors& scale, const Factors& projection, void* grad_v) {
-    const BackwardScale<V, W, ColumnFactors<C>> all = {AsW(grad_w), AsV(v),
+    const BackwardScale<V, W, ColumnFactors<C>> all = {AsW(grad_w),
+                                                       AsV(v),
                                                        static_cast<V*>(grad_v),
                                                        ColumnFactors<C>(scale),
-                                                       ColumnFactors<C>(projection)};
+                                                       ColumnFactors<C>(projection),
+                                                       0};
     ByWidth<kNarrow>(block.width, [&](auto n) __attribute__((always_inline)) {
       for (int64_t r = 0; r < block.rows; ++r) ScaleRow<n()>(all, r * block.stride, block.width);
     });
@@ -394,21 +426,24 @@ struct KernelsOf {
                                    const Factors& scale, void* w) {
     ByWidth<kNarrow>(length, [&](auto n) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) {
-        const ForwardScale<V, W, SegmentFactor<C>> one = {AsV(v), static_cast<W*>(w),
-                                                          SegmentFactor<C>(scale, i)};
+        const ForwardScale<V, W, SegmentFactor<C>> one = {
+            AsV(v), static_cast<W*>(w), SegmentFactor<C>(scale, i), count * length};
         ScaleRow<n()>(one, i * length, length);
       }
     });
   }
 
   static void ScaleSegmentsBackward(const void* grad_w, const void* v, int64_t count,
-                                    int64_t length, const Factors& scale,
-                                    const Factors& projection, void* grad_v) {
+                                    int64_t length, const Factors& scale, const Factors& projection,
+                                    void* grad_v) {
     ByWidth<kNarrow>(length, [&](auto n) __attribute__((always_inline)) {
       for (int64_t i = 0; i < count; ++i) {
-        const BackwardScale<V, W, SegmentFactor<C>> one = {
-            AsW(grad_w), AsV(v), static_cast<V*>(grad_v), SegmentFactor<C>(scale, i),
-            SegmentFactor<C>(projection, i)};
+        const BackwardScale<V, W, SegmentFactor<C>> one = {AsW(grad_w),
+                                                           AsV(v),
+                                                           static_cast<V*>(grad_v),
+                                                           SegmentFactor<C>(scale, i),
+                                                           SegmentFactor<C>(projection, i),
+                                                           count * length};
         ScaleRow<n()>(one, i * length, length);
       }
     });
@@ -423,19 +458,27 @@ struct KernelsOf {
 template <class V>
 Kernels KernelsForW(Type w) {
   switch (w) {
-    case Type::kHalf: return KernelsOf<V, Half>::Get();
-    case Type::kBfloat16: return KernelsOf<V, Bfloat16>::Get();
-    case Type::kFloat: return KernelsOf<V, float>::Get();
-    default: return KernelsOf<V, double>::Get();
+    case Type::kHalf:
+      return KernelsOf<V, Half>::Get();
+    case Type::kBfloat16:
+      return KernelsOf<V, Bfloat16>::Get();
+    case Type::kFloat:
+      return KernelsOf<V, float>::Get();
+    default:
+      return KernelsOf<V, double>::Get();
   }
 }
 
 Kernels KernelsFor(Type v, Type w) {
   switch (v) {
-    case Type::kHalf: return KernelsForW<Half>(w);
-    case Type::kBfloat16: return KernelsForW<Bfloat16>(w);
-    case Type::kFloat: return KernelsForW<float>(w);
-    default: return KernelsForW<double>(w);
+    case Type::kHalf:
+      return KernelsForW<Half>(w);
+    case Type::kBfloat16:
+      return KernelsForW<Bfloat16>(w);
+    case Type::kFloat:
+      return KernelsForW<float>(w);
+    default:
+      return KernelsForW<double>(w);
   }
 }
 
@@ -445,3 +488,92 @@ void AddRows(const double* sums, int64_t rows, int64_t width, int64_t stride, do
     SumRows<n()>(Plain{sums}, rows, width, stride, total);
   });
 }
+
+// The functions of one number per unit take arrays of a multiple of kUnitLanes.
+
+constexpr int kDoubles = kVectorBytes / sizeof(double);
+static_assert(kUnitLanes % kDoubles == 0);
+
+TFWN_INLINE Vector<double, kDoubles> SquareRoot(Vector<double, kDoubles> x) {
+#if TFWN_VECTOR_BYTES == 64
+  return BitCast<Vector<double, 8>>(_mm512_maskz_sqrt_pd(0xff, BitCast<__m512d>(x)));
+#elif TFWN_VECTOR_BYTES == 32
+  return BitCast<Vector<double, 4>>(_mm256_sqrt_pd(BitCast<__m256d>(x)));
+#else
+  for (int k = 0; k < kDoubles; ++k) x[k] = std::sqrt(x[k]);
+  return x;
+#endif
+}
+
+// 1 / norm, with the one exception that makes a unit with v = 0 come out as zero.
+TFWN_INLINE Vector<double, kDoubles> Reciprocal(const Vector<double, kDoubles>& norm) {
+  return norm == 0.0 ? norm : 1.0 / norm;
+}
+
+void UnitsForward(int64_t count, const double* squares, const double* g, double* norms,
+                  double* scales) {
+  for (int64_t i = 0; i < count; i += kDoubles) {
+    const auto norm = SquareRoot(Load<double, kDoubles>(squares + i));
+    Store<double, kDoubles>(norm, norms + i);
+    Store<double, kDoubles>(Load<double, kDoubles>(g + i) * Reciprocal(norm), scales + i);
+  }
+}
+
+void UnitsBackward(int64_t count, const double* dots, const double* norms, const double* g,
+                   double* grad_g, double* scales, double* projections) {
+  for (int64_t i = 0; i < count; i += kDoubles) {
+    const auto reciprocal = Reciprocal(Load<double, kDoubles>(norms + i));
+    const auto along_v = Load<double, kDoubles>(dots + i) * reciprocal;
+    Store<double, kDoubles>(along_v, grad_g + i);
+    Store<double, kDoubles>(Load<double, kDoubles>(g + i) * reciprocal, scales + i);
+    Store<double, kDoubles>(along_v * reciprocal, projections + i);
+  }
+}
+
+// Splits factors into power * rest, see Factors.
+template <class C>
+void SplitFactors(int64_t count, const double* factors, C* power, C* rest) {
+  using Doubles = Vector<double, kDoubles>;
+  using Bits = Vector<int64_t, kDoubles>;
+  constexpr int64_t kMost = std::is_same_v<C, double> ? 1022 : 126;
+  for (int64_t i = 0; i < count; i += kDoubles) {
+    const Doubles factor = Load<double, kDoubles>(factors + i);
+    Bits exponent = ((BitCast<Bits>(factor) >> 52) & 0x7ff) - 1023;
+    exponent = exponent < -kMost ? Bits{} - kMost : exponent;
+    // Zero, infinity and NaN need no power, and must not make 0 * infinity of it.
+    exponent = (exponent == 1024) | (factor == 0.0) ? Bits{} : exponent;
+    exponent = exponent > kMost ? Bits{} + kMost : exponent;
+    Store<double, kDoubles>(BitCast<Doubles>(Bits((exponent + 1023) << 52)), power + i);
+    Store<double, kDoubles>(factor * BitCast<Doubles>(Bits((1023 - exponent) << 52)), rest + i);
+  }
+}
+
+template <class T>
+void ToDouble(const void* from, int64_t count, double* to) {
+  ByWidth<kDoubles>(count, [&](auto n) __attribute__((always_inline)) {
+    const T* x = static_cast<const T*>(from);
+    int64_t i = 0;
+    for (; i + n() <= count; i += n()) Store<double, n()>(Load<double, n()>(x + i), to + i);
+    if (i < count) Store<double, n()>(Load<double, n()>(x + count - n()), to + count - n());
+  });
+}
+
+template <class T>
+void FromDouble(const double* from, int64_t count, void* to) {
+  ByWidth<kDoubles>(count, [&](auto n) __attribute__((always_inline)) {
+    T* x = static_cast<T*>(to);
+    int64_t i = 0;
+    for (; i + n() <= count; i += n()) Store<double, n()>(Load<double, n()>(from + i), x + i);
+    if (i < count) Store<double, n()>(Load<double, n()>(from + count - n()), x + count - n());
+  });
+}
+
+constexpr UnitKernels kUnitKernels = {
+    AddRows,
+    UnitsForward,
+    UnitsBackward,
+    SplitFactors<float>,
+    SplitFactors<double>,
+    {ToDouble<Half>, ToDouble<Bfloat16>, ToDouble<float>, ToDouble<double>},
+    {FromDouble<Half>, FromDouble<Bfloat16>, FromDouble<float>, FromDouble<double>},
+};

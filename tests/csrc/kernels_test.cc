@@ -4,7 +4,8 @@
 //
 // The CPU kernels:
 //
-//   g++ -std=c++17 -O2 -pthread -Icsrc tests/csrc/kernels_test.cc csrc/weight_norm_cpu.cc -o kernels_test
+//   g++ -std=c++17 -O2 -pthread -Icsrc tests/csrc/kernels_test.cc csrc/weight_norm_cpu.cc -o
+//   kernels_test
 //   ./kernels_test [cases] [seed]
 //
 // Add -fsanitize=address,undefined or -fsanitize=thread. TFWN_SIMD=avx2 and TFWN_SIMD=baseline test
@@ -50,8 +51,8 @@ void Check(bool condition, const std::string& what) {
 
 // Exponent range and precision are all that a format is, so this needs no bit tricks.
 struct Format {
-  int bits;           // of precision, the hidden one included
-  int least;          // exponent of the smallest normal number
+  int bits;   // of precision, the hidden one included
+  int least;  // exponent of the smallest normal number
   double most;
 };
 
@@ -128,8 +129,10 @@ class Buffer {
   }
   double operator[](int64_t i) const {
     switch (type_) {
-      case Type::kFloat: return static_cast<const float*>(data())[i];
-      case Type::kDouble: return static_cast<const double*>(data())[i];
+      case Type::kFloat:
+        return static_cast<const float*>(data())[i];
+      case Type::kDouble:
+        return static_cast<const double*>(data())[i];
       default: {
         uint16_t bits;
         std::memcpy(&bits, static_cast<const char*>(data()) + 2 * i, 2);
@@ -139,8 +142,12 @@ class Buffer {
   }
   void Set(int64_t i, double value) {
     switch (type_) {
-      case Type::kFloat: static_cast<float*>(data())[i] = static_cast<float>(value); break;
-      case Type::kDouble: static_cast<double*>(data())[i] = value; break;
+      case Type::kFloat:
+        static_cast<float*>(data())[i] = static_cast<float>(value);
+        break;
+      case Type::kDouble:
+        static_cast<double*>(data())[i] = value;
+        break;
       default: {
         const uint16_t bits = Encode(type_, value);
         std::memcpy(static_cast<char*>(data()) + 2 * i, &bits, 2);
@@ -239,16 +246,21 @@ struct Problem {
   Buffer v, g, grad_w;
 
   Problem(Layout layout, Type v_type, Type g_type, Type w_type)
-      : layout(layout), v_type(v_type), g_type(g_type), w_type(w_type), v(v_type, layout.size()),
-        g(g_type, layout.units), grad_w(w_type, layout.size()) {}
+      : layout(layout),
+        v_type(v_type),
+        g_type(g_type),
+        w_type(w_type),
+        v(v_type, layout.size()),
+        g(g_type, layout.units),
+        grad_w(w_type, layout.size()) {}
 
   int64_t Unit(int64_t i) const { return i / layout.inner % layout.units; }
 
   std::string Name() const {
     const char* names[] = {"half", "bfloat16", "float", "double"};
     return "[" + std::to_string(layout.outer) + ", " + std::to_string(layout.units) + ", " +
-           std::to_string(layout.inner) + "] v " + names[int(v_type)] + " g " +
-           names[int(g_type)] + " w " + names[int(w_type)] + ", " + DeviceName();
+           std::to_string(layout.inner) + "] v " + names[int(v_type)] + " g " + names[int(g_type)] +
+           " w " + names[int(w_type)] + ", " + DeviceName();
   }
 };
 
@@ -256,12 +268,12 @@ struct Results {
   Buffer w, norm, grad_v, grad_g;
 
   explicit Results(const Problem& p)
-      : w(p.w_type, p.layout.size()), norm(NormType(p.v_type), p.layout.units),
-        grad_v(p.v_type, p.layout.size()), grad_g(p.g_type, p.layout.units) {}
+      : w(p.w_type, p.layout.size()),
+        norm(NormType(p.v_type), p.layout.units),
+        grad_v(p.v_type, p.layout.size()),
+        grad_g(p.g_type, p.layout.units) {}
 
-  bool Intact() const {
-    return w.Intact() && norm.Intact() && grad_v.Intact() && grad_g.Intact();
-  }
+  bool Intact() const { return w.Intact() && norm.Intact() && grad_v.Intact() && grad_g.Intact(); }
   bool operator==(const Results& other) const {
     return w == other.w && norm == other.norm && grad_v == other.grad_v && grad_g == other.grad_g;
   }
@@ -272,10 +284,10 @@ std::unique_ptr<Results> RunBoth(const Problem& p, const tfwn::cpu::ParallelFor&
   RunKernel(Forward{p.layout, p.v_type, p.g_type, p.w_type, p.v.data(), p.g.data(),
                     results->w.data(), results->norm.data()},
             parallel_for);
-  RunKernel(Backward{p.layout, p.v_type, p.g_type, p.w_type, p.grad_w.data(), p.v.data(),
-                     p.g.data(), results->norm.data(), results->grad_v.data(),
-                     results->grad_g.data()},
-            parallel_for);
+  RunKernel(
+      Backward{p.layout, p.v_type, p.g_type, p.w_type, p.grad_w.data(), p.v.data(), p.g.data(),
+               results->norm.data(), results->grad_v.data(), results->grad_g.data()},
+      parallel_for);
   return results;
 }
 
@@ -284,11 +296,13 @@ std::unique_ptr<Results> RunBoth(const Problem& p, const tfwn::cpu::ParallelFor&
 void CheckClose(const Problem& p, const char* name, const Buffer& out, Type type,
                 const std::vector<long double>& reference, bool per_unit, double bound,
                 const std::vector<long double>& sizes) {
-  const double least = type == Type::kHalf ? std::ldexp(1.0, -24)
+  const double least = type == Type::kHalf       ? std::ldexp(1.0, -24)
                        : type == Type::kBfloat16 ? std::ldexp(1.0, -133)
-                       : type == Type::kFloat ? std::ldexp(1.0, -149) : 0;
-  const double most = type == Type::kHalf ? 65504
-                      : type == Type::kDouble ? std::numeric_limits<double>::max() : 3e38;
+                       : type == Type::kFloat    ? std::ldexp(1.0, -149)
+                                                 : 0;
+  const double most = type == Type::kHalf     ? 65504
+                      : type == Type::kDouble ? std::numeric_limits<double>::max()
+                                              : 3e38;
   std::vector<long double> error(p.layout.units), size(p.layout.units), floor(p.layout.units);
   for (int64_t i = 0; i < out.size(); ++i) {
     const int64_t n = per_unit ? i : p.Unit(i);
@@ -309,10 +323,14 @@ void CheckClose(const Problem& p, const char* name, const Buffer& out, Type type
 
 double BoundOf(Type type) {
   switch (type) {
-    case Type::kHalf: return std::ldexp(1.0, -11);
-    case Type::kBfloat16: return std::ldexp(1.0, -8);
-    case Type::kFloat: return 3e-7;
-    default: return 1e-14;
+    case Type::kHalf:
+      return std::ldexp(1.0, -11);
+    case Type::kBfloat16:
+      return std::ldexp(1.0, -8);
+    case Type::kFloat:
+      return 3e-7;
+    default:
+      return 1e-14;
   }
 }
 
@@ -342,7 +360,8 @@ void CheckAgainstReference(const Problem& p, const Results& results) {
   auto bound = [&](Type type) { return std::max(BoundOf(type), 0.0) + compute; };
   const double arithmetic =
       p.v_type == Type::kDouble || p.w_type == Type::kDouble ? 1e-14 : BoundOf(Type::kFloat);
-  CheckClose(p, "norm", results.norm, NormType(p.v_type), norm, true, bound(NormType(p.v_type)), {});
+  CheckClose(p, "norm", results.norm, NormType(p.v_type), norm, true, bound(NormType(p.v_type)),
+             {});
   CheckClose(p, "w", results.w, p.w_type, w, false, bound(p.w_type) + arithmetic, {});
   // Where grad_w is nearly parallel to v, or nearly orthogonal, the result is a small difference of
   // large numbers: the error is relative to those.
@@ -352,12 +371,12 @@ void CheckAgainstReference(const Problem& p, const Results& results) {
 }
 
 Layout RandomLayout(std::mt19937_64* random) {
-  const std::vector<int64_t> sizes = {1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65,
-                                      100, 127, 128, 129, 255, 256, 257, 511, 513, 1000, 1025,
-                                      4096, 5000, 20000, 100000};
+  const std::vector<int64_t> sizes = {1,   1,   2,   3,   4,    5,    7,    8,    15,    16,    17,
+                                      31,  32,  33,  63,  64,   65,   100,  127,  128,   129,   255,
+                                      256, 257, 511, 513, 1000, 1025, 4096, 5000, 20000, 100000};
   for (;;) {
-    Layout layout = {Pick(random, sizes), Pick(random, sizes), Pick(random, {1, 1, 1, 2, 3, 9, 31,
-                     32, 33, 100, 1000, 4097, 70000})};
+    Layout layout = {Pick(random, sizes), Pick(random, sizes),
+                     Pick(random, {1, 1, 1, 2, 3, 9, 31, 32, 33, 100, 1000, 4097, 70000})};
     if ((*random)() % 40 == 0) layout.outer = 0;
     if ((*random)() % 40 == 0) layout.units = 0;
     if ((*random)() % 40 == 0) layout.inner = 0;
@@ -381,8 +400,10 @@ void TestRandomProblems(int cases, uint64_t seed) {
       if (random() % 16 == 0) m = 0;
     }
     for (int64_t k = 0; k < p.v.size(); ++k) p.v.Set(k, normal(random) * magnitude[p.Unit(k)]);
-    const double g_size = narrow_w || p.g_type == Type::kHalf ? 1 : std::pow(10.0, int(random() % 9) - 4);
-    for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, random() % 16 ? normal(random) * g_size : 0);
+    const double g_size =
+        narrow_w || p.g_type == Type::kHalf ? 1 : std::pow(10.0, int(random() % 9) - 4);
+    for (int64_t n = 0; n < p.g.size(); ++n)
+      p.g.Set(n, random() % 16 ? normal(random) * g_size : 0);
     const double grad_size = narrow_v || narrow_w ? 0.1 : std::pow(10.0, int(random() % 7) - 3);
     for (int64_t k = 0; k < p.grad_w.size(); ++k) p.grad_w.Set(k, normal(random) * grad_size);
 
@@ -446,14 +467,15 @@ void TestConversions() {
       const uint16_t bits = static_cast<uint16_t>(i);
       std::memcpy(static_cast<char*>(narrow.data()) + 2 * i, &bits, 2);
     }
-    // To narrow: w = 1 * v / ||v|| * g loses nothing when the norm is 1; put a large 1-norm unit in.
+    // To narrow: w = 1 * v / ||v|| * g loses nothing when the norm is 1; put a large 1-norm unit
+    // in.
     const int64_t size = narrow.size();
     Problem p({1, size, 1}, Type::kDouble, Type::kDouble, type);
     for (int64_t i = 0; i < size; ++i) {
       const double value = narrow[i];
       const double next = narrow[std::min<int64_t>(i + 1, size - 1)];
-      const double wanted = std::isfinite(value) && std::isfinite(next) && (i & 1)
-                                ? (value + next) / 2 : value;
+      const double wanted =
+          std::isfinite(value) && std::isfinite(next) && (i & 1) ? (value + next) / 2 : value;
       p.v.Set(i, 1);
       p.g.Set(i, wanted);
       p.grad_w.Set(i, 0);
