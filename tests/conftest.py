@@ -20,6 +20,13 @@ def _seeds():
     tf.keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _collective_keys():
+    # Each strategy numbers its collectives from the same start, so that in one process those of two
+    # are taken for one another. TensorFlow's own tests do this.
+    tf.distribute.MirroredStrategy._collective_key_base += 100_000
+
+
 @pytest.fixture
 def rng():
     """NumPy's random numbers, the same in each run."""

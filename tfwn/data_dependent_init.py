@@ -46,7 +46,8 @@ def data_dependent_init(model, batch, *, init_scale: float = 1.0, training: bool
       RuntimeError: a layer was initialized before (by this call, or before the checkpoint was
         written); a recurrent layer or an embedding is reached; called in a tf.function, or in
         strategy.run.
-      ValueError: no layer to set is reached; moments that are not finite, an empty batch;
+      ValueError: a distributed batch for a model that is not of a strategy; no layer to set is
+        reached; moments that are not finite, an empty batch;
         init_scale not positive; `training=False` for a model without that argument.
       Whatever is raised, by the model too, all variables are as they were before.
 
@@ -72,6 +73,7 @@ def data_dependent_init(model, batch, *, init_scale: float = 1.0, training: bool
     if not init_scale > 0:
         raise ValueError(f"init_scale must be positive, got {init_scale}")
     arguments = _training_argument(model, training)
+    strategy = _strategy_of(batch, model)
     before = _Snapshot()
     before.take(variables(model))
     first_pass = _FirstPass(before, init_scale)
@@ -83,10 +85,7 @@ def data_dependent_init(model, batch, *, init_scale: float = 1.0, training: bool
 
     try:
         with _eager_functions():
-            distributed = any(
-                isinstance(x, tf.distribute.DistributedValues) for x in tf.nest.flatten(batch)
-            )
-            outputs = _strategy(model).run(forward, (batch,)) if distributed else forward(batch)
+            outputs = strategy.run(forward, (batch,)) if strategy else forward(batch)
         if not first_pass.changed:
             raise ValueError(
                 "data_dependent_init reached no layer that it could set: the model must call "
@@ -233,9 +232,18 @@ def _components(variable) -> tuple:
     return strategy.experimental_local_results(variable) if strategy else (variable,)
 
 
-def _strategy(model) -> tf.distribute.Strategy:
-    strategies = [getattr(variable, "distribute_strategy", None) for variable in variables(model)]
-    return next((s for s in strategies if s is not None), tf.distribute.get_strategy())
+def _strategy_of(batch, model) -> tf.distribute.Strategy | None:
+    """The strategy in whose replicas the model is to run; None where the batch is in one piece."""
+    if not any(isinstance(x, tf.distribute.DistributedValues) for x in tf.nest.flatten(batch)):
+        return None
+    found = [getattr(variable, "distribute_strategy", None) for variable in variables(model)]
+    strategy = next((s for s in found if s is not None), tf.distribute.get_strategy())
+    if strategy.num_replicas_in_sync == 1 and not tf.distribute.has_strategy() and not any(found):
+        raise ValueError(
+            "batch is distributed, but the model has no variables of a strategy: make the model, "
+            "and call data_dependent_init, in strategy.scope()"
+        )
+    return strategy
 
 
 def _training_argument(model, training) -> dict:

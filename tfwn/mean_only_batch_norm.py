@@ -86,6 +86,10 @@ class MeanOnlyBatchNormalization(Layer):
         count = tf.cast(tf.size(t), wide) / tf.cast(tf.shape(t)[axis], wide)
         if self.synchronized:
             replica = tf.distribute.get_replica_context()
+            if replica is None and is_initializing():
+                return tf.math.divide_no_nan(total, count)  # The batch is whole.
+            if replica is None and is_initializing():
+                return tf.math.divide_no_nan(total, count)  # The batch is whole.
             if replica is None:
                 raise RuntimeError(
                     f"{self.name!r} with synchronized=True must be called in a replica, as in "

@@ -324,13 +324,12 @@ def test_layers_alone_do_not_initialize_themselves():
     np.testing.assert_array_equal(layer.b, np.zeros(3))
 
 
-@pytest.mark.parametrize("parameterization", ["weight_norm", "normal"])
-@pytest.mark.parametrize("make", ["tfwn", "keras"])
-def test_replicas_get_what_one_device_gets_from_the_whole_batch(make, parameterization):
+@pytest.mark.parametrize("kind", ["weight_norm", "normal", "keras"])
+def test_replicas_get_what_one_device_gets_from_the_whole_batch(kind):
     def model():
         keras.utils.set_random_seed(1)
-        if make == "tfwn":
-            model = DeepConvNet(parameterization=parameterization)
+        if kind != "keras":
+            model = DeepConvNet(parameterization=kind)
             model(images())
             return model
         return keras.Sequential(
@@ -341,8 +340,6 @@ def test_replicas_get_what_one_device_gets_from_the_whole_batch(make, parameteri
             ]
         )
 
-    if make == "keras" and parameterization == "normal":
-        pytest.skip("a Keras layer that is not wrapped is not initialized")
     x = images(24)
     alone = model()
     tfwn.data_dependent_init(alone, x)
@@ -361,6 +358,30 @@ def test_replicas_get_what_one_device_gets_from_the_whole_batch(make, parameteri
             np.testing.assert_allclose(
                 np.asarray(part, np.float32), np.asarray(expected, np.float32), atol=2e-5
             )
+
+
+def test_layers_that_make_their_variables_in_the_replicas():
+    layer, x = tfwn.Dense(3), images()[:, 0, 0, :]
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    shares = strategy.experimental_distribute_values_from_function(
+        lambda context: x[:5] if context.replica_id_in_sync_group == 0 else x[5:]
+    )
+    with pytest.raises(ValueError, match="batch is distributed, but the model has no variables"):
+        tfwn.data_dependent_init(layer, shares)
+    with strategy.scope():
+        outputs = tfwn.data_dependent_init(layer, shares)
+    check_standard(tf.concat(strategy.experimental_local_results(outputs), 0))
+
+
+def test_a_whole_batch_in_the_scope_of_a_strategy():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        layer = tfwn.Dense(3, use_bias=False)
+        mean_only = tfwn.MeanOnlyBatchNormalization(synchronized=True)
+        outputs = tfwn.data_dependent_init(
+            lambda x, training: mean_only(layer(x), training), images()[:, 0, 0, :]
+        )
+    check_standard(outputs)
 
 
 def test_a_whole_batch_for_replicated_variables():

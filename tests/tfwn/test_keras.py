@@ -2,6 +2,7 @@
 
 import copy
 import pathlib
+import pickle
 import re
 import subprocess
 import sys
@@ -258,6 +259,25 @@ def test_deepcopy_of_a_layer_before_and_after_it_is_built():
     copied = copy.deepcopy(layer)
     np.testing.assert_array_equal(copied(sequence(4, 8)), layer(sequence(4, 8)))
     assert copied.normalized[0].v is not layer.normalized[0].v
+
+
+def test_pickle():
+    model = keras.Sequential([keras.Input((8,)), WeightNormalization(keras.layers.Dense(2))])
+    move(model)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again(sequence(4, 8)), model(sequence(4, 8)))
+
+
+def test_fit_under_a_strategy_keeps_replicas_alike():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((8,)), WeightNormalization(keras.layers.Dense(2))])
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+    before = model.layers[0].g.numpy()
+    model.fit(sequence(16, 8), sequence(16, 2), epochs=2, batch_size=8, verbose=0)
+    first, second = strategy.experimental_local_results(model.layers[0].g.value)
+    np.testing.assert_array_equal(first.numpy(), second.numpy())
+    assert not np.allclose(first.numpy(), before)
 
 
 def test_config_round_trip():

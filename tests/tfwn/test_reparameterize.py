@@ -1,5 +1,6 @@
 """tfwn.reparameterize and tfwn.fold on modules, Sonnet, tfwn's layers and Keras models."""
 
+import copy
 import subprocess
 import sys
 
@@ -410,6 +411,14 @@ def test_under_a_strategy():
     np.testing.assert_allclose(model(inputs()), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_deepcopy_of_a_reparameterized_module():
+    model, x = tfwn.reparameterize(Network()), inputs()
+    copied = copy.deepcopy(model)
+    np.testing.assert_array_equal(copied(x), model(x))
+    copied.w.g.assign(2 * copied.w.g)
+    assert not np.allclose(copied(x), model(x))
+
+
 def test_errors():
     for function in (tfwn.reparameterize, tfwn.fold):
         with pytest.raises(ValueError, match=r"needs a tf.Module or a Keras layer, got 3"):
@@ -429,6 +438,8 @@ def test_errors():
         tfwn.reparameterize(keras.Sequential([keras.layers.Dense(3)]))
     with pytest.raises(ValueError, match=r"select and axis are for tf.Modules"):
         tfwn.reparameterize(keras.layers.Dense(3), axis=0)
+    with pytest.raises(ValueError, match="found no weight"):  # Twice.
+        tfwn.reparameterize(tfwn.reparameterize(Network()))
     model = Network()
     with pytest.raises(ValueError, match="axis must lie in"):
         tfwn.reparameterize(model, axis=5)
