@@ -36,18 +36,21 @@ test-slow: $(VENV)/.have-models $(VENV)/.have-test
 bench: $(VENV)/.have-benchmark
 	$(BIN)/python -m benchmarks.op
 
+sanitize:
+	tests/csrc/sanitize.sh
+
 SOURCES := $(wildcard csrc/*.h csrc/*.cc csrc/*.cu)
 
 lint: $(VENV)/.have-models $(VENV)/.have-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/csrc/*.cc tests/csrc/*/*)
 
 format: $(VENV)/.have-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/csrc/*.cc tests/csrc/*/*)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tfwn/*.so tfwn/_build_info.json
@@ -77,5 +80,5 @@ $(VENV)/.built: $(VENV)/.tools setup.py build_backend.py $(SOURCES)
 # The libraries are there already: what is left to install is Python.
 $(VENV)/.have-%: $(VENV)/.tools setup.py pyproject.toml | $(VENV)/.built
 	@echo "Installing what $* needs"
-	@$(PIP) install --quiet --no-build-isolation --editable '.[$*]'
+	@$(PIP) install -qq --no-build-isolation --editable '.[$*]'
 	@touch $@
