@@ -17,16 +17,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
-import tfwn.native as native
 import torch
 from rich.console import Console
 from rich.table import Table
 
 import tfwn
+import tfwn.native as native
 from benchmarks import timing
 
 OURS, PLAIN, XLA, TORCH, FLOOR, FRESH = "ours", "plain TF", "TF XLA", "PyTorch", "floor", "fresh"
@@ -206,7 +207,7 @@ def measure(case: Case, dtype: str, backward: bool, *, threads: int, rounds: int
     return timing.Times({name: s / case.weights for name, s in times.seconds.items()})
 
 
-def row_of(case: Case, dtype: str, backward: bool, times: timing.Times) -> dict[str, object]:
+def row_of(case: Case, dtype: str, backward: bool, times: timing.Times) -> dict[str, Any]:
     """Returns a row of the JSON file: every window's time, in seconds per weight."""
     return {
         "case": case.name,
@@ -220,7 +221,7 @@ def row_of(case: Case, dtype: str, backward: bool, times: timing.Times) -> dict[
     }
 
 
-def table_of(rows: list[dict], title: str, ours: str, peers: list[str]) -> Table:
+def table_of(rows: list[dict[str, Any]], title: str, ours: str, peers: list[str]) -> Table:
     """Returns times of ours, and of each peer as a multiple of ours."""
     table = Table(
         title=title, caption="median of the windows' ratios, ± half their interquartile range"
@@ -249,14 +250,14 @@ def table_of(rows: list[dict], title: str, ours: str, peers: list[str]) -> Table
     return table
 
 
-def mean_ratio(rows: list[dict], slow: str, fast: str) -> float:
+def mean_ratio(rows: list[dict[str, Any]], slow: str, fast: str) -> float:
     """Returns the geometric mean over the rows of the median ratio."""
     return timing.geometric_mean(
         [float(np.median(np.divide(r["seconds"][slow], r["seconds"][fast]))) for r in rows]
     )
 
 
-def plot(rows: list[dict], title: str, path: Path) -> None:
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draws each contender's time as a multiple of the memory floor."""
     import matplotlib
 
