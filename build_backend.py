@@ -5,8 +5,10 @@ of sight, so it is looked for by a process that starts outside the isolation.
 """
 
 import functools
+import glob
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -82,3 +84,10 @@ def get_requires_for_build_wheel(config_settings=None):
 def get_requires_for_build_editable(config_settings=None):
     """Adds TensorFlow, where none is installed, to what setuptools asks for."""
     return build_meta.get_requires_for_build_editable(config_settings) + _build_requirements()
+
+
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    """Starts from an empty build/lib, or setuptools would ship what an earlier build left there."""
+    for old in glob.glob("build/lib*"):
+        shutil.rmtree(old)
+    return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

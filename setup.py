@@ -76,7 +76,6 @@ EXTRAS = {
         "build>=1.2",  # wheels
         "setuptools>=77",  # builds in place, without isolation
         "pybind11>=2.13",  # likewise
-        "wheel",  # likewise
     ],
 }
 
@@ -308,6 +307,8 @@ class Build(build_ext):
         for name in map(self.get_ext_filename, (ext.name for ext in self.extensions)):
             replace(Path(self.build_lib, name), Path(name))
         replace(Path(self.build_lib, BUILD_INFO), Path(BUILD_INFO))
+        if not wanted("TFWN_XLA"):
+            Path("tfwn/_xla.so").unlink(missing_ok=True)  # of an earlier build
 
     def get_outputs(self) -> list[str]:
         """Adds the build information to the libraries."""
