@@ -317,6 +317,6 @@ def _check_module(name, model):
 
 
 def _keras_module():
-    from tfwn import keras_reparameterize
+    from tfwn.keras import reparameterize as keras_reparameterize
 
     return keras_reparameterize

@@ -13,19 +13,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfwn.keras_data_dependent_init import (
+from tfwn.keras.data_dependent_init import (
     DEPTHWISE,
     INITIALIZABLE,
     TRANSPOSED,
     initializing_call,
     refuse,
 )
-from tfwn.keras_scope import Substitution, exact
+from tfwn.keras.scope import Substitution, exact
 from tfwn.layer import is_initializing
 from tfwn.ops import weight_norm
 from tfwn.weight import check_axis, norm
-
-__all__ = ["WeightNormalization"]
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(

@@ -6,7 +6,7 @@ import math
 import keras
 import tensorflow as tf
 
-from tfwn.keras_scope import Substitution, stored
+from tfwn.keras.scope import Substitution, stored
 from tfwn.layer import initialize, refuse_initialization
 
 TRANSPOSED = (

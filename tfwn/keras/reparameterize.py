@@ -3,7 +3,7 @@
 import keras
 from keras.src.models import Functional
 
-from tfwn.keras import WeightNormalization, is_weight
+from tfwn.keras.wrapper import WeightNormalization, is_weight
 from tfwn.modules import attributes
 
 
