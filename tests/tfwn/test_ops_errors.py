@@ -161,9 +161,10 @@ def test_axes_of_many_kinds():
 
 
 def test_python_numbers_take_the_type_of_v():
-    w = tfwn.weight_norm(tf.ones([4, 2], tf.float64), [1, 2])
+    w = tfwn.weight_norm(tf.ones([4, 2], tf.float64), [0.1, 2])
     assert w.dtype == tf.float64
-    np.testing.assert_allclose(w, [[0.5, 1]] * 4, rtol=1e-15)
+    np.testing.assert_allclose(w, [[0.05, 1]] * 4, rtol=1e-15)
+    assert tfwn.weight_norm(tf.ones([4, 2]), [1, 2]).dtype == tf.float32
 
 
 # Loading the library.

@@ -83,17 +83,24 @@ def test_second_derivative_of_either_gradient_alone(output, rng):
     assert_close(run(tfwn.weight_norm), run(plain))
 
 
-def test_third_derivatives(rng):
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_third_derivatives(jit_compile, rng):
     v, g, c = arguments(rng, (4, 3), -1)
 
-    def run(f):
+    @tf.function(jit_compile=jit_compile)
+    def run(f, v):
         with tf.GradientTape() as tape:
             tape.watch([v, g])
             second = second_derivatives(f, v, g, c, -1)
             y = tf.add_n([tf.reduce_sum(tf.sin(x)) for x in second])
         return tape.gradient(y, [v, g])
 
-    assert_close(run(tfwn.weight_norm), run(plain), rtol=1e-9, atol=1e-9)
+    expected = run(plain, v)
+    assert_close(run(tfwn.weight_norm, v), expected, rtol=1e-9, atol=1e-9)
+
+    zero = tf.constant([1, 0, 1], tf.float64)
+    outputs = run(tfwn.weight_norm, v * zero)
+    assert_close(outputs, [x * zero for x in expected], rtol=1e-9, atol=1e-9)
 
 
 def test_hessian(rng):
