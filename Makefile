@@ -4,7 +4,7 @@
 TENSORFLOW ?= tensorflow>=2.21,<2.22
 # A Python from 3.10 to 3.13; the first that is found.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
-	$$p -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo $$p && break; done)
 
 VENV := .venv
