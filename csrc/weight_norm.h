@@ -65,9 +65,9 @@ struct Backward {
 
 namespace cpu {
 
-// Runs body(begin, end) over a partition of [0, n) and returns when all of it is done. How [0, n) is
-// cut and on how many threads is the caller's: results do not depend on it. bytes_per_task is the
-// memory traffic of one of the n tasks, from which the caller may judge what is worth a thread.
+// Runs body(begin, end) over a partition of [0, n) and returns when all of it is done. How [0, n)
+// is cut and on how many threads is the caller's: results do not depend on it. bytes_per_task is
+// the memory traffic of one of the n tasks, from which the caller may judge what is worth a thread.
 using ParallelFor = std::function<void(int64_t n, int64_t bytes_per_task,
                                        const std::function<void(int64_t, int64_t)>& body)>;
 

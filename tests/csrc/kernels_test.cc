@@ -109,7 +109,9 @@ int misalignment = 0;
 class Buffer {
  public:
   Buffer(Type type, int64_t size)
-      : type_(type), size_(size), shift_(misalignment * SizeOf(type)),
+      : type_(type),
+        size_(size),
+        shift_(misalignment * SizeOf(type)),
         bytes_(new unsigned char[shift_ + Bytes() + 2 * kGuard]) {
     std::memset(bytes_.get(), 0xa5, shift_ + Bytes() + 2 * kGuard);
   }
