@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from models.common.errors import UserError
+from models.common.errors import NotFinite, UserError
 
 
 class Stateful(Protocol):
@@ -123,7 +123,7 @@ class Checkpoints:
             value = tf.convert_to_tensor(variable)
             if value.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(value))):
                 kept = self.latest()
-                raise UserError(
+                raise NotFinite(
                     f"{variable.name} is not finite at step {step}; nothing was saved. The last "
                     f"good checkpoint is {kept.name if kept else 'none'}: lower --learning-rate"
                 )

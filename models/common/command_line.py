@@ -100,7 +100,10 @@ def parse(
 
 def _default_out(program: str, config: Any) -> str:
     parts = [program.split()[-1].split(".")[-1], getattr(config, "game", None), config.preset]
-    parts += [getattr(config, "parameterization", None), str(config.seed)]
+    if getattr(config, "sweep", False):
+        parts += ["sweep"]
+    else:
+        parts += [getattr(config, "parameterization", None), str(config.seed)]
     return os.path.join("runs", "-".join(p for p in parts if p))
 
 

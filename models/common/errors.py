@@ -8,6 +8,10 @@ class UserError(Exception):
     """A mistake or a bad day, told in one line: what, the actual value, and the remedy."""
 
 
+class NotFinite(UserError):
+    """A loss or a weight became infinite or NaN."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Returns "; did you mean A or B?" for the known words closest to `word`, else ""."""
     lower = {name.lower(): name for name in known}

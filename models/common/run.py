@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow as tf
 
 from models.common import checkpoints, metrics, options, progress, run_folder, runtime
-from models.common.errors import UserError
+from models.common.errors import NotFinite, UserError
 
 
 class Run:
@@ -175,7 +175,7 @@ class Run:
         for name, value in numbers.items():
             if "loss" in name and not math.isfinite(value):
                 kept = self._checkpoints.latest()
-                raise UserError(
+                raise NotFinite(
                     f"{name} is {value} at step {step}; the last good checkpoint is "
                     f"{kept.name if kept else 'none'}: lower --learning-rate, or look for the "
                     f"cause in {self.path / 'metrics.csv'}"

@@ -1,5 +1,6 @@
 """TensorFlow set up as the run's options ask: seeds, determinism, compute type, strategy."""
 
+import functools
 import json
 import os
 from typing import Any
@@ -23,11 +24,15 @@ def configure(config: options.RunConfig) -> tf.distribute.Strategy:
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     if config.strategy == "mirrored":
-        return tf.distribute.MirroredStrategy()
+        return _mirrored()
     if config.strategy == "multi_worker":
         _check_cluster()
         return tf.distribute.MultiWorkerMirroredStrategy()
     return tf.distribute.get_strategy()
+
+
+# The collectives of two strategies in one process, as in a sweep, would be taken for one another.
+_mirrored = functools.cache(tf.distribute.MirroredStrategy)
 
 
 def compute_dtype(config: options.RunConfig) -> tf.DType:

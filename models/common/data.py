@@ -1,0 +1,152 @@
+"""Image data sets by TFDS, decoded once into uint8 arrays, and a cache for what is made of them."""
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from models.common.errors import UserError, nearest
+
+# Where TFDS downloads each from.
+SOURCES = {
+    "cifar10": "https://www.cs.toronto.edu/~kriz/",
+    "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
+}
+NAMES = (*SOURCES, "synthetic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A data set in memory.
+
+    Attributes:
+      train_images, test_images: uint8 [examples, height, width, channels].
+      train_labels, test_labels: int64 [examples].
+      caveat: what to say beside every result obtained on it; "" for the original data.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    caveat: str = ""
+
+
+def load(name: str, data_dir: str = "") -> Images:
+    """Returns "cifar10", "mnist" or "synthetic" (random 32x32x3 images that need no files).
+
+    Args:
+      name: of the data set.
+      data_dir: where it is, in TFDS's layout; default $TFWN_DATA_DIR, else TFDS's own. TFDS
+        downloads it there where it is missing and there is a network.
+
+    Raises:
+      UserError: an unknown name; data that are missing and cannot be downloaded, or damaged.
+    """
+    if name not in NAMES:
+        known = ", ".join(NAMES)
+        raise UserError(f"data set {name!r}: unknown; there are {known}" + nearest(name, NAMES))
+    if name == "synthetic":
+        return _synthetic()
+    import tensorflow_datasets as tfds
+
+    directory = os.path.expanduser(data_dir or os.environ.get("TFWN_DATA_DIR", "")) or None
+    where = directory or tfds.core.constants.DATA_DIR
+    if data_dir and not os.path.isdir(where):
+        raise UserError(f"--data-dir {data_dir}: there is no such folder")
+    builder = tfds.builder(name, data_dir=directory)
+    if not builder.is_prepared():
+        try:
+            _reach(SOURCES[name])
+            builder.download_and_prepare()
+        except Exception as error:
+            raise UserError(
+                f"{name} is not in {where}, and downloading it failed ({_first_line(error)}): run "
+                f"`tfds build {name} --data_dir {where}` where there is a network, or name the "
+                "folder that holds it by --data-dir"
+            ) from error
+    try:
+        splits = builder.as_dataset(
+            split=["train", "test"], batch_size=-1, as_supervised=True, shuffle_files=False
+        )
+        (train_x, train_y), (test_x, test_y) = (tfds.as_numpy(split) for split in splits)
+        caveat = _caveat(builder)
+    except Exception as error:
+        raise UserError(
+            f"{name} in {builder.data_path} is damaged ({_first_line(error)}): remove that folder "
+            f"and run `tfds build {name} --data_dir {where}`"
+        ) from error
+    return Images(train_x, train_y, test_x, test_y, caveat)
+
+
+def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarray]]) -> dict:
+    """Returns make(), from the user's cache folder when it is there for the same `source`.
+
+    The folder is $XDG_CACHE_HOME/tfwn (~/.cache/tfwn). A file that is damaged is made again, and
+    a folder that cannot be written is done without.
+
+    Args:
+      name: of the file.
+      source: the array the result is a function of; its bytes are in the file's name.
+      make: makes {name: array}.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfwn"
+    digest = hashlib.blake2b(np.ascontiguousarray(source), digest_size=12).hexdigest()
+    path = folder / f"{name}-{digest}.npz"
+    try:
+        with np.load(path) as arrays:
+            return dict(arrays)
+    except Exception:  # Missing, cut short or not an archive: zipfile and NumPy raise many kinds.
+        result = make()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Two processes may be here at once: each writes its own file, the last to finish stays.
+        handle, temporary = tempfile.mkstemp(suffix=".npz", dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **result)
+        os.replace(temporary, path)
+    except OSError:
+        pass
+    return result
+
+
+def _reach(url: str) -> None:
+    """Raises where there is no way to a server: TFDS itself would try for many minutes."""
+    # Any answer will do.
+    with contextlib.suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=15).close()
+
+
+def _synthetic(train: int = 1000, test: int = 200) -> Images:
+    """Ten random pictures, and noisy copies of them: enough to see a loss fall."""
+    random = np.random.default_rng(0)
+    pictures = random.integers(0, 256, (10, 32, 32, 3))
+    labels = random.integers(0, 10, train + test)
+    noise = random.normal(0, 60, (train + test, 32, 32, 3))
+    images = np.clip(pictures[labels] + noise, 0, 255).astype(np.uint8)
+    caveat = "synthetic images: for smoke tests only"
+    return Images(images[:train], labels[:train], images[train:], labels[train:], caveat)
+
+
+def _caveat(builder) -> str:
+    """TFDS stores these data sets as PNG; a copy in JPEG has lost something."""
+    import tensorflow_datasets as tfds
+
+    raw = builder.as_dataset(
+        split="test", decoders={"image": tfds.decode.SkipDecoding()}, shuffle_files=False
+    )
+    encoded = next(iter(raw.take(1)))["image"].numpy()
+    if encoded.startswith(b"\xff\xd8"):
+        return "images re-encoded as JPEG (lossy): error rates are not those of the original data"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,0 +1,51 @@
+"""A grid of runs below one folder: the same command again goes on where it stopped."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from models.common import run_folder
+from models.common.errors import NotFinite, UserError
+
+
+def run(config: Any, train: Callable[[Any], None], **axes: tuple[Any, ...]) -> None:
+    """Trains every combination of `config.seeds`, `config.learning_rates` and `axes`.
+
+    Each has its folder below `config.out`; OUT/sweep.json says which are finished or diverged (a
+    result of a grid, not tried again). Any other error ends the sweep.
+
+    Args:
+      config: the template of every run, with the fields sweep, seeds and learning_rates.
+      train: trains one Config.
+      axes: other fields, and the values that each takes.
+    """
+    if config.strategy == "multi_worker":
+        raise UserError(
+            "--sweep is for one machine: with --strategy multi_worker start single runs"
+        )
+    root = Path(config.out)
+    record = root / "sweep.json"
+    ended: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+    axes = {"seed": config.seeds, **axes, "learning_rate": config.learning_rates}
+    grid = [dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values())]
+    for number, values in enumerate(grid, 1):
+        name = "-".join(str(value) for value in [*values.values()][1:]) + f"-{values['seed']}"
+        if name in ended:
+            continue
+        print(f"run {number} of {len(grid)}: {name}", flush=True)
+        out = root / name
+        begun = (out / "config.json").exists()
+        one = dataclasses.replace(config, sweep=False, resume=begun, out=str(out), **values)
+        try:
+            train(one)
+            ended[name] = "finished"
+        except NotFinite as error:
+            ended[name] = f"diverged: {error}"
+            print(ended[name], flush=True)
+        run_folder.write_atomically(record, json.dumps(ended, indent=2) + "\n")
+        tf.keras.backend.clear_session()
