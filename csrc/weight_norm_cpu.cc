@@ -1,19 +1,19 @@
 // Weight normalization on the CPU: eq. 2 and 3 for every layout of weight_norm.h.
 //
-// Forward and backward run alike, in three stages, each parallel and each a pass over memory:
-//   1. sum     every task sums v^2 (or grad_w * v), in double, over its own contiguous elements;
-//   2. combine the tasks' partial sums, in fixed order, give one norm (or grad_g) per unit, and
-//   from
-//              it the unit's factors;
-//   3. scale   every task multiplies its own elements by the factors.
+// RunForward and RunBackward, near the end, run alike, in three stages:
+//   1. sum: each task sums v^2 (or grad_w * v), in double, over elements next to each other;
+//   2. combine: the sums of the tasks, added in fixed order, give a norm (or grad_g) per unit, and
+//      the unit's factors;
+//   3. scale: each task multiplies its elements by the factors of their units.
 // Tasks are cut by shape only, so that a result does not depend on the number of threads.
+// The loops over elements are in weight_norm_cpu_kernels.h.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 #include <type_traits>
-#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -36,6 +36,7 @@ struct Bfloat16 {
 // Part of a matrix: rows of `width` elements, `stride` apart.
 struct Block {
   int64_t rows, width, stride;
+  int64_t ahead = 0;  // elements from here to the next block, where fetching that early pays
 };
 
 // The numbers that multiply a column or a segment: power * rest, where power is a power of two.
@@ -46,31 +47,30 @@ struct Factors {
   void* rest;
 };
 
+template <class C>
+Factors From(const Factors& factors, int64_t i) {
+  return {static_cast<C*>(factors.power) + i, static_cast<C*>(factors.rest) + i};
+}
+
 template <class V, class W>
 using ComputeType =
     std::conditional_t<std::is_same_v<V, double> || std::is_same_v<W, double>, double, float>;
 
-// What weight_norm_cpu_kernels.h has for each pair of types of v and w.
+// What weight_norm_cpu_kernels.h has for each pair of types of v and w, and each way to read a
+// block.
 struct Kernels {
   void (*sum_forward)(const void* v, const Block& block, double* sums);
   void (*sum_backward)(const void* grad_w, const void* v, const Block& block, double* sums);
   void (*scale_forward)(const void* v, const Block& block, const Factors& scale, void* w);
   void (*scale_backward)(const void* grad_w, const void* v, const Block& block,
                          const Factors& scale, const Factors& projection, void* grad_v);
-  void (*sum_segments_forward)(const void* v, int64_t count, int64_t length, double* sums);
-  void (*sum_segments_backward)(const void* grad_w, const void* v, int64_t count, int64_t length,
-                                double* sums);
-  void (*scale_segments_forward)(const void* v, int64_t count, int64_t length, const Factors& scale,
-                                 void* w);
-  void (*scale_segments_backward)(const void* grad_w, const void* v, int64_t count, int64_t length,
-                                  const Factors& scale, const Factors& projection, void* grad_v);
 };
 
 // And for the arithmetic on one number per unit, all of it in double. Tables are by Type.
 constexpr int kUnitLanes = 8;
 
 struct UnitKernels {
-  void (*add_rows)(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total);
+  void (*add_rows)(const double* sums, const Block& block, double* total);
   void (*forward)(int64_t count, const double* squares, const double* g, double* norms,
                   double* scales);
   void (*backward)(int64_t count, const double* dots, const double* norms, const double* g,
@@ -152,12 +152,12 @@ Level UsedLevel() {
   return level;
 }
 
-Kernels KernelsFor(Type v, Type w) {
+Kernels KernelsFor(Type v, Type w, bool columns) {
 #if defined(__x86_64__)
-  if (UsedLevel() == Level::kAvx512) return avx512::KernelsFor(v, w);
-  if (UsedLevel() == Level::kAvx2) return avx2::KernelsFor(v, w);
+  if (UsedLevel() == Level::kAvx512) return avx512::KernelsFor(v, w, columns);
+  if (UsedLevel() == Level::kAvx2) return avx2::KernelsFor(v, w, columns);
 #endif
-  return baseline::KernelsFor(v, w);
+  return baseline::KernelsFor(v, w, columns);
 }
 
 const UnitKernels& Units() {
@@ -206,6 +206,9 @@ void* At(void* base, Type type, int64_t i) { return static_cast<char*>(base) + i
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDiv(a, multiple) * multiple; }
 
+// A tensor of fewer elements is likely to be in a core's cache already.
+constexpr int64_t kCachedElements = 262144;
+
 // How a tensor is cut into tasks, from its shape alone.
 //
 // As columns: the tensor is a matrix whose rows are [units, inner], with a sum per column; a task
@@ -236,7 +239,7 @@ struct Plan {
       outer = size;
       inner = 1;
     }
-    columns = inner == 1 || outer >= 32 || (inner < 16 && outer >= 8);
+    columns = inner == 1 || (outer >= 32 && inner <= 512) || (outer >= 8 && inner < 16);
     fused = false;
     if (size == 0) {
       tasks = groups = group_size = folds = sums_per_unit = 0;
@@ -289,49 +292,48 @@ struct Plan {
   int64_t sums() const { return groups * group_size; }
   int64_t factors() const { return columns ? units * inner * folds : units; }
 
-  // Calls body(first element, block, first column, first sum) for the parts of a task of columns.
+  // Calls body(first element, block, its first sum, its first factor) for the blocks of a task.
   template <class Body>
   void ForBlocks(int64_t task, const Body& body) const {
-    const int64_t chunk = task / blocks;
-    const int64_t column = task % blocks * columns_per_block;
-    const int64_t width = std::min(columns_per_block, row - column);
-    const int64_t begin = chunk * rows_per_chunk;
-    const int64_t end = std::min(begin + rows_per_chunk, size / row);
-    if (begin < end) {
-      body(begin * row + column, Block{end - begin, width, row}, column,
-           chunk * group_size + column);
-    }
-    const int64_t partial = size % row;
-    if (chunk == chunks - 1 && column < partial) {
-      body(size - partial + column, Block{1, std::min(width, partial - column), row}, column,
-           chunk * group_size + column);
+    if (columns) {
+      const int64_t chunk = task / blocks;
+      const int64_t column = task % blocks * columns_per_block;
+      const int64_t width = std::min(columns_per_block, row - column);
+      const int64_t begin = chunk * rows_per_chunk;
+      const int64_t end = std::min(begin + rows_per_chunk, size / row);
+      const int64_t sum = chunk * group_size + column;
+      if (begin < end) body(begin * row + column, Block{end - begin, width, row}, sum, column);
+      const int64_t partial = size % row;
+      if (chunk == chunks - 1 && column < partial) {
+        body(size - partial + column, Block{1, std::min(width, partial - column), row}, sum,
+             column);
+      }
+    } else if (fused) {
+      const int64_t unit = task * units_per_task;
+      const int64_t count = std::min(units_per_task, units - unit);
+      // While this block is scaled, memory would sit idle until the next one is summed.
+      const int64_t ahead = size < kCachedElements ? 0 : count * inner;
+      for (int64_t i = unit; i < outer * units; i += units) {
+        body(i * inner, Block{count, inner, inner, ahead}, i, unit);
+      }
+    } else {
+      const int64_t segment = task / pieces;
+      const int64_t begin = task % pieces * piece;
+      const int64_t width = std::min(piece, inner - begin);
+      body(segment * inner + begin, Block{1, width, width}, task, segment % units);
     }
   }
 
+  // Columns are summed block after block: their sums start from zero.
   void ClearSums(int64_t task, double* partial) const {
+    if (!columns) return;
     const int64_t column = task % blocks * columns_per_block;
     double* sums = partial + task / blocks * group_size + column;
     std::fill(sums, sums + std::min(columns_per_block, row - column), 0.0);
   }
-
-  // Calls body(first element, count, length, first unit, first sum) for the segments of a task.
-  template <class Body>
-  void ForSegments(int64_t task, const Body& body) const {
-    if (!fused) {
-      const int64_t segment = task / pieces;
-      const int64_t begin = task % pieces * piece;
-      body(segment * inner + begin, 1, std::min(piece, inner - begin), segment % units, task);
-      return;
-    }
-    const int64_t unit = task * units_per_task;
-    const int64_t count = std::min(units_per_task, units - unit);
-    for (int64_t o = 0; o < outer; ++o) {
-      body((o * units + unit) * inner, count, inner, unit, o * units + unit);
-    }
-  }
 };
 
-constexpr int64_t kMostUnits = 512;  // in one go
+constexpr int64_t kMostUnits = 256;  // combined in one go
 
 // Adds up the partial sums of units [begin, end), at most kMostUnits of them.
 void Combine(const Plan& plan, const double* partial, int64_t begin, int64_t end, double* totals) {
@@ -340,12 +342,12 @@ void Combine(const Plan& plan, const double* partial, int64_t begin, int64_t end
   for (int64_t fold = 0; fold < plan.folds; ++fold) {
     const double* from = partial + (fold * plan.units + begin) * per_unit;
     if (per_unit == 1) {
-      Units().add_rows(from, plan.groups, end - begin, plan.group_size, totals);
+      Units().add_rows(from, Block{plan.groups, end - begin, plan.group_size}, totals);
       continue;
     }
     for (int64_t group = 0; group < plan.groups; ++group, from += plan.group_size) {
       for (int64_t n = 0; n < end - begin; ++n) {
-        for (int64_t i = 0; i < per_unit; ++i) totals[n] += from[n * per_unit + i];
+        totals[n] = std::accumulate(from + n * per_unit, from + (n + 1) * per_unit, totals[n]);
       }
     }
   }
@@ -417,11 +419,6 @@ class Scratch {
   size_t used_ = 0;
 };
 
-Factors operator+(const Factors& factors, std::pair<Type, int64_t> offset) {
-  return {At(factors.power, offset.first, offset.second),
-          At(factors.rest, offset.first, offset.second)};
-}
-
 // Runs the three stages: sum(task), combine(first unit, end), scale(task).
 template <class Sum, class CombineUnits, class Scale>
 void RunStages(const Plan& plan, const ParallelFor& parallel_for, int64_t sum_bytes,
@@ -451,11 +448,10 @@ void RunStages(const Plan& plan, const ParallelFor& parallel_for, int64_t sum_by
     });
   }
   if (plan.units > 0) {
-    constexpr int64_t kUnitsPerTask = 64;
-    const int64_t bytes = kUnitsPerTask * 8 * (plan.groups * plan.folds * plan.sums_per_unit + 8);
-    parallel_for(CeilDiv(plan.units, kUnitsPerTask), bytes, [&](int64_t begin, int64_t end) {
+    const int64_t bytes = kMostUnits * 8 * (plan.groups * plan.folds * plan.sums_per_unit + 8);
+    parallel_for(CeilDiv(plan.units, kMostUnits), bytes, [&](int64_t begin, int64_t end) {
       KeepSubnormals keep_subnormals;
-      combine_range(begin * kUnitsPerTask, std::min(end * kUnitsPerTask, plan.units));
+      combine_range(begin * kMostUnits, std::min(end * kMostUnits, plan.units));
     });
   }
   if (plan.tasks > 0) {
@@ -470,24 +466,16 @@ void RunStages(const Plan& plan, const ParallelFor& parallel_for, int64_t sum_by
 template <class C>
 void RunForward(const Forward& a, void* scratch_base, const ParallelFor& parallel_for) {
   const Plan plan(a.layout);
-  const Kernels kernels = KernelsFor(a.v_type, a.w_type);
+  const Kernels kernels = KernelsFor(a.v_type, a.w_type, plan.columns);
   Scratch scratch(scratch_base);
   double* partial = scratch.Take<double>(plan.sums());
   const Factors scales = scratch.TakeFactors(plan);
-  constexpr Type kC = std::is_same_v<C, double> ? Type::kDouble : Type::kFloat;
 
   const auto sum = [&](int64_t task) {
-    if (plan.columns) {
-      plan.ClearSums(task, partial);
-      plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t, int64_t at) {
-        kernels.sum_forward(At(a.v, a.v_type, first), block, partial + at);
-      });
-    } else {
-      plan.ForSegments(
-          task, [&](int64_t first, int64_t count, int64_t length, int64_t, int64_t at) {
-            kernels.sum_segments_forward(At(a.v, a.v_type, first), count, length, partial + at);
-          });
-    }
+    plan.ClearSums(task, partial);
+    plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t sum, int64_t) {
+      kernels.sum_forward(At(a.v, a.v_type, first), block, partial + sum);
+    });
   };
 
   const auto combine = [&](int64_t begin, int64_t end) {
@@ -501,18 +489,10 @@ void RunForward(const Forward& a, void* scratch_base, const ParallelFor& paralle
   };
 
   const auto scale = [&](int64_t task) {
-    if (plan.columns) {
-      plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t column, int64_t) {
-        kernels.scale_forward(At(a.v, a.v_type, first), block, scales + std::pair(kC, column),
-                              At(a.w, a.w_type, first));
-      });
-    } else {
-      plan.ForSegments(
-          task, [&](int64_t first, int64_t count, int64_t length, int64_t unit, int64_t) {
-            kernels.scale_segments_forward(At(a.v, a.v_type, first), count, length,
-                                           scales + std::pair(kC, unit), At(a.w, a.w_type, first));
-          });
-    }
+    plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t, int64_t factor) {
+      kernels.scale_forward(At(a.v, a.v_type, first), block, From<C>(scales, factor),
+                            At(a.w, a.w_type, first));
+    });
   };
 
   RunStages(plan, parallel_for, SizeOf(a.v_type), SizeOf(a.v_type) + SizeOf(a.w_type), sum, combine,
@@ -522,27 +502,18 @@ void RunForward(const Forward& a, void* scratch_base, const ParallelFor& paralle
 template <class C>
 void RunBackward(const Backward& a, void* scratch_base, const ParallelFor& parallel_for) {
   const Plan plan(a.layout);
-  const Kernels kernels = KernelsFor(a.v_type, a.w_type);
+  const Kernels kernels = KernelsFor(a.v_type, a.w_type, plan.columns);
   Scratch scratch(scratch_base);
   double* partial = scratch.Take<double>(plan.sums());
   const Factors scales = scratch.TakeFactors(plan);
   const Factors projections = scratch.TakeFactors(plan);
-  constexpr Type kC = std::is_same_v<C, double> ? Type::kDouble : Type::kFloat;
 
   const auto sum = [&](int64_t task) {
-    if (plan.columns) {
-      plan.ClearSums(task, partial);
-      plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t, int64_t at) {
-        kernels.sum_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first), block,
-                             partial + at);
-      });
-    } else {
-      plan.ForSegments(
-          task, [&](int64_t first, int64_t count, int64_t length, int64_t, int64_t at) {
-            kernels.sum_segments_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first),
-                                          count, length, partial + at);
-          });
-    }
+    plan.ClearSums(task, partial);
+    plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t sum, int64_t) {
+      kernels.sum_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first), block,
+                           partial + sum);
+    });
   };
 
   const auto combine = [&](int64_t begin, int64_t end) {
@@ -559,21 +530,11 @@ void RunBackward(const Backward& a, void* scratch_base, const ParallelFor& paral
   };
 
   const auto scale = [&](int64_t task) {
-    if (plan.columns) {
-      plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t column, int64_t) {
-        kernels.scale_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first), block,
-                               scales + std::pair(kC, column), projections + std::pair(kC, column),
-                               At(a.grad_v, a.v_type, first));
-      });
-    } else {
-      plan.ForSegments(
-          task, [&](int64_t first, int64_t count, int64_t length, int64_t unit, int64_t) {
-            kernels.scale_segments_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first),
-                                            count, length, scales + std::pair(kC, unit),
-                                            projections + std::pair(kC, unit),
-                                            At(a.grad_v, a.v_type, first));
-          });
-    }
+    plan.ForBlocks(task, [&](int64_t first, const Block& block, int64_t, int64_t factor) {
+      kernels.scale_backward(At(a.grad_w, a.w_type, first), At(a.v, a.v_type, first), block,
+                             From<C>(scales, factor), From<C>(projections, factor),
+                             At(a.grad_v, a.v_type, first));
+    });
   };
 
   RunStages(plan, parallel_for, SizeOf(a.v_type) + SizeOf(a.w_type),

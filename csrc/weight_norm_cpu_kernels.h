@@ -2,8 +2,8 @@
 // set, inside a namespace of its own, with TFWN_VECTOR_BYTES defined; hence no
 // include guard and no #include.
 //
-// There are two shapes of loop. "Rows" walks rows of a matrix whose columns have a sum, or factors,
-// each. "Segments" walks consecutive stretches of memory that have one sum, or factor, each.
+// A Block is read in one of two ways. As columns: each column has a sum and factors. As segments:
+// each row has.
 
 constexpr int kVectorBytes = TFWN_VECTOR_BYTES;
 
@@ -215,12 +215,13 @@ TFWN_INLINE Vector<double, n> OnlyFresh(const Vector<double, n>& x, int64_t fres
 
 template <int n>
 TFWN_INLINE double SumLanes(const Vector<double, n>& x) {
-  double lanes[n];
-  std::memcpy(lanes, &x, sizeof(lanes));
-  for (int half = n / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  if constexpr (n == 1) {
+    return x[0];
+  } else {
+    Vector<double, n / 2> halves[2];
+    std::memcpy(halves, &x, sizeof(halves));
+    return SumLanes<n / 2>(halves[0] + halves[1]);
   }
-  return lanes[0];
 }
 
 // The terms of `group` rows, added to sum.
@@ -252,42 +253,46 @@ TFWN_INLINE void SumGroup(Term term, int64_t i, int64_t width, int64_t stride, d
 }
 
 template <int n, class Term>
-TFWN_INLINE void SumRows(Term term, int64_t rows, int64_t width, int64_t stride, double* sums) {
+TFWN_INLINE void SumColumns(Term term, const Block& block, double* sums) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) SumGroup<n, 4>(term, row * stride, width, stride, sums);
-  for (; row < rows; ++row) SumGroup<n, 1>(term, row * stride, width, stride, sums);
-}
-
-// sums[i] = the terms of segment i
-template <int n, class Term>
-TFWN_INLINE void SumSegments(Term term, int64_t count, int64_t length, double* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t begin = i * length;
-    Vector<double, n> sum = {};
-    int64_t j = 0;
-    if (4 * n <= length) {
-      Vector<double, n> a = {}, b = {}, c = {};
-      for (; j + 4 * n <= length; j += 4 * n) {
-        sum += term.template At<n>(begin + j);
-        a += term.template At<n>(begin + j + n);
-        b += term.template At<n>(begin + j + 2 * n);
-        c += term.template At<n>(begin + j + 3 * n);
-      }
-      sum = (sum + a) + (b + c);
-    }
-    for (; j + n <= length; j += n) sum += term.template At<n>(begin + j);
-    if (j < length) sum += OnlyFresh<n>(term.template At<n>(begin + length - n), length - j);
-    sums[i] = SumLanes<n>(sum);
+  for (; row + 4 <= block.rows; row += 4) {
+    SumGroup<n, 4>(term, row * block.stride, block.width, block.stride, sums);
+  }
+  for (; row < block.rows; ++row) {
+    SumGroup<n, 1>(term, row * block.stride, block.width, block.stride, sums);
   }
 }
 
-// Factors of the columns of a row, and of all elements of a segment.
+// sums[i] = the terms of row i
+template <int n, class Term>
+TFWN_INLINE void SumSegments(Term term, const Block& block, double* sums) {
+  const int64_t width = block.width;
+  for (int64_t row = 0; row < block.rows; ++row) {
+    const int64_t i = row * block.stride;
+    Vector<double, n> sum = {};
+    int64_t j = 0;
+    if (4 * n <= width) {
+      Vector<double, n> a = {}, b = {}, c = {};
+      for (; j + 4 * n <= width; j += 4 * n) {
+        sum += term.template At<n>(i + j);
+        a += term.template At<n>(i + j + n);
+        b += term.template At<n>(i + j + 2 * n);
+        c += term.template At<n>(i + j + 3 * n);
+      }
+      sum = (sum + a) + (b + c);
+    }
+    for (; j + n <= width; j += n) sum += term.template At<n>(i + j);
+    if (j < width) sum += OnlyFresh<n>(term.template At<n>(i + width - n), width - j);
+    sums[row] = SumLanes<n>(sum);
+  }
+}
+
+// The factors of a row of a block: one per column, or one for the segment.
 template <class C>
 struct ColumnFactors {
-  static constexpr bool kPrefetch = false;
   const C* power;
   const C* rest;
-  explicit ColumnFactors(const Factors& from)
+  ColumnFactors(const Factors& from, int64_t /*row*/)
       : power(static_cast<const C*>(from.power)), rest(static_cast<const C*>(from.rest)) {}
   template <int n>
   TFWN_INLINE Vector<C, n> Times(const Vector<C, n>& x, int64_t j) const {
@@ -297,17 +302,23 @@ struct ColumnFactors {
 
 template <class C>
 struct SegmentFactor {
-  // The next segments are not in cache yet: only these have been summed.
-  static constexpr bool kPrefetch = true;
   C power;
   C rest;
-  SegmentFactor(const Factors& from, int64_t i)
-      : power(static_cast<const C*>(from.power)[i]), rest(static_cast<const C*>(from.rest)[i]) {}
+  SegmentFactor(const Factors& from, int64_t row)
+      : power(static_cast<const C*>(from.power)[row]),
+        rest(static_cast<const C*>(from.rest)[row]) {}
   template <int n>
   TFWN_INLINE Vector<C, n> Times(const Vector<C, n>& x, int64_t) const {
     return x * power * rest;
   }
 };
+
+// Asks for an element that may lie past the end of the tensor.
+template <class T>
+TFWN_INLINE void Prefetch(const T* base, int64_t i) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + i * sizeof(T)));
+}
 
 // w = scale * v
 template <class V, class W, class Factor>
@@ -319,7 +330,7 @@ struct ForwardScale {
   int64_t ahead;
   template <int n>
   TFWN_INLINE void At(int64_t i, int64_t j) const {
-    if constexpr (Factor::kPrefetch) __builtin_prefetch(v + i + ahead);
+    if (ahead != 0) Prefetch(v, i + ahead);
     Store<C, n>(scale.template Times<n>(Load<C, n>(v + i), j), w + i);
   }
 };
@@ -335,9 +346,9 @@ struct BackwardScale {
   int64_t ahead;
   template <int n>
   TFWN_INLINE void At(int64_t i, int64_t j) const {
-    if constexpr (Factor::kPrefetch) {
-      __builtin_prefetch(v + i + ahead);
-      __builtin_prefetch(grad_w + i + ahead);
+    if (ahead != 0) {
+      Prefetch(v, i + ahead);
+      Prefetch(grad_w, i + ahead);
     }
     const Vector<C, n> along_v = projection.template Times<n>(Load<C, n>(v + i), j);
     Store<C, n>(scale.template Times<n>(Load<C, n>(grad_w + i) - along_v, j), grad_v + i);
@@ -364,128 +375,97 @@ TFWN_INLINE void ByWidth(int64_t width, const Body& body) {
   body(std::integral_constant<int, 1>());
 }
 
-template <class V, class W>
+template <class V, class W, bool columns>
 struct KernelsOf {
   using C = ComputeType<V, W>;
-  static constexpr int kWide = kVectorBytes / sizeof(double);
-  static constexpr int kNarrow = kVectorBytes / sizeof(C);
-  static const V* AsV(const void* v) { return static_cast<const V*>(v); }
-  static const W* AsW(const void* w) { return static_cast<const W*>(w); }
+  using Factor = std::conditional_t<columns, ColumnFactors<C>, SegmentFactor<C>>;
+
+  template <class Term>
+  TFWN_INLINE static void Sum(const Term& term, const Block& block, double* sums) {
+    ByWidth<kVectorBytes / sizeof(double)>(block.width, [&](auto n) __attribute__((always_inline)) {
+      if constexpr (columns) {
+        SumColumns<n()>(term, block, sums);
+      } else {
+        SumSegments<n()>(term, block, sums);
+      }
+    });
+  }
 
   static void SumForward(const void* v, const Block& block, double* sums) {
-    const Square<V> term = {AsV(v)};
-    ByWidth<kWide>(block.width, [&](auto n) __attribute__((always_inline)) {
-      SumRows<n()>(term, block.rows, block.width, block.stride, sums);
-    });
+    Sum(Square<V>{static_cast<const V*>(v)}, block, sums);
   }
 
   static void SumBackward(const void* grad_w, const void* v, const Block& block, double* sums) {
-    const Product<V, W> term = {AsW(grad_w), AsV(v)};
-    ByWidth<kWide>(block.width, [&](auto n) __attribute__((always_inline)) {
-      SumRows<n()>(term, block.rows, block.width, block.stride, sums);
-    });
+    Sum(Product<V, W>{static_cast<const W*>(grad_w), static_cast<const V*>(v)}, block, sums);
   }
 
   static void ScaleForward(const void* v, const Block& block, const Factors& scale, void* w) {
-    const ForwardScale<V, W, ColumnFactors<C>> all = {AsV(v), static_cast<W*>(w),
-                                                      ColumnFactors<C>(scale), 0};
-    ByWidth<kNarrow>(block.width, [&](auto n) __attribute__((always_inline)) {
-      for (int64_t r = 0; r < block.rows; ++r) ScaleRow<n()>(all, r * block.stride, block.width);
+    ByWidth<kVectorBytes / sizeof(C)>(block.width, [&](auto n) __attribute__((always_inline)) {
+      for (int64_t row = 0; row < block.rows; ++row) {
+        const ForwardScale<V, W, Factor> of_row = {static_cast<const V*>(v), static_cast<W*>(w),
+                                                   Factor(scale, row), columns ? 0 : block.ahead};
+        ScaleRow<n()>(of_row, row * block.stride, block.width);
+      }
     });
   }
 
   static void ScaleBackward(const void* grad_w, const void* v, const Block& block,
                             const Factors& scale, const Factors& projection, void* grad_v) {
-    const BackwardScale<V, W, ColumnFactors<C>> all = {AsW(grad_w),
-                                                       AsV(v),
-                                                       static_cast<V*>(grad_v),
-                                                       ColumnFactors<C>(scale),
-                                                       ColumnFactors<C>(projection),
-                                                       0};
-    ByWidth<kNarrow>(block.width, [&](auto n) __attribute__((always_inline)) {
-      for (int64_t r = 0; r < block.rows; ++r) ScaleRow<n()>(all, r * block.stride, block.width);
-    });
-  }
-
-  static void SumSegmentsForward(const void* v, int64_t count, int64_t length, double* sums) {
-    const Square<V> term = {AsV(v)};
-    ByWidth<kWide>(length, [&](auto n) __attribute__((always_inline)) {
-      SumSegments<n()>(term, count, length, sums);
-    });
-  }
-
-  static void SumSegmentsBackward(const void* grad_w, const void* v, int64_t count, int64_t length,
-                                  double* sums) {
-    const Product<V, W> term = {AsW(grad_w), AsV(v)};
-    ByWidth<kWide>(length, [&](auto n) __attribute__((always_inline)) {
-      SumSegments<n()>(term, count, length, sums);
-    });
-  }
-
-  static void ScaleSegmentsForward(const void* v, int64_t count, int64_t length,
-                                   const Factors& scale, void* w) {
-    ByWidth<kNarrow>(length, [&](auto n) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < count; ++i) {
-        const ForwardScale<V, W, SegmentFactor<C>> one = {
-            AsV(v), static_cast<W*>(w), SegmentFactor<C>(scale, i), count * length};
-        ScaleRow<n()>(one, i * length, length);
+    ByWidth<kVectorBytes / sizeof(C)>(block.width, [&](auto n) __attribute__((always_inline)) {
+      for (int64_t row = 0; row < block.rows; ++row) {
+        const BackwardScale<V, W, Factor> of_row = {
+            static_cast<const W*>(grad_w), static_cast<const V*>(v),
+            static_cast<V*>(grad_v),       Factor(scale, row),
+            Factor(projection, row),       columns ? 0 : block.ahead};
+        ScaleRow<n()>(of_row, row * block.stride, block.width);
       }
     });
-  }
-
-  static void ScaleSegmentsBackward(const void* grad_w, const void* v, int64_t count,
-                                    int64_t length, const Factors& scale, const Factors& projection,
-                                    void* grad_v) {
-    ByWidth<kNarrow>(length, [&](auto n) __attribute__((always_inline)) {
-      for (int64_t i = 0; i < count; ++i) {
-        const BackwardScale<V, W, SegmentFactor<C>> one = {AsW(grad_w),
-                                                           AsV(v),
-                                                           static_cast<V*>(grad_v),
-                                                           SegmentFactor<C>(scale, i),
-                                                           SegmentFactor<C>(projection, i),
-                                                           count * length};
-        ScaleRow<n()>(one, i * length, length);
-      }
-    });
-  }
-
-  static Kernels Get() {
-    return {SumForward,         SumBackward,         ScaleForward,         ScaleBackward,
-            SumSegmentsForward, SumSegmentsBackward, ScaleSegmentsForward, ScaleSegmentsBackward};
   }
 };
 
+template <class V, class W>
+Kernels KernelsForVW(bool columns) {
+  using Columns = KernelsOf<V, W, true>;
+  using Segments = KernelsOf<V, W, false>;
+  if (columns) {
+    return {Columns::SumForward, Columns::SumBackward, Columns::ScaleForward,
+            Columns::ScaleBackward};
+  }
+  return {Segments::SumForward, Segments::SumBackward, Segments::ScaleForward,
+          Segments::ScaleBackward};
+}
+
 template <class V>
-Kernels KernelsForW(Type w) {
+Kernels KernelsForV(Type w, bool columns) {
   switch (w) {
     case Type::kHalf:
-      return KernelsOf<V, Half>::Get();
+      return KernelsForVW<V, Half>(columns);
     case Type::kBfloat16:
-      return KernelsOf<V, Bfloat16>::Get();
+      return KernelsForVW<V, Bfloat16>(columns);
     case Type::kFloat:
-      return KernelsOf<V, float>::Get();
+      return KernelsForVW<V, float>(columns);
     default:
-      return KernelsOf<V, double>::Get();
+      return KernelsForVW<V, double>(columns);
   }
 }
 
-Kernels KernelsFor(Type v, Type w) {
+Kernels KernelsFor(Type v, Type w, bool columns) {
   switch (v) {
     case Type::kHalf:
-      return KernelsForW<Half>(w);
+      return KernelsForV<Half>(w, columns);
     case Type::kBfloat16:
-      return KernelsForW<Bfloat16>(w);
+      return KernelsForV<Bfloat16>(w, columns);
     case Type::kFloat:
-      return KernelsForW<float>(w);
+      return KernelsForV<float>(w, columns);
     default:
-      return KernelsForW<double>(w);
+      return KernelsForV<double>(w, columns);
   }
 }
 
 // total[j] += the sums of column j
-void AddRows(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total) {
-  ByWidth<kVectorBytes / sizeof(double)>(width, [&](auto n) __attribute__((always_inline)) {
-    SumRows<n()>(Plain{sums}, rows, width, stride, total);
+void AddRows(const double* sums, const Block& block, double* total) {
+  ByWidth<kVectorBytes / sizeof(double)>(block.width, [&](auto n) __attribute__((always_inline)) {
+    SumColumns<n()>(Plain{sums}, block, total);
   });
 }
 
@@ -541,7 +521,7 @@ void SplitFactors(int64_t count, const double* factors, C* power, C* rest) {
     Bits exponent = ((BitCast<Bits>(factor) >> 52) & 0x7ff) - 1023;
     exponent = exponent < -kMost ? Bits{} - kMost : exponent;
     // Zero, infinity and NaN need no power, and must not make 0 * infinity of it.
-    exponent = (exponent == 1024) | (factor == 0.0) ? Bits{} : exponent;
+    exponent = ((exponent == 1024) | (factor == 0.0)) ? Bits{} : exponent;
     exponent = exponent > kMost ? Bits{} + kMost : exponent;
     Store<double, kDoubles>(BitCast<Doubles>(Bits((exponent + 1023) << 52)), power + i);
     Store<double, kDoubles>(factor * BitCast<Doubles>(Bits((1023 - exponent) << 52)), rest + i);

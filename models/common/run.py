@@ -1,7 +1,6 @@
 """One run of a program: its folder, state, metrics and step loop; the program owns the body."""
 
 import contextlib
-import functools
 import math
 import signal
 import sys
@@ -231,16 +230,14 @@ class Run:
             return due, leave
         if (self.step // stride) % 10:
             return False, False
-        flags = self._total(tf.constant([float(due and self.chief), float(leave)]))
-        return bool(flags[0] > 0), bool(flags[1] > 0)
+        context = tf.distribute.get_replica_context
 
-    @functools.cached_property
-    def _total(self) -> Any:
         def total(flags: tf.Tensor) -> tf.Tensor:
-            mine = self.strategy.run(tf.identity, (flags,))
-            return self.strategy.reduce(tf.distribute.ReduceOp.SUM, mine, axis=None)
+            return context().all_reduce(tf.distribute.ReduceOp.SUM, flags)
 
-        return tf.function(total)
+        flags = self.strategy.run(total, (tf.constant([float(due and self.chief), float(leave)]),))
+        flags = self.strategy.experimental_local_results(flags)[0]
+        return bool(flags[0] > 0), bool(flags[1] > 0)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

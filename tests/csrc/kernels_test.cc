@@ -386,6 +386,24 @@ Layout RandomLayout(std::mt19937_64* random) {
   }
 }
 
+// Doubles show the last bit of a sum, which rounding to float mostly hides.
+void TestManyCuts(uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<double> normal;
+  for (const Layout layout : {Layout{1025, 65, 1}, Layout{70, 300, 1}, Layout{3000, 1, 1},
+                              Layout{500, 7, 3}, Layout{3, 600, 20}, Layout{2, 3, 40000}}) {
+    Problem p(layout, Type::kDouble, Type::kDouble, Type::kDouble);
+    for (int64_t i = 0; i < p.v.size(); ++i) p.v.Set(i, normal(random));
+    for (int64_t i = 0; i < p.v.size(); ++i) p.grad_w.Set(i, normal(random));
+    for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, normal(random));
+    const auto results = RunBoth(p, Inline);
+    for (int cut = 0; cut < 10; ++cut) {
+      Check(*results == *RunBoth(p, RandomThreads(&random)),
+            p.Name() + ": a cut changes the result");
+    }
+  }
+}
+
 void TestRandomProblems(int cases, uint64_t seed) {
   for (int i = 0; i < cases; ++i) {
     std::mt19937_64 random(seed + i);
@@ -522,6 +540,7 @@ int main(int argc, char** argv) {
   TestConversions();
   TestZeroUnits();
   TestExtremes();
+  TestManyCuts(seed);
   TestRandomProblems(cases, seed);
   std::printf(failures == 0 ? "passed\n" : "%d failures\n", failures);
   return failures != 0;
