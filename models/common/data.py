@@ -101,7 +101,8 @@ def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarra
     digest = hashlib.blake2b(np.ascontiguousarray(source), digest_size=12).hexdigest()
     path = folder / f"{name}-{digest}.npz"
     try:
-        with np.load(path) as arrays:
+        # NumPy would leave a damaged file open.
+        with open(path, "rb") as archive, np.load(archive) as arrays:
             return dict(arrays)
     except Exception:  # Missing, cut short or not an archive: zipfile and NumPy raise many kinds.
         result = make()

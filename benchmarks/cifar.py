@@ -1,0 +1,158 @@
+"""Times a training step of section 5.1's network: the parameterisations, and PyTorch.
+
+    python -m benchmarks.cifar [--dtype float32] [--width 96] [--batch-size 100] [--rounds 7]
+
+Every contender trains the same network on the same batch: noise, dropout, loss, gradients, Adam.
+Against our normal parameterisation: the other four, and weight norm in plain TensorFlow as users
+write it. Against our weight norm: PyTorch with its own torch.nn.utils.parametrizations.weight_norm,
+channels-last and as it comes.
+"""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import numpy as np
+import tensorflow as tf
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import tfwn.weight
+from benchmarks import timing
+from models import cifar
+from models.common import runtime
+
+PLAIN, LAST, FIRST = "weight_norm in plain TF", "PyTorch channels-last", "PyTorch as it comes"
+
+
+def plain_weight_norm(v, g, axis=-1, *, out_dtype=None, name=None):
+    """Eq. 2 as TensorFlow users write it; these layers' units are the last axis."""
+    w = tf.math.l2_normalize(v, list(range(v.shape.rank - 1)), epsilon=0.0) * g
+    return tf.cast(w, out_dtype or v.dtype)
+
+
+def tensorflow_step(config: cifar.Config, images, labels):
+    dtype = runtime.compute_dtype(config)
+    network = cifar.Network(config, dtype)
+    network(images[:1])
+    cifar.initialize(config, network, images)
+    optimizer = cifar.make_optimizer(config, network.trainable_variables)
+    train_step, _ = cifar.make_steps(config, tf.distribute.get_strategy(), network, optimizer)
+    seed = tf.constant([0, 1], tf.int64)
+    run = lambda: train_step(images, labels, seed).numpy()  # noqa: E731
+    run()
+    return run
+
+
+class Noise(torch.nn.Module):
+    def forward(self, x):
+        return x + 0.15 * torch.randn_like(x)
+
+
+def torch_network(width: int) -> torch.nn.Sequential:
+    nn = torch.nn
+
+    def conv(inputs, outputs, kernel, padding="same"):
+        return nn.Conv2d(inputs, outputs, kernel, padding=padding), nn.LeakyReLU(0.1)
+
+    network = nn.Sequential(
+        Noise(),
+        *conv(3, width, 3),
+        *conv(width, width, 3),
+        *conv(width, width, 3),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.5),
+        *conv(width, 2 * width, 3),
+        *conv(2 * width, 2 * width, 3),
+        *conv(2 * width, 2 * width, 3),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.5),
+        *conv(2 * width, 2 * width, 3, 0),
+        *conv(2 * width, 2 * width, 1),
+        *conv(2 * width, 2 * width, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 10),
+    )
+    for layer in network:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            torch.nn.utils.parametrizations.weight_norm(layer)
+    return network
+
+
+def torch_step(config: cifar.Config, images, labels, memory_format):
+    network = torch_network(config.width).to(memory_format=memory_format)
+    adam = torch.optim.Adam(network.parameters(), lr=0.003)
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=memory_format)
+    y = torch.from_numpy(labels)
+    half = config.mixed_precision == "bfloat16"
+
+    def run():
+        adam.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            logits = network(x)
+        loss = torch.nn.functional.cross_entropy(logits.float(), y)
+        loss.backward()
+        adam.step()
+        return loss.item()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=["parameterizations", "peers"], help="one half of it")
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
+    options = parser.parse_args()
+
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    machine = timing.describe_machine("tensorflow", "torch")
+    random = np.random.default_rng(0)
+    images = random.normal(size=(options.batch_size, 32, 32, 3)).astype(np.float32)
+    labels = random.integers(0, 10, options.batch_size)
+    config = cifar.Config(
+        width=options.width,
+        batch_size=options.batch_size,
+        mixed_precision="none" if options.dtype == "float32" else "bfloat16",
+    )
+
+    def ours(kind):
+        values = {"parameterization": kind}
+        return tensorflow_step(dataclasses.replace(config, **values), images, labels)
+
+    contenders = {"weight_norm": ours("weight_norm")}
+    if options.only != "peers":
+        contenders |= {kind: ours(kind) for kind in cifar.PAPER if kind != "weight_norm"}
+        compiled, tfwn.weight.weight_norm = tfwn.weight.weight_norm, plain_weight_norm
+        contenders[PLAIN] = ours("weight_norm")  # It traces here.
+        tfwn.weight.weight_norm = compiled
+    if options.only != "parameterizations":
+        for name, memory_format in (
+            (LAST, torch.channels_last),
+            (FIRST, torch.contiguous_format),
+        ):
+            contenders[name] = torch_step(config, images, labels, memory_format)
+
+    times = timing.interleave(contenders, rounds=options.rounds)
+    title = f"A training step, {options.dtype}, width {options.width}, batch {options.batch_size}"
+    table = Table("", "seconds", "times normal", "times ours (weight_norm)", title=title)
+    for name in contenders:
+        normal = f"{times.ratio(name, 'normal'):.3f}" if "normal" in times else ""
+        table.add_row(name, f"{times[name]:.3f}", normal, f"{times.ratio(name, 'weight_norm'):.3f}")
+    Console().print(table)
+    results = [{"name": n, "seconds": times.seconds[n].tolist()} for n in contenders]
+    path = options.out / f"cifar-{options.dtype}-{options.width}.json"
+    timing.write_json(path, {**machine, "threads": threads, **vars(config)}, results)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
