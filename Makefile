@@ -17,15 +17,22 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo       trains a weight-normalized network"
+	@echo "make demo       learns to play an Atari game: a learning curve and a video"
 	@echo "make test       runs the tests; make test-slow those that take minutes"
 	@echo "make bench      measures the operation against its alternatives"
 	@echo "make sanitize   runs the kernels' tests under sanitizers"
 	@echo "make lint       checks style and types; make format rewrites"
 	@echo "make clean      removes what was built, .venv too"
 
+DEMO := runs/demo
+
+# Interrupted, it goes on where it was.
 demo: $(VENV)/.have-models
-	$(BIN)/python examples/mnist.py
+	$(BIN)/python -m models.dqn --preset demo --out $(DEMO) \
+		$(if $(wildcard $(DEMO)/config.json),--resume)
+	$(BIN)/python -m models.dqn evaluate $(DEMO)
+	$(BIN)/python -m models.dqn watch $(DEMO)
+	@echo "Look at $(DEMO)/learning_curve.png and $(DEMO)/game.gif"
 
 test: $(VENV)/.have-models $(VENV)/.have-test
 	$(PYTEST)

@@ -7,7 +7,7 @@ import sys
 def _import_tensorflow_quietly() -> None:
     """Keeps TensorFlow's start-up notes off the terminal; they heed no log level while loading.
 
-    A user's own TF_CPP_MIN_LOG_LEVEL shows everything again.
+    TF_CPP_MIN_LOG_LEVEL=0 shows everything again.
     """
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     sys.stderr.flush()
@@ -27,5 +27,5 @@ def _import_tensorflow_quietly() -> None:
 
 
 _is_program = sys.argv[:1] == ["-m"] and any(w.startswith("models.") for w in sys.orig_argv)
-if _is_program and "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+if _is_program and os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0":
     _import_tensorflow_quietly()

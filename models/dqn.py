@@ -401,7 +401,7 @@ def train(config: Config) -> None:
     check(config)
     with Run(config) as run:
         games = make_games(config, config.num_envs, config.seed)
-        save_every = max(config.replay // 10, config.num_envs)
+        save_every = max(config.replay // 20, config.num_envs)
         file = Path(config.replay_file or run.path / "replay.ring")
         replay = Replay(
             config.replay,

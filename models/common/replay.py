@@ -4,12 +4,13 @@ Slot t of an environment holds frame x_t, action a_t, reward r_t and how step t 
 the last 4 frames up to x_t, zeros before the first frame of its game. A transition needs slots
 t - 3 to t + 1 within the window of the `capacity` latest, so the ring's seam is never crossed.
 
-The ring is a little longer than the window. What is written after a checkpoint goes over slots
-that its window does not hold, so that the ring's file on disk serves the last two checkpoints
-and each needs only small arrays besides: see `spare`.
+On disk the ring is a little longer than the window. What is written after a checkpoint goes over
+slots that its window does not hold, so that one file serves the last two checkpoints, and each
+of them needs only small arrays besides: see `spare`.
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +43,8 @@ class Replay:
       file: where the frames are saved by state_dict(), or live.
       in_memory: True: in memory, and copied to `file`, if given, at each save. False: in `file`,
         memory-mapped, and the operating system keeps in memory what it has room for.
-      spare: slots, over all environments, that may be written after a checkpoint without hurting
-        it. Save before so many steps have passed; twice so many protect the last two checkpoints.
+      spare: slots of the file, over all environments, that may be written after a checkpoint
+        without hurting it: twice the steps between saves protect the last two checkpoints.
       whole_stacks: sample only states whose 4 frames are of one game.
       seed: of the sampling.
     """
@@ -61,7 +62,8 @@ class Replay:
         seed: int = 0,
     ):
         self._window = -(-capacity // environments)
-        self._slots = self._window + -(-spare // environments) + 1
+        self._file_slots = self._window + -(-spare // environments) + 1
+        self._slots = self._window + 1 if in_memory else self._file_slots
         self._stack, self._whole_stacks = stack, whole_stacks
         self._file, self._in_memory = file, in_memory
         self._generator = np.random.default_rng([seed, 2])
@@ -69,11 +71,11 @@ class Replay:
         self._saved = 0  # Of these, on disk.
         self._floor = 0  # Slots before this one are lost.
         shape = (environments, self._slots)
-        needed = environments * self._slots * FRAME_SHAPE[0] * FRAME_SHAPE[1]
+        slot = environments * FRAME_SHAPE[0] * FRAME_SHAPE[1]
         if in_memory:
-            _check_memory(needed, capacity)
+            _check_memory(self._slots * slot, capacity)
         if file is not None:
-            _make_file(file, needed)
+            _make_file(file, self._file_slots * slot)
             self._ever = np.memmap(file, np.uint64, "r+", 0, (1,))
         if in_memory:
             self._frames = np.zeros((*shape, *FRAME_SHAPE), np.uint8)
@@ -156,15 +158,12 @@ class Replay:
         self._actions[:], self._rewards[:] = state["actions"], state["rewards"]
         self._ends[:] = state["ends"]
         ever = int(self._ever[0])
-        self._floor = max(state["floor"], ever - self._slots)
+        self._floor = max(state["floor"], ever - self._file_slots)
         if self._in_memory:
             with open(self._file, "rb") as file:
-                used = min(self._slots, max(ever, self._written))
-                for ring in self._frames:
-                    for begin in range(0, used, 1024):
-                        part = ring[begin : min(used, begin + 1024)]
-                        file.seek(_HEADER + self._offset(part))
-                        file.readinto(part.data)
+                for part, offset in self._pieces(self._oldest()):
+                    file.seek(offset)
+                    file.readinto(part.data)
 
     @property
     def lost(self) -> int:
@@ -197,28 +196,30 @@ class Replay:
         return foreign
 
     def _write_new(self) -> None:
-        begin = max(self._saved, self._written - self._slots)
         self._mark(self._written)
         with open(self._file, "r+b") as file:  # type: ignore[arg-type]
-            for ring in self._frames:
-                at = begin
-                while at < self._written:
-                    slot = at % self._slots
-                    count = min(self._written - at, self._slots - slot)
-                    part = ring[slot : slot + count]
-                    file.seek(_HEADER + self._offset(part))
-                    file.write(part)
-                    at += count
+            for part, offset in self._pieces(max(self._saved, self._oldest())):
+                file.seek(offset)
+                file.write(part.data)
             file.flush()
             os.fsync(file.fileno())
         self._saved = self._written
 
+    def _pieces(self, begin: int) -> Iterator[tuple[np.ndarray, int]]:
+        """Yields what was written since `begin`, in pieces whole in both rings, and its place."""
+        frame = FRAME_SHAPE[0] * FRAME_SHAPE[1]
+        for number, ring in enumerate(self._frames):
+            at = begin
+            while at < self._written:
+                here, there = at % self._slots, at % self._file_slots
+                count = min(self._written - at, self._slots - here, self._file_slots - there)
+                offset = _HEADER + (number * self._file_slots + there) * frame
+                yield ring[here : here + count], offset
+                at += count
+
     def _mark(self, written: int) -> None:
         """Notes in the file, before they are written, how many slots ever were."""
         self._ever[0] = max(int(self._ever[0]), written)
-
-    def _offset(self, part: np.ndarray) -> int:
-        return part.__array_interface__["data"][0] - self._frames.__array_interface__["data"][0]
 
 
 def _check_memory(needed: int, capacity: int) -> None:
@@ -257,7 +258,7 @@ def _make_file(path: Path, needed: int) -> None:
                     "memory; name another file, or remove it"
                 )
             stat = os.statvfs(path)
-            free = stat.f_bavail * stat.f_frsize + file.tell()
+            free = stat.f_bavail * stat.f_frsize + os.fstat(file.fileno()).st_blocks * 512
             if needed > free:
                 raise UserError(
                     f"{path}: the replay memory needs {needed / 2**30:.1f} GiB and "
