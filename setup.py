@@ -49,9 +49,7 @@ EXTRAS = {
     "models": [
         "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
-        "gymnasium>=1.0",  # the environments' interface
         "ale-py>=0.11",  # Atari games, ROMs included
-        "tyro>=0.9",  # command lines from dataclasses
         "rich>=13.9",  # progress lines and tables
         "matplotlib>=3.9",  # the paper's figures
         "imageio>=2.36",  # videos of games, GIFs of canvases
@@ -59,6 +57,9 @@ EXTRAS = {
     ],
     "benchmark": [
         "torch==2.13.0",  # the peer
+        "stable-baselines3>=2.7",  # DQN's peer
+        "gymnasium>=1.0",  # its games
+        "opencv-python-headless>=4.10",  # its games' frames
         "rich>=13.9",  # tables
         "matplotlib>=3.9",  # plots
     ],

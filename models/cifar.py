@@ -27,7 +27,7 @@ What the paper leaves open, or where its released code differs from it:
 import dataclasses
 import functools
 import time
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import tensorflow as tf
@@ -228,6 +228,7 @@ class Layer(tf.Module):
             self.linear = tfwn.Dense(units, **choices)
         else:
             self.linear = tfwn.Conv2D(units, kernel, padding=padding, **choices)
+        self.norm: Any = None
         if kind == "batch_norm":
             self.norm = BatchNormalization(
                 units, config.bn_momentum, config.bn_epsilon, config.synchronized
@@ -236,12 +237,13 @@ class Layer(tf.Module):
             self.norm = tfwn.MeanOnlyBatchNormalization(
                 momentum=config.bn_momentum, synchronized=config.synchronized, compute_dtype=dtype
             )
-        else:
-            self.norm = None
 
     def __call__(self, x, training, seed):
         """Returns the layer's outputs."""
-        w = None if self.frozen_g is None else self.linear.weight() * self.frozen_g
+        w = None
+        if self.frozen_g is not None:
+            self.linear.build(x.shape)
+            w = self.linear.weight() * tf.cast(self.frozen_g, x.dtype)
         t = self.linear(x, w)
         if self.norm is not None:
             t = self.norm(t, training)
@@ -255,7 +257,7 @@ class Network(tf.Module):
         super().__init__()
         self.dtype, width = dtype, config.width
         layer = functools.partial(Layer, config, dtype)
-        self.rows = [
+        self.rows: list[tuple[str, Any]] = [
             ("Gaussian noise", GaussianNoise(config.noise)),
             ("3x3 conv leaky ReLU", layer(width, 0, 3)),
             ("3x3 conv leaky ReLU", layer(width, 1, 3)),

@@ -325,17 +325,17 @@ class Actor:
     """Plays epsilon-greedily in several games, and keeps what happens in the replay memory."""
 
     def __init__(self, config: Config, learner: Learner, games: Environments, replay: Replay):
-        self._config, self._learner, self._games, self._replay = config, learner, games, replay
+        self._config, self._learner = config, learner
+        self.games, self.replay = games, replay
         self.generator = runtime.generator(config.seed, 3)
         self._stack = FrameStack(len(games))
         self._ages = np.zeros(len(games), np.int64)  # Actions since a life began.
         self.scores: list[float] = []
         self.lengths: list[int] = []
-        self.updates_due = 0
 
     def begin(self) -> None:
         """Begins all games."""
-        self._stack.push(self._games.reset(), np.ones(len(self._games), bool))
+        self._stack.push(self.games.reset(), np.ones(len(self.games), bool))
 
     def epsilon(self, step: int) -> float:
         """Returns the probability of a random action."""
@@ -344,8 +344,8 @@ class Actor:
 
     def choose(self, step: int) -> np.ndarray:
         """Returns an action for each game."""
-        count = len(self._games)
-        actions = self.generator.integers(0, self._games.num_actions, count)
+        count = len(self.games)
+        actions = self.generator.integers(0, self.games.num_actions, count)
         greedy = self.generator.random(count) >= self.epsilon(step)
         if self._config.variant == "deep_q_rl":
             greedy &= self._ages >= 4
@@ -361,7 +361,7 @@ class Actor:
         last = dead | after.cut if self._config.variant == "deep_q_rl" else fresh
         ends = TERMINAL * dead + LAST * last + CUT * after.cut
         rewards = np.clip(after.rewards, -1, 1)
-        self._replay.add(self._stack.frames[..., -1], actions, rewards, ends)
+        self.replay.add(self._stack.frames[..., -1], actions, rewards, ends)
         self._stack.push(after.frames, fresh)
         self._ages = np.where(dead | fresh, 0, self._ages + 1)
         self.scores += after.scores
@@ -371,7 +371,7 @@ class Actor:
         """Returns how many updates the actions after `step` call for."""
         if step < self._config.learning_starts:
             return 0
-        every, after = self._config.update_every, step + len(self._games)
+        every, after = self._config.update_every, step + len(self.games)
         if self._config.variant == "deep_q_rl":
             return int(self._ages[0] > 0 and self._ages[0] % every == 0)
         return after // every - step // every
@@ -380,7 +380,7 @@ class Actor:
         """Returns everything that decides the future, the games' states included."""
         return {
             "generator": self.generator.bit_generator.state,
-            "games": self._games.state_dict(),
+            "games": self.games.state_dict(),
             "stack": self._stack.state_dict(),
             "ages": self._ages,
             "scores": self.scores,
@@ -390,7 +390,7 @@ class Actor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a saved state."""
         self.generator.bit_generator.state = state["generator"]
-        self._games.load_state_dict(state["games"])
+        self.games.load_state_dict(state["games"])
         self._stack.load_state_dict(state["stack"])
         self._ages = state["ages"]
         self.scores, self.lengths = state["scores"], state["lengths"]
@@ -436,20 +436,8 @@ def train(config: Config) -> None:
                 test_epoch(config, learner, run, held_out)
                 clock.skip()
 
-            actions = actor.choose(step)
-            if config.num_envs == 1:
-                # Nature's order: act, see, remember, learn.
-                after = games.step(actions)
-                actor.remember(actions, after)
-                learn(config, learner, replay, actor.updates(step))
-            else:
-                games.send(actions)
-                learn(config, learner, replay, actor.updates(step))
-                actor.remember(actions, games.recv())
-
+            advance(config, learner, actor, step)
             done = step + config.num_envs
-            if crosses(step, done, config.target_every) and learner.initialized:
-                learner.copy_to_target()
             if crosses(step, done, config.log_every):
                 log(run, learner, actor, done, clock)
         test_epoch(config, learner, run, held_out)
@@ -458,10 +446,26 @@ def train(config: Config) -> None:
         run.say(f"learning curve: {run.path / 'learning_curve.png'}")
 
 
-def learn(config: Config, learner: Learner, replay: Replay, updates: int) -> None:
-    """Makes so many updates in one call."""
+def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
+    """Plays an action in each game, and makes the updates that these steps call for."""
+    actions = actor.choose(step)
+    if config.num_envs == 1:
+        # Nature's order: act, see, remember, learn.
+        actor.remember(actions, actor.games.step(actions))
+        learn(config, learner, actor, step)
+    else:
+        actor.games.send(actions)
+        learn(config, learner, actor, step)
+        actor.remember(actions, actor.games.recv())
+    if crosses(step, step + config.num_envs, config.target_every) and learner.initialized:
+        learner.copy_to_target()
+
+
+def learn(config: Config, learner: Learner, actor: Actor, step: int) -> None:
+    """Makes the updates due at a step, in one call."""
+    updates = actor.updates(step)
     if updates:
-        learner.update(tuple(replay.sample(config.batch_size) for _ in range(updates)))
+        learner.update(tuple(actor.replay.sample(config.batch_size) for _ in range(updates)))
 
 
 def test_epoch(config: Config, learner: Learner, run: Run, held_out: Path) -> None:

@@ -58,8 +58,8 @@ def main(
         if type(error).__name__ in ("UnavailableError", "AbortedError", "DeadlineExceededError"):
             _fail(
                 program,
-                "a worker of --strategy multi_worker was lost; start all of them again with "
-                f"--resume ({str(error).splitlines()[0][:120]})",
+                "a worker of --strategy multi_worker was lost; start all of them again "
+                "with --resume",
             )
         raise
 

@@ -98,7 +98,7 @@ def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarra
       make: makes {name: array}.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfwn"
-    digest = hashlib.blake2b(np.ascontiguousarray(source), digest_size=12).hexdigest()
+    digest = hashlib.blake2b(source.tobytes(), digest_size=12).hexdigest()
     path = folder / f"{name}-{digest}.npz"
     try:
         # NumPy would leave a damaged file open.
@@ -111,7 +111,7 @@ def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarra
         # Two processes may be here at once: each writes its own file, the last to finish stays.
         handle, temporary = tempfile.mkstemp(suffix=".npz", dir=folder)
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **result)
+            np.savez(file, allow_pickle=False, **result)
         os.replace(temporary, path)
     except OSError:
         pass

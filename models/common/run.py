@@ -1,6 +1,7 @@
 """One run of a program: its folder, state, metrics and step loop; the program owns the body."""
 
 import contextlib
+import functools
 import math
 import signal
 import sys
@@ -230,14 +231,16 @@ class Run:
             return due, leave
         if (self.step // stride) % 10:
             return False, False
-        context = tf.distribute.get_replica_context
-
-        def total(flags: tf.Tensor) -> tf.Tensor:
-            return context().all_reduce(tf.distribute.ReduceOp.SUM, flags)
-
-        flags = self.strategy.run(total, (tf.constant([float(due and self.chief), float(leave)]),))
-        flags = self.strategy.experimental_local_results(flags)[0]
+        flags = self._total(tf.constant([float(due and self.chief), float(leave)]))
         return bool(flags[0] > 0), bool(flags[1] > 0)
+
+    @functools.cached_property
+    def _total(self) -> Any:
+        def total(flags: tf.Tensor) -> tf.Tensor:
+            mine = self.strategy.run(tf.identity, (flags,))
+            return self.strategy.reduce(tf.distribute.ReduceOp.SUM, mine, axis=None)
+
+        return tf.function(total)
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

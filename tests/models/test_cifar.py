@@ -73,7 +73,7 @@ def weights(folder):
 def assert_same_run(one, other):
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
-    assert any("momentum" in name for name in ours)
+    assert sum(name.startswith("optimizer/_variables") for name in ours) > 20  # The slots too.
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], name)
     ours, theirs = metrics.read(one), metrics.read(other)
@@ -355,14 +355,13 @@ def test_a_run_learns_logs_and_evaluates(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["batch_norm", "weight_norm_mean_only_bn"])
-@pytest.mark.parametrize("stops", [(1, 13), (10,), (20,)])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, kind, stops):
-    """Stopped in an epoch, between two and at the end."""
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, kind):
+    """Stopped in an epoch, between two, and after the last step but before it is reported."""
     whole = config_of(parameterization=kind, out=str(tmp_path / "whole"))
     cifar.train(whole)
     broken = dataclasses.replace(whole, out=str(tmp_path / "broken"), checkpoint_every=0.0)
     steps = cifar.Run.steps
-    for stop in stops:
+    for stop in (1, 10, 13, 20):
 
         def until(self, total, stop=stop, **options):
             for step in steps(self, total, **options):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -416,3 +417,24 @@ def test_two_workers_train_what_one_does_and_leave_together(run, tmp_path):
         final_weights(tmp_path / "two"), final_weights(tmp_path / "one"), rtol=1e-5
     )
     assert [p.name for p in (tmp_path / "two" / "checkpoints").iterdir()] == ["step-000000000020"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_worker_ends_the_run_with_a_clear_message_and_it_resumes(tmp_path, victim):
+    workers = start_workers(tmp_path, "--out", "two", "--steps", "1e6", "--checkpoint-every", "1")
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("two/checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    workers[victim].kill()
+    told, _ = workers[1 - victim].communicate(timeout=120)
+    workers[victim].communicate()
+    assert workers[1 - victim].returncode == 2
+    assert "a worker of --strategy multi_worker was lost; start all of them again" in told
+    assert "Traceback" not in told
+    reached = int(checkpoints.Checkpoints(tmp_path / "two", {}).latest().name[5:])
+    argv = ["--out", "two", "--resume", "--steps", str(reached + 20), "--accept-changes"]
+    workers = start_workers(tmp_path, *argv)
+    told = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], told
+    assert f"resumed at step {reached:,}" in told[0]

@@ -1,0 +1,251 @@
+"""Draws the paper's figures and prints its tables, ours beside the paper's, from any runs.
+
+    python -m models.figures runs/cifar-paper-sweep runs/dqn-* --out figures
+
+A folder stands for all the runs in it. Of several seeds the mean and its standard error are shown.
+Every figure is a function in FIGURES, by program; it gets that program's runs and an Output.
+"""
+
+import argparse
+import collections
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+
+from models.common import metrics, run_folder
+from models.common.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """One run folder: its Config as a dict, metrics.csv by column, and what to say beside it."""
+
+    path: Path
+    program: str
+    config: dict[str, Any]
+    differs_from_paper: dict[str, Any]
+    metrics: dict[str, list[float]]
+    note: str
+
+    def curve(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns two columns of metrics.csv, without the rows in which either is blank."""
+        if x not in self.metrics or y not in self.metrics:
+            return np.array([]), np.array([])
+        columns = np.array([self.metrics[x], self.metrics[y]])
+        return tuple(columns[:, np.isfinite(columns).all(axis=0)])
+
+
+def find_runs(paths: Sequence[str]) -> list[FinishedRun]:
+    """Returns the runs in the folders, each folder being a run or holding some."""
+    found = []
+    for path in map(Path, paths):
+        folders = sorted(config.parent for config in path.rglob("config.json"))
+        if not folders:
+            raise UserError(f"{path}: no run there (no config.json in it or below)")
+        for folder in folders:
+            if not (folder / "metrics.csv").exists():
+                continue
+            content = run_folder.load(folder)
+            note = folder / "note.txt"
+            found.append(
+                FinishedRun(
+                    folder,
+                    content["program"].removeprefix("models."),
+                    content["config"],
+                    content["differs_from_paper"],
+                    metrics.read(folder),
+                    note.read_text().strip() if note.exists() else "",
+                )
+            )
+    return found
+
+
+def group(runs: Sequence[FinishedRun], *fields: str) -> dict[tuple, list[FinishedRun]]:
+    """Returns the runs by their values of these fields of the Config."""
+    groups: dict[tuple, list[FinishedRun]] = collections.defaultdict(list)
+    for run in runs:
+        groups[tuple(run.config[name] for name in fields)].append(run)
+    return dict(groups)
+
+
+def mean_and_error(values: Sequence[Any] | np.ndarray) -> tuple[Any, Any]:
+    """Returns the mean over the first axis and its standard error (nan for one value)."""
+    values = np.asarray(values, float)
+    count = len(values)
+    error = values.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else values[0] * math.nan
+    return values.mean(axis=0), error
+
+
+def check_presets(runs: Sequence[FinishedRun], label: bool) -> None:
+    """Refuses to put runs of different presets together, unless each is to be labelled."""
+    presets = {run.config["preset"]: run.path for run in runs}
+    if len(presets) > 1 and not label:
+        told = ", ".join(f"{path} is --preset {name}" for name, path in presets.items())
+        raise UserError(
+            f"{told}: scaled runs and the paper's are not comparable. Draw them apart, or give "
+            "--label-presets to have each line and row named"
+        )
+
+
+class Output:
+    """Where figures and tables go: PNG files, and tables both printed and in TABLES.md."""
+
+    def __init__(self, folder: Path, label_presets: bool):
+        self.folder, self.label_presets = folder, label_presets
+        self._console = rich.console.Console()
+        self._tables: list[str] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot write there ({error.strerror})") from None
+
+    def figure(self, name: str, title: str, x: str, y: str) -> "Axes":
+        """Returns a context with matplotlib's axes; the picture is NAME.png."""
+        return Axes(self.folder / f"{name}.png", title, x, y)
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: str = ""
+    ) -> None:
+        """Prints a table, and adds it to TABLES.md."""
+        shown = rich.table.Table(*columns, title=title, caption=notes or None)
+        for row in rows:
+            shown.add_row(*row)
+        self._console.print(shown)
+        lines = [f"### {title}", "", "| " + " | ".join(columns) + " |"]
+        lines.append("|" + "---|" * len(columns))
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+        self._tables.append("\n".join([*lines, "", notes, ""]))
+        (self.folder / "TABLES.md").write_text("\n".join(self._tables))
+
+
+class Axes:
+    """A figure of one plot; a context manager that saves it."""
+
+    def __init__(self, path: Path, title: str, x: str, y: str):
+        import matplotlib.figure
+
+        self._path = path
+        self._figure = matplotlib.figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
+        self.axes = self._figure.subplots()
+        self.axes.set(xlabel=x, ylabel=y, title=title)
+
+    def __enter__(self) -> "Axes":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            self.axes.legend(frameon=False)
+            self._figure.savefig(self._path)
+            print(f"wrote {self._path}")
+
+    def line(self, curves: Sequence[tuple[np.ndarray, np.ndarray]], label: str, **style: Any):
+        """Draws the mean of several seeds' curves, as far as all of them reach, and its error."""
+        length = min(len(x) for x, _ in curves)
+        if not length:
+            return
+        x = curves[0][0][:length]
+        mean, error = mean_and_error([y[:length] for _, y in curves])
+        (line,) = self.axes.plot(x, mean, label=f"{label} (n = {len(curves)})", **style)
+        if len(curves) > 1:
+            self.axes.fill_between(
+                x, mean - error, mean + error, color=line.get_color(), alpha=0.25, lw=0
+            )
+
+
+def preset_label(config: dict[str, Any], output: Output) -> str:
+    """Returns what names the preset in a line or row; scaled presets are named always."""
+    preset = config["preset"]
+    return f" [{preset} preset]" if preset != "paper" or output.label_presets else ""
+
+
+def cifar(runs: list[FinishedRun], output: Output) -> None:
+    """Figure 1 (training error) and figure 2 (test error) of section 5.1."""
+    from models.cifar import PAPER
+
+    runs = [run for run in runs if len(run.curve("epoch", "test_error")[0])]
+    if not runs:
+        raise UserError("none of the CIFAR-10 runs has finished an epoch yet")
+    chosen = {}
+    for (preset, kind), candidates in group(runs, "preset", "parameterization").items():
+        # "For each case we pick the optimal learning rate": here by the error in training.
+        rates = group(candidates, "learning_rate")
+        finals = {
+            rate: np.mean([run.curve("epoch", "train_error")[1][-1] for run in some])
+            for rate, some in rates.items()
+        }
+        chosen[kind, preset] = rates[min(finals, key=lambda rate: finals[rate])]
+    names = {kind: kind.replace("_", " ").replace("bn", "BN") for kind in PAPER}
+    with output.figure("figure-1", "CIFAR-10", "training epoch", "training error") as figure:
+        for (kind, _), seeds in chosen.items():
+            label = names[kind] + preset_label(seeds[0].config, output)
+            figure.line([run.curve("epoch", "train_error") for run in seeds], label)
+        if all(run.config["preset"] == "paper" for run in runs):
+            figure.axes.set(xlim=(0, 200), ylim=(0, 0.1))
+    rows = []
+    for (kind, _), seeds in sorted(chosen.items(), key=lambda item: -PAPER[item[0][0]]):
+        config = seeds[0].config
+        ends = [min(int(run.metrics["epoch"][-1]) for run in seeds), config["epochs"]]
+        train, test = (
+            mean_and_error([100 * run.curve("epoch", name)[1][ends[0] - 1] for run in seeds])
+            for name in ("train_error", "test_error")
+        )
+        rate = config["learning_rate"] or (0.0003 if kind == "normal" else 0.003)
+        rows.append(
+            [
+                names[kind] + preset_label(config, output),
+                percent(*train),
+                percent(*test),
+                f"{PAPER[kind]} %",
+                f"{len(seeds)}",
+                f"{rate:g}",
+                "{} of {}".format(*ends),
+            ]
+        )
+    columns = ["", "training error", "test error", "paper, 200 epochs", "seeds", "rate", "epochs"]
+    notes = {run.note for run in runs if run.note}
+    output.table("CIFAR-10 (figure 2)", columns, rows, "; ".join(sorted(notes)))
+
+
+def percent(mean: float, error: float) -> str:
+    """Returns "8.46 ± 0.05 %", without the error for a single run."""
+    return f"{mean:.2f} %" if math.isnan(error) else f"{mean:.2f} ± {error:.2f} %"
+
+
+FIGURES: dict[str, Callable[[list[FinishedRun], Output], None]] = {"cifar": cifar}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m models.figures", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or one of runs")
+    parser.add_argument("--out", default="figures", help="where to write (default: figures)")
+    parser.add_argument(
+        "--label-presets", action="store_true", help="allow several presets, each labelled"
+    )
+    options = parser.parse_args(argv)
+    try:
+        runs = find_runs(options.runs)
+        output = Output(Path(options.out), options.label_presets)
+        by_program = collections.defaultdict(list)
+        for run in runs:
+            by_program[run.program].append(run)
+        for program, some in by_program.items():
+            if program not in FIGURES:
+                raise UserError(f"{some[0].path}: no figures for the program {program!r}")
+            check_presets(some, options.label_presets)
+            FIGURES[program](some, output)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
