@@ -60,6 +60,10 @@ inline int64_t SizeOf(const std::vector<int64_t>& shape) {
   return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<int64_t>());
 }
 
+inline int64_t BytesOf(const Array& array) {
+  return SizeOf(array.shape) * static_cast<int64_t>(SizeOf(array.type));
+}
+
 inline const char* NameOf(Type type) {
   switch (type) {
     case Type::kHalf:
@@ -223,8 +227,10 @@ inline int DeviceOf(const std::vector<const Array*>& arrays) {
   return device;
 }
 
+// Works in `given`, unless it is null, or in memory of the stream's own.
 template <class Arguments>
-void RunOnDevice(const Arguments& arguments, int device, intptr_t stream_handle) {
+void RunOnDevice(const Arguments& arguments, int device, intptr_t stream_handle,
+                 const Array* given) {
   const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
   int before = 0, multiprocessors = 0;
   CheckCuda(cudaGetDevice(&before), "find the device");
@@ -232,10 +238,16 @@ void RunOnDevice(const Arguments& arguments, int device, intptr_t stream_handle)
   int error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   void* scratch = nullptr;
   if (error == 0) {
-    const size_t bytes = cuda::ScratchBytes(arguments, multiprocessors);
-    if (bytes > 0) error = cudaMallocAsync(&scratch, bytes, stream);
+    const int64_t bytes = static_cast<int64_t>(cuda::ScratchBytes(arguments, multiprocessors));
+    if (given != nullptr && BytesOf(*given) < bytes) {
+      cudaSetDevice(before);
+      Fail("scratch must have at least ", bytes, " bytes, but has ", BytesOf(*given));
+    }
+    if (given == nullptr && bytes > 0) error = cudaMallocAsync(&scratch, bytes, stream);
   }
-  if (error == 0) error = cuda::Run(arguments, multiprocessors, scratch, stream);
+  if (error == 0) {
+    error = cuda::Run(arguments, multiprocessors, given ? given->data : scratch, stream);
+  }
   if (scratch != nullptr) cudaFreeAsync(scratch, stream);
   cudaSetDevice(before);
   CheckCuda(error, "run weight_norm");
@@ -246,7 +258,7 @@ void RunOnDevice(const Arguments& arguments, int device, intptr_t stream_handle)
 inline int DeviceOf(const std::vector<const Array*>&) { return 0; }
 
 template <class Arguments>
-void RunOnDevice(const Arguments&, int, intptr_t) {}
+void RunOnDevice(const Arguments&, int, intptr_t, const Array*) {}
 
 #endif
 
@@ -308,9 +320,8 @@ inline void CheckOutput(const Array& array) {
 
 inline bool Overlap(const Array& a, const Array& b) {
   const auto begin = [](const Array& x) { return reinterpret_cast<uintptr_t>(x.data); };
-  const auto bytes = [](const Array& x) { return SizeOf(x.shape) * SizeOf(x.type); };
-  return bytes(a) > 0 && bytes(b) > 0 && begin(a) < begin(b) + bytes(b) &&
-         begin(b) < begin(a) + bytes(a);
+  return BytesOf(a) > 0 && BytesOf(b) > 0 && begin(a) < begin(b) + BytesOf(b) &&
+         begin(b) < begin(a) + BytesOf(a);
 }
 
 class AlignedMemory {

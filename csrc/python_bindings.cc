@@ -109,14 +109,22 @@ struct Place {
   bool on_device;
   int threads;
   intptr_t stream;
+  std::optional<Array> scratch;
 
-  Place(const std::vector<const Array*>& arrays, int threads, intptr_t stream)
+  Place(const std::vector<const Array*>& arrays, int threads, intptr_t stream,
+        const py::object& scratch_in)
       : on_device(arrays[0]->on_device), threads(ThreadsOf(threads)), stream(stream) {
     for (const Array* array : arrays) {
       if (array->on_device != on_device) {
         Fail(arrays[0]->name, " and ", array->name, " must both be NumPy arrays or both be on a ",
              "CUDA device, but ", (on_device ? array : arrays[0])->name, " is a NumPy array");
       }
+    }
+    if (scratch_in.is_none()) return;
+    scratch = ParseArray("scratch", scratch_in, stream);
+    if (!on_device || !scratch->on_device || !scratch->contiguous || !scratch->writable) {
+      Fail("scratch must be a contiguous, writable array on a device, for inputs on that device, ",
+           "but is ", TypeName(scratch_in));
     }
   }
 };
@@ -175,7 +183,8 @@ void Execute(const Arguments& arguments, const Place& place,
              const std::vector<const Array*>& arrays) {
   const py::gil_scoped_release release;
   if (place.on_device) {
-    RunOnDevice(arguments, DeviceOf(arrays), place.stream);
+    RunOnDevice(arguments, DeviceOf(arrays), place.stream,
+                place.scratch ? &*place.scratch : nullptr);
     return;
   }
   const size_t bytes = cpu::ScratchBytes(arguments);
@@ -197,12 +206,12 @@ Array Prepare(const Array& array, const Axes& axes) {
 
 py::tuple WeightNorm(const py::object& v_in, const py::object& g_in, const py::object& axis,
                      const py::object& out_dtype, const py::object& out, int threads,
-                     intptr_t stream) {
+                     intptr_t stream, const py::object& scratch) {
   const Array v_given = ParseArray("v", v_in, stream);
   const Array g_given = ParseArray("g", g_in, stream);
   const Axes axes = AxesOf(v_given, axis);
   CheckG(g_given, axes, axis);
-  const Place place({&v_given, &g_given}, threads, stream);
+  const Place place({&v_given, &g_given}, threads, stream, scratch);
   const Results results(place, out, "w", "norm");
   Type w_type = v_given.type;
   if (!out_dtype.is_none()) {
@@ -225,7 +234,8 @@ py::tuple WeightNorm(const py::object& v_in, const py::object& g_in, const py::o
 
 py::tuple WeightNormGrad(const py::object& grad_w_in, const py::object& v_in,
                          const py::object& g_in, const py::object& norm_in, const py::object& axis,
-                         const py::object& out, int threads, intptr_t stream) {
+                         const py::object& out, int threads, intptr_t stream,
+                         const py::object& scratch) {
   const Array grad_w_given = ParseArray("grad_w", grad_w_in, stream);
   const Array v_given = ParseArray("v", v_in, stream);
   const Array g_given = ParseArray("g", g_in, stream);
@@ -235,7 +245,7 @@ py::tuple WeightNormGrad(const py::object& grad_w_in, const py::object& v_in,
   CheckG(g_given, axes, axis);
   CheckShape(norm_given, axes.units_shape, "g's");
   CheckType(norm_given, NormType(v_given.type), "float64 if v is and float32 otherwise");
-  const Place place({&grad_w_given, &v_given, &g_given, &norm_given}, threads, stream);
+  const Place place({&grad_w_given, &v_given, &g_given, &norm_given}, threads, stream, scratch);
   const Results results(place, out, "grad_v", "grad_g");
   const Array grad_v = results.Get(0, "grad_v", v_given.shape, v_given.type, "like v");
   const Array grad_g = results.Get(1, "grad_g", axes.units_shape, g_given.type, "like g");
@@ -292,6 +302,8 @@ Args:
   out: (w, norm) to write into: contiguous, not overlapping the inputs. Required on a device.
   threads: how many threads a NumPy array may use, 0 for all cores. Results do not depend on it.
   stream: the CUDA stream's handle, as an int; 0 is the default stream.
+  scratch: a contiguous array on the device to work in, aligned to 256 bytes. If it is too small,
+    the error says how many bytes there must be; without it, cudaMallocAsync provides them.
 
 Returns:
   w, of v's shape, and norm, of g's shape: float64 if v is, float32 otherwise.
@@ -318,7 +330,7 @@ Args:
   v, g, axis: as for weight_norm.
   norm: as weight_norm returned it.
   out: (grad_v, grad_g) to write into, as for weight_norm.
-  threads, stream: as for weight_norm.
+  threads, stream, scratch: as for weight_norm.
 
 Raises:
   ValueError: an argument's shape, type, place or value is wrong.
@@ -340,10 +352,10 @@ PYBIND11_MODULE(native, m) {
   m.doc() = kModuleDoc;
   m.def("weight_norm", &WeightNorm, kWeightNormDoc, arg("v"), arg("g"), arg("axis") = -1,
         arg("out_dtype") = py::none(), py::kw_only(), arg("out") = py::none(), arg("threads") = 0,
-        arg("stream") = 0);
+        arg("stream") = 0, arg("scratch") = py::none());
   m.def("weight_norm_grad", &WeightNormGrad, kWeightNormGradDoc, arg("grad_w"), arg("v"), arg("g"),
         arg("norm"), arg("axis") = -1, py::kw_only(), arg("out") = py::none(), arg("threads") = 0,
-        arg("stream") = 0);
+        arg("stream") = 0, arg("scratch") = py::none());
   m.def("build_info", &BuildInfo, kBuildInfoDoc);
 }
 

@@ -12,6 +12,7 @@ def weight_norm(
     out: tuple[Any, Any] | None = None,
     threads: int = 0,
     stream: int = 0,
+    scratch: Any = None,
 ) -> tuple[Any, Any]: ...
 def weight_norm_grad(
     grad_w: Any,
@@ -23,5 +24,6 @@ def weight_norm_grad(
     out: tuple[Any, Any] | None = None,
     threads: int = 0,
     stream: int = 0,
+    scratch: Any = None,
 ) -> tuple[Any, Any]: ...
 def build_info() -> dict[str, Any]: ...

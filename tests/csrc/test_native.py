@@ -6,63 +6,14 @@ is a NumPy array that says it is one.
 
 import ctypes
 import doctest
-import fcntl
-import hashlib
-import importlib.util
 import subprocess
 import sys
-import sysconfig
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
 HALF, BFLOAT, FLOAT, DOUBLE = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
-
-
-def load(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def cpu():
-    (path,) = (ROOT / "tfwn").glob("native.*.so")
-    return load("tfwn.native", path)
-
-
-@pytest.fixture(scope="session")
-def cuda():
-    import pybind11
-
-    source = ROOT / "csrc"
-    emulation = ROOT / "tests/csrc/cuda_on_cpu"
-    command = [
-        *("g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-w"),
-        *("-DTFWN_CUDA", "-x", "c++"),
-        '-DTFWN_TENSORFLOW_VERSION="2.21.0"',
-        '-DTFWN_CUDA_VERSION="13.0"',
-        '-DTFWN_CUDA_ARCHITECTURES="80,90"',
-        *(f"-I{folder}" for folder in (emulation, source, pybind11.get_include())),
-        f"-I{sysconfig.get_path('include')}",
-        *(str(source / name) for name in ("python_bindings.cc", "weight_norm_cpu.cc")),
-        *(str(source / "weight_norm_cuda.cu"), str(emulation / "cuda_on_cpu.cc")),
-    ]
-    inputs = [p for folder in (source, emulation) for p in sorted(folder.iterdir())]
-    key = hashlib.sha256(b"".join([*map(str.encode, command), *(p.read_bytes() for p in inputs)]))
-    path = ROOT / f"build/tests/native-{key.hexdigest()[:12]}.so"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:  # one test process builds, the others wait
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            part = path.with_suffix(".part")
-            subprocess.run([*command, "-o", str(part)], check=True)
-            part.replace(path)
-    return load("emulated.native", path)  # pybind11 caches modules by name
 
 
 class CudaArray:
@@ -466,6 +417,26 @@ def test_the_producer_of_a_device_array_is_told_the_stream(cuda):
     cuda.weight_norm(v, g, out=out)
     cuda.weight_norm(v, g, out=out, stream=1234)
     assert v.streams == g.streams == out[0].streams == [1, 1234]
+
+
+def test_scratch(cuda, rng):
+    v, g = rng.normal(size=(1, 200_000)).astype(FLOAT), np.ones(1, FLOAT)
+    results = []
+    for options in ({}, {"scratch": CudaArray(np.full(1000, np.nan))}):
+        out = np.empty_like(v), np.empty_like(g)
+        cuda.weight_norm(CudaArray(v), CudaArray(g), 0, out=tuple(map(CudaArray, out)), **options)
+        results.append(bits(out))
+    assert results[0] == results[1]
+    with pytest.raises(ValueError, match=r"scratch must have at least [0-9]+ bytes, but has 8"):
+        cuda.weight_norm(
+            CudaArray(v),
+            CudaArray(g),
+            0,
+            out=tuple(map(CudaArray, out)),
+            scratch=CudaArray(np.ones(1)),
+        )
+    with pytest.raises(ValueError, match=r"scratch must be a contiguous.*but is ndarray"):
+        cuda.weight_norm(V, G, scratch=np.ones(10))
 
 
 def test_build_info(cpu, cuda):
