@@ -173,7 +173,9 @@ def check(kernels, shape, axis, types=(FLOAT, FLOAT, FLOAT), scale=1.0, rng=None
     assert error(norm, expected[1]) <= widest
     # Where a unit has few elements grad_v is a small difference of large numbers.
     assert error(grad_v, expected[2], expected[4]) <= max(TOLERANCE[v_type], widest)
-    assert error(grad_g, expected[3]) <= max(TOLERANCE[g_type], widest)
+    # A sum of terms of either sign may be near 0 by chance: relative to the size of such sums.
+    sums = np.maximum(np.abs(expected[3]), np.sqrt(np.mean(grad_w.astype(np.float64) ** 2)))
+    assert error(grad_g, expected[3], sums) <= max(TOLERANCE[g_type], widest)
 
 
 LAYOUTS = [
