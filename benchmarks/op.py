@@ -82,19 +82,21 @@ def tensorflow_contenders(case: Case, dtype: str, backward: bool) -> dict[str, C
         return [tf.Variable(tf.cast(random.normal(size=shape), dtype)) for _ in range(case.weights)]
 
     vs, gs, grad_ws = variables(case.shape), variables(case.shape[case.axis]), variables(case.shape)
+    ws, grad_vs, grad_gs = (variables(like[0].shape) for like in (vs, vs, gs))
 
     def graph(weight_norm, **options):
+        # The results go into variables, which take them over without a copy. Returned to Python,
+        # each would cost more than a small weight's arithmetic.
         @tf.function(**options)
         def run():
-            outputs = []
-            for v, g, grad_w in zip(vs, gs, grad_ws, strict=True):
-                if not backward:
-                    outputs.append(weight_norm(v, g))
-                    continue
+            for i, (v, g) in enumerate(zip(vs, gs, strict=True)):
                 with tf.GradientTape() as tape:
                     w = weight_norm(v, g)
-                outputs += [w, *tape.gradient(w, [v, g], output_gradients=grad_w)]
-            return outputs
+                ws[i].assign(w)
+                if backward:
+                    grad_v, grad_g = tape.gradient(w, [v, g], output_gradients=grad_ws[i])
+                    grad_vs[i].assign(grad_v)
+                    grad_gs[i].assign(grad_g)
 
         return run
 

@@ -152,7 +152,7 @@ template <Processor>
 struct Run;
 
 // Waking a thread costs as much as moving this many bytes.
-constexpr int64_t kBytesPerThread = 50 << 10;
+constexpr int64_t kBytesPerThread = 512 << 10;
 
 template <>
 struct Run<Processor::kCpu> {
