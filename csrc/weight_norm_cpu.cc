@@ -276,7 +276,7 @@ struct Plan {
     const int64_t unit_size = outer * inner;
     fused = unit_size <= 65536;
     if (fused) {
-      units_per_task = std::max<int64_t>(8192 / unit_size, 1);
+      units_per_task = std::max<int64_t>(4096 / unit_size, 1);
       tasks = CeilDiv(units, units_per_task);
       sums_per_unit = 1;
     } else {
