@@ -80,7 +80,6 @@ class Config(options.RunConfig):
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--replay (or --replay-file FILE)")
 
 
-_FAST = {"num_envs": 8, "mixed_precision": "bfloat16"}
 PRESETS = {
     "paper": options.Preset("every number of the paper: 50M steps, 8 GiB, days on a GPU"),
     "nature": options.Preset(
@@ -97,7 +96,7 @@ PRESETS = {
     "cpu": options.Preset(
         "scaled: what a laptop learns in an hour: 500,000 steps, a quarter of the network",
         {
-            **_FAST,
+            "num_envs": 8,
             "steps": 500_000,
             "replay": 100_000,
             "learning_starts": 10_000,
@@ -115,7 +114,7 @@ PRESETS = {
     "demo": options.Preset(
         "scaled: minutes, and far from done",
         {
-            **_FAST,
+            "num_envs": 8,
             "game": "Breakout",
             "steps": 48_000,
             "replay": 40_000,
