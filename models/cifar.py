@@ -455,7 +455,7 @@ def train_one(config: Config, images: data.Images, run: Run) -> None:
             "loss": totals[0] / (per_epoch * config.batch_size),
             "train_error": totals[1] / (per_epoch * config.batch_size),
             "test_error": error_rate(test_step, images, run.leave_if_asked),
-            "learning_rate": optimizer.learning_rate,
+            "learning_rate": schedule(config, step // per_epoch - 1)[0],
         }
         run.log(step, **values, **({"epoch_seconds": seconds} if seconds else {}))
         run.say(

@@ -341,6 +341,16 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert (one != cifar.order(config_of(seed=1), 3, 1000)).any()
 
 
+def test_a_run_on_two_replicas_is_the_run_on_one(run, tmp_path):
+    for strategy in ("none", "mirrored"):
+        out = tmp_path / strategy
+        assert run("--preset", "smoke", "--epochs", 1, "--strategy", strategy, "--out", out)[0] == 0
+    one, two = metrics.read(tmp_path / "none"), metrics.read(tmp_path / "mirrored")
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-2)
+    ours, theirs = weights(tmp_path / "mirrored"), weights(tmp_path / "none")
+    assert ours.keys() == theirs.keys()
+
+
 def test_a_run_learns_logs_and_evaluates(run, tmp_path):
     status, out, _ = run("--preset", "smoke", "--out", tmp_path / "a", "--width", 8, "--epochs", 3)
     assert status == 0
@@ -393,31 +403,30 @@ def start(*argv, **variables):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weight_norm_mean_only_bn", "batch_norm"])
 def test_killed_at_random_moments_and_resumed(tmp_path, kind):
-    options = ["--preset", "smoke", "--width", "8", "--epochs", "8", "--parameterization", kind]
-    options += ["--checkpoint-every", "0.3", "--out"]
+    options = ["--preset", "smoke", "--epochs", "40", "--parameterization", kind]
+    options += ["--checkpoint-every", "2", "--out"]
     whole = start(*options, tmp_path / "whole")
-    assert "epoch 8" in whole.communicate(timeout=300)[0]
-    moments, kills = random.Random(0), 0
-    resume = []
-    for _ in range(4):
-        process = start(*options, tmp_path / "killed", *resume)
-        before = len(list((tmp_path / "killed").glob("checkpoints/step-*")))
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
-            # A checkpoint of this process, so that each kill is after some training.
-            if len(list((tmp_path / "killed").glob("checkpoints/*"))) > before:
-                break
-            time.sleep(0.02)
-        time.sleep(moments.uniform(0, 2))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+    assert "epoch 40" in whole.communicate(timeout=300)[0]
+    killed, moments, reached, resume = tmp_path / "killed", random.Random(0), [], []
+
+    def last():
+        return max((path.name for path in killed.glob("checkpoints/step-*")), default="")
+
+    for _ in range(3):
+        process, before = start(*options, killed, *resume), last()
+        deadline = time.monotonic() + 200
+        while last() == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 1.5))
+        process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        reached.append(last())
         resume = ["--resume"]
-    assert kills >= 1
-    end = start(*options, tmp_path / "killed", "--resume")
-    assert "epoch 8" in end.communicate(timeout=300)[0]
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert sorted(set(reached)) == reached  # Each got further than the one before.
+    end = start(*options, killed, "--resume")
+    assert "epoch 40" in end.communicate(timeout=300)[0]
+    assert_same_run(tmp_path / "whole", killed)
 
 
 @pytest.mark.slow
