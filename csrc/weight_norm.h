@@ -15,7 +15,8 @@
 //   - a result is a function of the arguments alone: not of the number of threads, not of timing;
 //   - sizes are 64-bit, and any size may be zero.
 //
-// Pointers, sizes and a way to run in parallel are all that a kernel knows: no framework in here.
+// Outputs must not overlap inputs. Pointers, sizes and a way to run in parallel are all that a
+// kernel knows: no framework in here.
 
 #ifndef TFWN_CSRC_WEIGHT_NORM_H_
 #define TFWN_CSRC_WEIGHT_NORM_H_
