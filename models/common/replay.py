@@ -135,13 +135,14 @@ class Replay:
             self._write_new()
         elif self._file is not None:
             self._frames.flush()  # type: ignore[attr-defined]
+        slots = np.arange(self._oldest(), self._written) % self._slots
         return {
             "written": self._written,
             "floor": self._floor,
             "generator": self._generator.bit_generator.state,
-            "actions": self._actions,
-            "rewards": self._rewards,
-            "ends": self._ends,
+            "actions": self._actions[:, slots],
+            "rewards": self._rewards[:, slots],
+            "ends": self._ends[:, slots],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -149,16 +150,17 @@ class Replay:
         self._generator.bit_generator.state = state["generator"]
         if self._file is None:
             return
-        if state["actions"].shape != self._actions.shape:
+        ever = int(self._ever[0])
+        if len(state["actions"]) != len(self._frames) or ever < state["written"]:
             raise UserError(
-                f"the replay memory was {state['actions'].shape} slots and is now "
-                f"{self._actions.shape}: resume with the --replay and --num-envs of the run"
+                f"{self._file}: does not hold the replay memory of this run; resume with the "
+                "--replay-file and --num-envs of the run"
             )
         self._written = self._saved = state["written"]
-        self._actions[:], self._rewards[:] = state["actions"], state["rewards"]
-        self._ends[:] = state["ends"]
-        ever = int(self._ever[0])
         self._floor = max(state["floor"], ever - self._file_slots)
+        slots = np.arange(self._written - state["actions"].shape[1], self._written) % self._slots
+        self._actions[:, slots], self._rewards[:, slots] = state["actions"], state["rewards"]
+        self._ends[:, slots] = state["ends"]
         if self._in_memory:
             with open(self._file, "rb") as file:
                 for part, offset in self._pieces(self._oldest()):
