@@ -1,4 +1,4 @@
-"""Videos of games: the screen, the score, and what the network thinks of each action."""
+"""Videos: of games the screen, the score, and what the network thinks of each action."""
 
 from pathlib import Path
 from typing import Any
@@ -57,4 +57,8 @@ class Video:
             left = _WIDTH - 8 - width * (len(values) - index)
             box = (left, _HEIGHT + 36 - height, left + width - 3, _HEIGHT + 36)
             draw.rectangle(box, fill="orange" if index == chosen else "gray")
-        self._writer.append_data(np.asarray(picture))
+        self.frame(np.asarray(picture))
+
+    def frame(self, picture: np.ndarray) -> None:
+        """Adds a picture as it is, uint8 [h, w, 3]."""
+        self._writer.append_data(picture)
