@@ -1,24 +1,148 @@
-"""Every Python snippet of the documentation runs; the files and commands it names exist."""
+"""Every snippet and command of the documentation runs; what it names exists."""
 
+import dataclasses
+import importlib
+import importlib.util
+import os
 import pathlib
 import re
+import runpy
+import shlex
+import socket
+import subprocess
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-SNIPPETS = {
-    page: re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    for page in PAGES
-}
+EXPERIMENTS = ROOT / "docs" / "run-the-experiments.md"
+COMMON = ROOT / "models" / "common" / "README.md"  # Its snippet is run by models/test_common.py.
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), COMMON])
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
+# Commands that set up a machine, or take minutes, and where what they do is tested.
+NOT_RUN = {
+    "pip install .": "installs; tests/test_build.py does so with a wheel",
+    "python setup.py build_ext --inplace": "compiles; `make test` does so before the tests",
+    "make demo": "minutes; its program is tests/models/test_dqn.py's, its preset below",
+    "make test": "runs these tests",
+    'make test TENSORFLOW="tensorflow-cpu==2.20.*" PYTHON=python3.10': "needs another Python",
+    "PYTHON=$PWD/.venv/bin/python bazel build :all": "needs Bazel",
+}
 
-@pytest.mark.parametrize("page", [p for p in PAGES if SNIPPETS[p]], ids=lambda page: page.name)
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page):
+    """The page's commands, one a line; those of several processes at once are left out."""
+    lines = "\n".join(b for b in blocks(page, "sh") if "TF_CONFIG" not in b)
+    lines = lines.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def pages_with(language):
+    pages = [page for page in PAGES if page != COMMON and blocks(page, language)]
+    return pytest.mark.parametrize("page", pages, ids=lambda page: page.name)
+
+
+def programs():
+    """The modules of models/ that train."""
+    found = {}
+    for path in ROOT.glob("models/[!_]*.py"):
+        module = importlib.import_module(f"models.{path.stem}")
+        if hasattr(module, "PRESETS"):
+            found[path.stem] = module
+    return found
+
+
+@pages_with("python")
 def test_snippets_run(page):
     namespace = {"__name__": page.stem}
-    for snippet in SNIPPETS[page]:
+    for snippet in blocks(page, "python"):
         exec(compile(snippet, page.name, "exec"), namespace)
+
+
+@pages_with("sh")
+def test_commands_run(page, tmp_path, monkeypatch):
+    """In order, in one folder; programs with the preset `smoke`."""
+    monkeypatch.chdir(tmp_path)
+    for command in commands(page):
+        if command not in NOT_RUN:
+            python, option, module, *words = shlex.split(command)
+            assert (python, option) == ("python", "-m"), f"say in NOT_RUN who tests: {command}"
+            assert run_module(module, as_smoke(module, words), monkeypatch) == 0, command
+
+
+def run_module(module, words, monkeypatch):
+    """What `python -m module words` does, without another import of TensorFlow."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *words])
+        patch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that is there.
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as error:
+            return error.code or 0
+    return 0
+
+
+def as_smoke(module, words):
+    """The words of a training run with the preset `smoke`; of anything else as they are."""
+    trains = module.removeprefix("models.") in programs() and words[0].startswith("-")
+    if not trains or "--resume" in words or "--help" in words:
+        return words
+    if "--preset" in words:
+        words[words.index("--preset") + 1] = "smoke"
+        return words
+    return [*words, "--preset", "smoke"]
+
+
+@pytest.mark.slow
+def test_several_processes(tmp_path):
+    """The block with TF_CONFIG as a shell runs it, but for its ports and the preset."""
+    (block,) = [b for b in blocks(EXPERIMENTS, "sh") if "TF_CONFIG" in b]
+    sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
+    for port, free in zip(("12345", "12346"), sockets, strict=True):
+        assert port in block
+        block = block.replace(port, str(free.getsockname()[1]))
+        free.close()
+    block = block.replace("python ", f"{sys.executable} ").replace("--preset cpu", "--preset smoke")
+    done = subprocess.run(
+        ["bash", "-ec", block + "wait %1"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "epoch 2" in done.stdout
+    assert list(tmp_path.glob("runs/two/checkpoints/step-*"))
+
+
+def test_commands_that_are_not_run_are_documented():
+    assert set(NOT_RUN) <= {command for page in PAGES for command in commands(page)}
+
+
+def test_all_programs_are_documented():
+    text = EXPERIMENTS.read_text()
+    for name in programs():
+        assert f"python -m models.{name} --" in text, f"say in {EXPERIMENTS.name} how to run {name}"
+
+
+def test_presets_and_options_named_exist():
+    text = EXPERIMENTS.read_text()
+    fields = {
+        "--" + field.name.replace("_", "-")
+        for program in programs().values()
+        for field in dataclasses.fields(program.Config)
+    }
+    others = {"--help", "--label-presets", "--logdir"}
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) <= fields | others
+    for program in programs().values():
+        for preset in re.findall(r"^\| `(\w+)`", text, re.MULTILINE):
+            assert preset in program.PRESETS, program.__name__
 
 
 @each_page
@@ -33,10 +157,13 @@ def test_links_lead_somewhere(page):
 
 
 @each_page
-def test_files_named_exist(page):
-    for path in re.findall(r"`((?:csrc|tfwn|models|tests|benchmarks)/[\w./]+)`", page.read_text()):
+def test_files_and_modules_named_exist(page):
+    text = page.read_text()
+    for path in re.findall(r"`((?:csrc|tfwn|models|tests|benchmarks)/[\w./]+)`", text):
         if "_build_info" not in path:
             assert (ROOT / path).exists(), path
+    for module in re.findall(r"`python -m ((?:models|benchmarks)[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
 
 
 def test_make_targets_named_exist():
@@ -44,3 +171,40 @@ def test_make_targets_named_exist():
     for page in PAGES:
         for target in re.findall(r"(?<!\w)make ([a-z-]+)(?:`|$| TENSORFLOW)", page.read_text()):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
+
+
+# What the README's table of alternatives says of tfwn, and the tests of it.
+CLAIMS = {
+    "runs on TensorFlow 2.21, Keras 3": "tfwn/test_keras.py::test_fit",
+    "kernel": "tfwn/test_ops_transforms.py::test_one_kernel_forward_and_one_backward",
+    "axes of the units": "tfwn/test_ops_numerics.py::test_random_problems",
+    "g is trained": "tfwn/test_weight.py::test_one_step_of_an_optimizer_is_the_step_by_hand",
+    "wrapping a layer keeps its outputs": (
+        "tfwn/test_keras.py::test_layer_keeps_its_outputs_and_gets_one_g_per_unit"
+    ),
+    "a unit with v = 0": (
+        "tfwn/test_ops_numerics.py::test_a_zero_unit_has_zero_weights_and_gradients"
+    ),
+    "float32 ‖v‖ from 10⁻²⁵ to 10²⁵": (
+        "tfwn/test_ops_numerics.py::test_norms_from_1e_minus_30_to_1e30"
+    ),
+    "g of the wrong shape": "tfwn/test_ops_errors.py::test_refused",
+    "v in bfloat16 with g in float32": "tfwn/test_ops_numerics.py::test_types_mix",
+    "results depend on the number of threads": (
+        "tfwn/test_ops_numerics.py::test_bit_identical_for_any_number_of_threads"
+    ),
+    "data-dependent initialization (section 3)": (
+        "tfwn/test_data_dependent_init.py::test_all_pre_activations_of_a_deep_net_are_standard"
+    ),
+    "second derivative, forward mode, XLA": "tfwn/test_ops_transforms.py::test_forward_accumulator",
+}
+
+
+def test_each_line_of_the_table_of_alternatives_has_a_test():
+    text = (ROOT / "README.md").read_text()
+    table = text.split("## Against the alternatives")[1].split("## ")[0]
+    rows = re.findall(r"^\| (?!\|)([^|]+) \|", table, re.MULTILINE)
+    assert rows == list(CLAIMS)
+    for claim, test in CLAIMS.items():
+        file, _, function = test.partition("::")
+        assert f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), claim

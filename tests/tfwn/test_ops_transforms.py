@@ -326,6 +326,20 @@ def test_gradient_of_the_gradient_of_unknown_rank(rng):
 # Grappler, SavedModel, strategies, Keras.
 
 
+def test_one_kernel_forward_and_one_backward(rng):
+    @tf.function
+    def step(v, g, grad_w):
+        with tf.GradientTape() as tape:
+            tape.watch([v, g])
+            w = tfwn.weight_norm(v, g)
+        return w, tape.gradient(w, [v, g], output_gradients=grad_w)
+
+    graph = step.get_concrete_function(*arguments(rng, (3, 3, 4, 5), -1)).graph
+    plumbing = {"Placeholder", "Identity", "NoOp", "Const"}
+    found = [op.type for op in graph.get_operations() if op.type not in plumbing]
+    assert found == ["Tfwn>WeightNorm", "Tfwn>WeightNormGrad"]
+
+
 def test_constants_are_folded():
     from tensorflow.core.protobuf import config_pb2
     from tensorflow.python.grappler import tf_optimizer
