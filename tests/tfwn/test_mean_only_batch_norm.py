@@ -50,6 +50,79 @@ def test_gradient_is_centered(rng):
     np.testing.assert_allclose(grad_b, grad_output.sum(0), rtol=1e-12)
 
 
+def plain(t, b, axis):
+    """Eq. 7 as TensorFlow differentiates it."""
+    others = [a for a in range(t.shape.rank) if a != axis % t.shape.rank]
+    return t - tf.reduce_mean(t, others, keepdims=True) + b
+
+
+def derivatives(f, t, b, c):
+    """First derivatives, those of their sum of squares, and forward mode of both."""
+    with tf.GradientTape() as outer:
+        outer.watch([t, b])
+        with tf.GradientTape() as tape:
+            tape.watch([t, b])
+            loss = tf.reduce_sum(c * tf.sin(f(t, b)))
+        first = tape.gradient(loss, [t, b])
+        squares = tf.reduce_sum(first[0] ** 2) + tf.reduce_sum(first[1] ** 2)
+    second = outer.gradient(squares, [t, b])
+    with tf.autodiff.ForwardAccumulator([t, b], [c, tf.ones_like(b)]) as accumulator:
+        with tf.GradientTape() as tape:
+            tape.watch([t, b])
+            y = f(t, b)
+            loss = tf.reduce_sum(c * tf.sin(y))
+        gradients = tape.gradient(loss, [t, b])
+    return [*first, *second, accumulator.jvp(y), *map(accumulator.jvp, gradients)]
+
+
+@pytest.mark.parametrize("mode", ["eager", "function", "xla"])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((6, 3), -1), ((2, 4, 5, 3), -1), ((2, 3, 4, 5), 1), ((2, 5, 3), 0)]
+)
+def test_derivatives_of_autodiff(shape, axis, mode, rng):
+    layer = tfwn.MeanOnlyBatchNormalization(axis, dtype=tf.float64)
+    along = [n if a == axis % len(shape) else 1 for a, n in enumerate(shape)]
+    t, c = (tf.constant(rng.normal(size=shape)) for _ in "tc")
+    b = tf.constant(rng.normal(size=along))
+
+    def ours(t, b):
+        layer.b = tf.reshape(b, [-1])
+        return layer(t, training=True)
+
+    layer.build(shape)
+    wrap = {"eager": lambda f: f, "function": tf.function, "xla": tf.function(jit_compile=True)}
+    found = wrap[mode](lambda *inputs: derivatives(ours, *inputs))(t, b, c)
+    expected = derivatives(lambda t, b: plain(t, b, axis), t, b, c)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_gradients_in_half_precision(dtype, rng):
+    layer = tfwn.MeanOnlyBatchNormalization(compute_dtype=dtype)
+    t = tf.cast(rng.normal(3, 1, [50, 8, 4]), dtype)
+    grad_y = tf.cast(rng.normal(2, 1, [50, 8, 4]), dtype)
+    layer.build(t.shape)
+    with tf.GradientTape() as tape:
+        tape.watch(t)
+        y = layer(t, training=True)
+    grad_t, grad_b = tape.gradient(y, [t, layer.b], output_gradients=grad_y)
+    assert (grad_t.dtype, grad_b.dtype) == (dtype, tf.float32)
+    exact = grad_y.numpy().astype(np.float64)
+    np.testing.assert_allclose(grad_b, exact.sum((0, 1)), rtol=1e-6)
+    spacing = {tf.float16: 2.0**-10, tf.bfloat16: 2.0**-7}[dtype]
+    np.testing.assert_allclose(
+        grad_t.numpy().astype(np.float64), exact - exact.mean((0, 1)), atol=4 * spacing
+    )
+
+
+def test_a_large_mean_is_exact(rng):
+    t = rng.normal(1000, 1, [100, 32, 32, 2]).astype(np.float32)
+    layer = tfwn.MeanOnlyBatchNormalization(momentum=0.0)
+    layer(t, training=True)
+    np.testing.assert_allclose(layer.moving_mean, t.mean((0, 1, 2), np.float64), rtol=5e-7)
+
+
 def test_mean_in_half_precision_is_taken_in_float32():
     layer = tfwn.MeanOnlyBatchNormalization(compute_dtype=tf.float16)
     t = tf.fill([4096, 1], tf.constant(100.0, tf.float16))  # The sum, 409600, is beyond float16.
@@ -80,12 +153,15 @@ def replicas(rng, sizes, synchronized):
                 tape.watch(t)
                 y = layer(t, training=True)
                 loss = tf.reduce_sum(y * grad_output)
-            return y, tape.gradient(loss, t)
+            grad_t, grad_b = tape.gradient(loss, [t, layer.b])
+            return y, grad_t, grad_b[tf.newaxis]
 
         return strategy.run(replica, (t, grad_output))
 
     outputs = step(piece(batch), piece(grad_output))
-    y, grad_t = (np.concatenate(strategy.experimental_local_results(o)) for o in outputs)
+    y, grad_t, grad_b = (np.concatenate(strategy.experimental_local_results(o)) for o in outputs)
+    # Each replica has the gradient of b from its own outputs; optimizers add them.
+    np.testing.assert_allclose(grad_b, [grad_output[c].sum(0) for c in cuts], rtol=1e-12)
     return batch, grad_output, y, grad_t, layer
 
 
