@@ -151,8 +151,9 @@ enum class Processor { kCpu, kGpu };
 template <Processor>
 struct Run;
 
-// Waking a thread costs as much as moving this many bytes.
-constexpr int64_t kBytesPerThread = 512 << 10;
+// Each thread gets at least so many bytes to move. Less would be faster for an operation alone; in
+// a graph, where other operations run beside it, they would take turns on the same processors.
+constexpr int64_t kBytesPerThread = 8 << 20;
 
 template <>
 struct Run<Processor::kCpu> {

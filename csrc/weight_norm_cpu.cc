@@ -33,10 +33,13 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
+// Elements are fetched so many before they are needed: far enough for memory to answer.
+constexpr int64_t kAhead = 512;
+
 // Part of a matrix: rows of `width` elements, `stride` apart.
 struct Block {
   int64_t rows, width, stride;
-  int64_t ahead = 0;  // elements from here to the next block, where fetching that early pays
+  int64_t ahead = kAhead;  // While this block is scaled, what to fetch instead of its own elements.
 };
 
 // The numbers that multiply a column or a segment: power * rest, where power is a power of two.
@@ -89,10 +92,10 @@ namespace baseline {
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,prfchw"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma,f16c,prfchw")
 #endif
 namespace avx2 {
 #define TFWN_VECTOR_BYTES 32
@@ -106,12 +109,13 @@ namespace avx2 {
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                    \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+#pragma clang attribute push(                                                           \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prfchw"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prfchw,prefer-vector-width=512")
 #endif
 namespace avx512 {
 #define TFWN_VECTOR_BYTES 64
@@ -205,9 +209,6 @@ void* At(void* base, Type type, int64_t i) { return static_cast<char*>(base) + i
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDiv(a, multiple) * multiple; }
-
-// A tensor of fewer elements is likely to be in a core's cache already.
-constexpr int64_t kCachedElements = 262144;
 
 // How a tensor is cut into tasks, from its shape alone.
 //
@@ -311,10 +312,10 @@ struct Plan {
     } else if (fused) {
       const int64_t unit = task * units_per_task;
       const int64_t count = std::min(units_per_task, units - unit);
-      // While this block is scaled, memory would sit idle until the next one is summed.
-      const int64_t ahead = size < kCachedElements ? 0 : count * inner;
+      // This block is in cache when it is scaled; the next one had better be.
+      const int64_t next = count * inner;
       for (int64_t i = unit; i < outer * units; i += units) {
-        body(i * inner, Block{count, inner, inner, ahead}, i, unit);
+        body(i * inner, Block{count, inner, inner, next}, i, unit);
       }
     } else {
       const int64_t segment = task / pieces;

@@ -174,6 +174,19 @@ TFWN_INLINE void Store(const Vector<C, n>& from, T* to) {
   }
 }
 
+// Asks for an element that may lie past the end of the tensor.
+template <class T>
+TFWN_INLINE void Prefetch(const T* base, int64_t i) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + i * sizeof(T)));
+}
+
+// The same for an element that will be written.
+template <class T>
+TFWN_INLINE void PrefetchToWrite(T* base, int64_t i) {
+  __builtin_prefetch(reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(base) + i * sizeof(T)), 1);
+}
+
 // A term of a sum over elements: v^2 in eq. 2, grad_w * v in eq. 3.
 template <class V>
 struct Square {
@@ -183,6 +196,7 @@ struct Square {
     const Vector<double, n> x = Load<double, n>(v + i);
     return x * x;
   }
+  TFWN_INLINE void Fetch(int64_t i) const { Prefetch(v, i); }
 };
 
 template <class V, class W>
@@ -193,6 +207,10 @@ struct Product {
   TFWN_INLINE Vector<double, n> At(int64_t i) const {
     return Load<double, n>(grad_w + i) * Load<double, n>(v + i);
   }
+  TFWN_INLINE void Fetch(int64_t i) const {
+    Prefetch(grad_w, i);
+    Prefetch(v, i);
+  }
 };
 
 // A partial sum.
@@ -202,6 +220,7 @@ struct Plain {
   TFWN_INLINE Vector<double, n> At(int64_t i) const {
     return LoadBytes<Vector<double, n>>(sums + i);
   }
+  TFWN_INLINE void Fetch(int64_t) const {}
 };
 
 // The last vector of a row overlaps the one before: only its last `fresh` numbers are new.
@@ -238,13 +257,21 @@ TFWN_INLINE Vector<double, n> AddTerms(Term term, int64_t i, int64_t stride,
   return sum;
 }
 
-// sums[j] += the terms of column j, `group` rows of them
+// sums[j] += the terms of column j, `group` rows of them; fetches the group below.
 template <int n, int group, class Term>
 TFWN_INLINE void SumGroup(Term term, int64_t i, int64_t width, int64_t stride, double* sums) {
   int64_t j = 0;
-  for (; j + n <= width; j += n) {
+  for (; j + 2 * n <= width; j += 2 * n) {  // A whole cache line of floats, with 64-byte vectors.
+    for (int row = group; row < 2 * group; ++row) term.Fetch(i + j + row * stride);
+    const auto left = LoadBytes<Vector<double, n>>(sums + j);
+    const auto right = LoadBytes<Vector<double, n>>(sums + j + n);
+    Store<double, n>(AddTerms<n, group>(term, i + j, stride, left), sums + j);
+    Store<double, n>(AddTerms<n, group>(term, i + j + n, stride, right), sums + j + n);
+  }
+  if (j + n <= width) {
     const auto sum = LoadBytes<Vector<double, n>>(sums + j);
     Store<double, n>(AddTerms<n, group>(term, i + j, stride, sum), sums + j);
+    j += n;
   }
   if (j == width) return;
   const auto last = AddTerms<n, group>(term, i + width - n, stride, Vector<double, n>{});
@@ -313,13 +340,6 @@ struct SegmentFactor {
   }
 };
 
-// Asks for an element that may lie past the end of the tensor.
-template <class T>
-TFWN_INLINE void Prefetch(const T* base, int64_t i) {
-  __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + i * sizeof(T)));
-}
-
 // w = scale * v
 template <class V, class W, class Factor>
 struct ForwardScale {
@@ -330,7 +350,8 @@ struct ForwardScale {
   int64_t ahead;
   template <int n>
   TFWN_INLINE void At(int64_t i, int64_t j) const {
-    if (ahead != 0) Prefetch(v, i + ahead);
+    Prefetch(v, i + ahead);
+    PrefetchToWrite(w, i + kAhead);
     Store<C, n>(scale.template Times<n>(Load<C, n>(v + i), j), w + i);
   }
 };
@@ -346,10 +367,9 @@ struct BackwardScale {
   int64_t ahead;
   template <int n>
   TFWN_INLINE void At(int64_t i, int64_t j) const {
-    if (ahead != 0) {
-      Prefetch(v, i + ahead);
-      Prefetch(grad_w, i + ahead);
-    }
+    Prefetch(v, i + ahead);
+    Prefetch(grad_w, i + ahead);
+    PrefetchToWrite(grad_v, i + kAhead);
     const Vector<C, n> along_v = projection.template Times<n>(Load<C, n>(v + i), j);
     Store<C, n>(scale.template Times<n>(Load<C, n>(grad_w + i) - along_v, j), grad_v + i);
   }
@@ -403,7 +423,7 @@ struct KernelsOf {
     ByWidth<kVectorBytes / sizeof(C)>(block.width, [&](auto n) __attribute__((always_inline)) {
       for (int64_t row = 0; row < block.rows; ++row) {
         const ForwardScale<V, W, Factor> of_row = {static_cast<const V*>(v), static_cast<W*>(w),
-                                                   Factor(scale, row), columns ? 0 : block.ahead};
+                                                   Factor(scale, row), block.ahead};
         ScaleRow<n()>(of_row, row * block.stride, block.width);
       }
     });
@@ -416,7 +436,7 @@ struct KernelsOf {
         const BackwardScale<V, W, Factor> of_row = {
             static_cast<const W*>(grad_w), static_cast<const V*>(v),
             static_cast<V*>(grad_v),       Factor(scale, row),
-            Factor(projection, row),       columns ? 0 : block.ahead};
+            Factor(projection, row),       block.ahead};
         ScaleRow<n()>(of_row, row * block.stride, block.width);
       }
     });
