@@ -83,6 +83,11 @@ inline py::dtype DTypeOf(Type type) {
 }
 
 inline Type ParseDType(const std::string& name, const py::dtype& dtype) {
+  // By NumPy's numbers, where that is enough: asking for names takes longer than a small kernel.
+  if (dtype.byteorder() == '=') {
+    if (dtype.num() == py::dtype::of<float>().num()) return Type::kFloat;
+    if (dtype.num() == py::dtype::of<double>().num()) return Type::kDouble;
+  }
   const std::string text = py::str(dtype.attr("name"));
   if (dtype.attr("isnative").cast<bool>()) {
     for (const Type type : {Type::kHalf, Type::kBfloat16, Type::kFloat, Type::kDouble}) {
@@ -109,8 +114,9 @@ inline Array ParseNumPy(const std::string& name, const py::array& array) {
       name, ParseDType(name, array.dtype()), {}, false, nullptr, array.writeable(), false, array,
       array};
   result.shape.assign(array.shape(), array.shape() + array.ndim());
-  const py::object flags = array.attr("flags");
-  result.contiguous = flags.attr("c_contiguous").cast<bool>() && flags.attr("aligned").cast<bool>();
+  constexpr int kContiguous =
+      py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  result.contiguous = (array.flags() & kContiguous) == kContiguous;
   result.data = const_cast<void*>(array.data());
   return result;
 }
@@ -265,9 +271,13 @@ void RunOnDevice(const Arguments&, int, intptr_t, const Array*) {}
 // NumPy's scalars count as arrays. stream is the one that the array will be used on.
 inline Array ParseArray(const std::string& name, py::object object,
                         [[maybe_unused]] intptr_t stream) {
-  const py::module_ numpy = py::module_::import("numpy");
-  if (py::isinstance(object, numpy.attr("generic"))) object = numpy.attr("asarray")(object);
-  if (py::isinstance<py::array>(object)) return ParseNumPy(name, object.cast<py::array>());
+  if (!py::isinstance<py::array>(object)) {
+    const py::module_ numpy = py::module_::import("numpy");
+    if (py::isinstance(object, numpy.attr("generic"))) object = numpy.attr("asarray")(object);
+  }
+  if (py::isinstance<py::array>(object)) {
+    return ParseNumPy(name, py::reinterpret_borrow<py::array>(object));
+  }
   const bool interface = py::hasattr(object, "__cuda_array_interface__");
   int device_type = 0;
   if (py::hasattr(object, "__dlpack_device__")) {
