@@ -3,10 +3,10 @@
     python -m models.draw --parameterization weight_norm --data-dir DATA
     python -m models.draw sample runs/draw-paper-weight_norm-0
 
-The bound on the test set's log-likelihood in nats, at 100 epochs in figure 4 (read off the plot):
+Bounds on the test set's log-likelihood in nats, to compare with (figure 4 has no table):
 
-    normal         about -88
-    weight norm    about -84
+    this model in Theano, normal, 100 epochs, as its author reports it     -90.5
+    DRAW's own paper (arXiv 1502.04623, table 2), with attention          -80.97
 
 What the paper leaves open, or where the code that it starts from differs from DRAW's paper:
 
@@ -38,6 +38,7 @@ from models.common import (
     command_line,
     data,
     options,
+    plots,
     replicas,
     run_folder,
     runtime,
@@ -46,7 +47,7 @@ from models.common import (
 from models.common.errors import UserError
 from models.common.run import Run
 
-SIZE = 28  # Pixels of an image's side.
+SIDE = 28  # Pixels of a side of the images.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,28 +106,13 @@ PRESETS = {
 # Data
 
 
-def binarize(images: np.ndarray, seed: int) -> np.ndarray:
-    """Returns uint8 0 or 1 [examples, height, width]: 1 with the probability of the grey.
-
-    Arguments:
-      images: uint8 [examples, height, width, channels]; the first channel is taken.
-      seed: of the draw.
-    """
-    grey = images[..., 0]
-    # Integers, because floats would need 200 MB: grey 255 is always 1, grey 0 never.
-    return (runtime.generator(seed).integers(0, 255, grey.shape, np.uint8) < grey).view(np.uint8)
-
-
 def synthetic(train: int = 1000, test: int = 200) -> data.Images:
     """Returns white discs of random size and place on black."""
     random = runtime.generator(0)
-    places, radii = (
-        random.uniform(6, SIZE - 6, (2, train + test, 1, 1)),
-        random.uniform(3, 6, train + test),
-    )
-    y, x = np.mgrid[:SIZE, :SIZE]
-    distances = np.hypot(y - places[0], x - places[1])
-    images = 255 * (distances < radii[:, None, None]).astype(np.uint8)[..., None]
+    middles = random.uniform(6, SIDE - 6, (2, train + test, 1, 1))
+    radii = random.uniform(3, 6, (train + test, 1, 1))
+    y, x = np.mgrid[:SIDE, :SIDE]
+    images = np.uint8(255) * (np.hypot(y - middles[0], x - middles[1]) < radii)[..., None]
     labels = np.zeros(len(images), np.int64)
     caveat = "synthetic images: for smoke tests only"
     return data.Images(images[:train], labels[:train], images[train:], labels[train:], caveat)
@@ -143,68 +129,55 @@ def load(config: Config, data_dir: str = "") -> data.Images:
             f"--train-images must lie between --batch-size {config.batch_size} and the "
             f"{len(raw.train_images)} of {config.dataset}, got {config.train_images}"
         )
-    both = np.concatenate([raw.train_images, raw.test_images])
-    train, test = np.split(binarize(both, config.binarization_seed), [len(raw.train_images)])
-    train = train[: config.train_images]
-    return dataclasses.replace(raw, train_images=train, test_images=test)
+    train, test = data.binarize(
+        raw.train_images[..., 0], raw.test_images[..., 0], seed=config.binarization_seed
+    )
+    return dataclasses.replace(raw, train_images=train[: config.train_images], test_images=test)
 
 
 # Attention
 
 
 class Window(NamedTuple):
-    """An attention window: where a grid of Gaussian filters lies on the image.
+    """An attention window: a grid of size x size Gaussian filters on the image.
 
     Attributes:
-      centre_y, centre_x: of the grid, in pixels, float32 [batch].
-      delta: pixels from one filter to the next, [batch].
-      sigma: standard deviation of the filters, in pixels, [batch].
-      gamma: intensity, [batch].
+      centre: of the grid, y and x, in pixels, float32 [batch, 2].
+      delta: pixels from one filter to the next, [batch, 1].
+      sigma: standard deviation of the filters in pixels, [batch, 1].
+      gamma: intensity, [batch, 1].
     """
 
-    centre_y: tf.Tensor
-    centre_x: tf.Tensor
+    centre: tf.Tensor
     delta: tf.Tensor
     sigma: tf.Tensor
     gamma: tf.Tensor
 
 
-def window(parameters: tf.Tensor, size: int, height: int, width: int) -> Window:
+def window(parameters: tf.Tensor, size: int, side: int) -> Window:
     """Returns the window of (g_y, g_x, log delta, log sigma^2, log gamma), [batch, 5].
 
-    centre = (g + 1) / 2 * (height or width); delta, in units of the grid that covers the image, is
-    (max(height, width) - 1) / (size - 1) * exp(log delta).
+    centre = (g + 1) / 2 * side; delta = (side - 1) / (size - 1) * exp(log delta): with the
+    parameters 0 the grid covers the image.
     """
-    g_y, g_x, log_delta, log_variance, log_gamma = tf.unstack(parameters, axis=1)
-    return Window(
-        (g_y + 1) / 2 * height,
-        (g_x + 1) / 2 * width,
-        (max(height, width) - 1) / (size - 1) * tf.exp(log_delta),
-        tf.exp(log_variance / 2),
-        tf.exp(log_gamma),
-    )
+    g, log_delta, log_variance, log_gamma = tf.split(parameters, [2, 1, 1, 1], 1)
+    delta = (side - 1) / (size - 1) * tf.exp(log_delta)
+    return Window((g + 1) / 2 * side, delta, tf.exp(log_variance / 2), tf.exp(log_gamma))
 
 
-def filterbank(centre, delta, sigma, size: int, pixels: int) -> tf.Tensor:
-    """Returns F [batch, size, pixels], the filters of a window along one axis; rows sum to 1.
+def filterbanks(window: Window, size: int, side: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns F_y and F_x, both [batch, size, side]: a row is a filter along one axis.
 
-    mu_i = centre + delta (i - size/2 + 1/2); F_ia = exp(-(a - mu_i)^2 / (2 sigma^2)), divided by
-    its sum over the pixels a = 0, 1, ... plus 1e-4: a filter outside the image is 0.
+    mu_i = centre + delta (i - size/2 + 1/2); F_ia = exp(-(a - mu_i)^2 / (2 sigma^2)) divided by
+    its sum over the pixels a = 0, 1, ... plus 1e-4, so that a filter outside the image is 0.
     """
     i = tf.range(size, dtype=tf.float32) - size / 2 + 0.5
-    a = tf.range(pixels, dtype=tf.float32)
-    mu = centre[:, None] + delta[:, None] * i
-    f = tf.exp(-0.5 * tf.square((a - mu[:, :, None]) / sigma[:, None, None]))
-    return f / (tf.reduce_sum(f, 2, keepdims=True) + 1e-4)
-
-
-def filterbanks(window: Window, size: int, height: int, width: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns F_y [batch, size, height] and F_x [batch, size, width]."""
-    _, _, delta, sigma, _ = window
-    return (
-        filterbank(window.centre_y, delta, sigma, size, height),
-        filterbank(window.centre_x, delta, sigma, size, width),
-    )
+    a = tf.range(side, dtype=tf.float32)
+    mu = window.centre[:, :, None] + (window.delta * i)[:, None, :]
+    exponent = -0.5 / tf.square(window.sigma)
+    f = tf.exp(tf.square(a - mu[..., None]) * exponent[:, :, None, None])
+    f /= tf.reduce_sum(f, 3, keepdims=True) + 1e-4
+    return f[:, 0], f[:, 1]
 
 
 # Network
@@ -215,13 +188,13 @@ class Network(tf.Module):
 
     Arguments:
       config: the Config.
-      height, width: of the images.
+      side: pixels of a side of the images.
       dtype: of the products and the LSTMs; canvas, windows, q and the bound are float32.
     """
 
-    def __init__(self, config: Config, height: int, width: int, dtype=tf.float32):
+    def __init__(self, config: Config, side: int = SIDE, dtype=tf.float32):
         super().__init__()
-        self.config, self.height, self.width, self.dtype = config, height, width, dtype
+        self.config, self.side, self.dtype = config, side, dtype
         choices = {"parameterization": config.parameterization, "compute_dtype": dtype}
         index = itertools.count()
 
@@ -249,7 +222,7 @@ class Network(tf.Module):
             layer.build(tf.TensorShape([None, inputs]))
             return layer
 
-        h_dec, pixels = config.decoder_units, height * width
+        h_dec, pixels = config.decoder_units, side**2
         if config.attention:
             seen, self.reader = 2 * config.read_size**2, linear(h_dec, 5)
         else:
@@ -269,38 +242,39 @@ class Network(tf.Module):
         return named | {name: layer.weight() for name, layer in layers.items()}
 
     def read(self, x, error, h_dec, weights) -> tf.Tensor:
-        """Returns what the encoder sees of the image and of what the canvas lacks, [batch, ...].
+        """Returns what the encoder sees of x and of what the canvas lacks, [batch, ...].
 
-        gamma F_y I F_x' for I = x and I = x - sigmoid(c), or both as they are.
+        gamma F_y I F_x' of I = x and of I = x - sigmoid(c), or both as they are.
         """
-        images, size = tf.stack([x, error], 1), self.config.read_size
+        both, size, side = tf.concat([x, error], 2), self.config.read_size, self.side
         if self.reader is None:
-            return tf.reshape(images, [-1, 2 * self.height * self.width])
+            return tf.reshape(both, [-1, 2 * side**2])
         parameters = tf.cast(self.reader(h_dec, weights["reader"]), tf.float32)
-        seen = window(parameters, size, self.height, self.width)
-        f_y, f_x = filterbanks(seen, size, self.height, self.width)
-        glimpse = f_y[:, None] @ tf.matmul(images, f_x[:, None], transpose_b=True)
-        return seen.gamma[:, None] * tf.reshape(glimpse, [-1, 2 * size**2])
+        seen = window(parameters, size, side)
+        f_y, f_x = filterbanks(seen, size, side)
+        rows = tf.reshape(f_y @ both, [-1, 2 * size, side])
+        return seen.gamma * tf.reshape(tf.matmul(rows, f_x, transpose_b=True), [-1, 2 * size**2])
 
     def write(self, h_dec, weights) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns what is added to the canvas, [batch, height, width], and the window's parameters.
+        """Returns what is added to the canvas, [batch, side, side], and the window's parameters.
 
         F_y' w F_x / gamma, or a linear map of h_dec.
         """
         linear = tf.cast(self.writer(h_dec, weights["writer"]), tf.float32)
-        size = self.config.write_size
-        if not self.config.attention:
-            return tf.reshape(linear, [-1, self.height, self.width]), linear[:, :0]
-        written = window(linear[:, :5], size, self.height, self.width)
-        f_y, f_x = filterbanks(written, size, self.height, self.width)
-        patch = tf.reshape(linear[:, 5:], [-1, size, size]) / written.gamma[:, None, None]
-        return tf.matmul(f_y, patch @ f_x, transpose_a=True), linear[:, :5]
+        size, side = self.config.write_size, self.side
+        if self.reader is None:
+            return tf.reshape(linear, [-1, side, side]), linear[:, :0]
+        parameters, patch = tf.split(linear, [5, size**2], 1)
+        written = window(parameters, size, side)
+        f_y, f_x = filterbanks(written, size, side)
+        patch = tf.reshape(patch / written.gamma, [-1, size, size])
+        return tf.matmul(f_y, patch @ f_x, transpose_a=True), parameters
 
     def __call__(self, x, u, weights=None) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the cross-entropy of x, [batch], and KL_t, [T, batch]: the bound is -their sum.
 
         Arguments:
-          x: float32 [batch, height, width], 0 or 1.
+          x: float32 [batch, side, side], 0 or 1.
           u: float32 [T, batch, latent_units], standard normal noise.
           weights: `self.weights()`, where the caller has it.
         """
@@ -334,25 +308,32 @@ class Network(tf.Module):
         return tf.reduce_sum(losses, [1, 2]), kl
 
     def sample(self, u) -> tuple[tf.Tensor, tf.Tensor]:
-        """Draws images: returns the canvases [T, batch, height, width] and the windows' parameters.
+        """Draws images; returns sigmoid(c_t), [T, batch, side, side], and the windows' parameters.
 
         Arguments:
           u: float32 [T, batch, latent_units]: z, standard normal.
         """
         weights = self.weights()
-        canvas = tf.zeros([u.shape[1], self.height, self.width])
+        canvas = tf.zeros([u.shape[1], self.side, self.side])
         decoder = self.decoder.get_initial_state(u.shape[1])
         canvases, windows = [], []
         for z in u:
             h_dec, decoder = self.decoder(z, decoder, weights["decoder"])
             written, parameters = self.write(h_dec, weights)
             canvas += written
-            canvases.append(canvas)
+            canvases.append(tf.sigmoid(canvas))
             windows.append(parameters)
-        return tf.sigmoid(tf.stack(canvases)), tf.stack(windows)
+        return tf.stack(canvases), tf.stack(windows)
 
 
 # Training
+
+
+def noise(config: Config, x, seed) -> tf.Tensor:
+    """Returns u for x, this replica's share of the batch: [T, batch, latent_units]."""
+    batch = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+    u = replicas.normal_like(tf.zeros([batch, config.glimpses, config.latent_units]), seed)
+    return tf.transpose(u, [1, 0, 2])
 
 
 def make_steps(config: Config, strategy, network: Network, optimizer=None):
@@ -361,20 +342,11 @@ def make_steps(config: Config, strategy, network: Network, optimizer=None):
     Called as step(images, seed), they return float32 [1 + T]: the sums over the images of the
     cross-entropy and of each KL_t.
     """
-    compiled = functools.partial(tf.function, jit_compile=config.jit_compile)
 
-    def noise(x, seed):
-        """Returns u; outside of what XLA compiles, which would draw other numbers."""
-        batch = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
-        u = replicas.normal_like(tf.zeros([batch, config.glimpses, config.latent_units]), seed)
-        return tf.transpose(u, [1, 0, 2])
-
-    @compiled
     def sums(x, u):
         cross_entropy, kl = network(x, u)
         return tf.concat([[tf.reduce_sum(cross_entropy)], tf.reduce_sum(kl, 1)], 0)
 
-    @compiled
     def update(x, u):
         with tf.GradientTape() as tape:
             losses = sums(x, u)
@@ -383,19 +355,22 @@ def make_steps(config: Config, strategy, network: Network, optimizer=None):
         gradients = tape.gradient(loss, variables)
         replica = tf.distribute.get_replica_context()
         n = replica.num_replicas_in_sync
-        if n > 1:
-            # Clipped as a whole; the optimizer adds over the replicas.
+        if n > 1:  # Clipped as a whole; the optimizer adds over the replicas.
             gradients = [g / n for g in replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)]
         gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm / n)
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return losses
 
     def on_all(replica_step):
+        if config.jit_compile:
+            replica_step = tf.function(replica_step, jit_compile=True)
+
         @tf.function
         def step(images, seed):
             def run(images, seed):
                 x = tf.cast(replicas.share(images), tf.float32)
-                return replica_step(x, noise(x, seed))
+                # Drawn out here, because XLA would draw other numbers.
+                return replica_step(x, noise(config, x, seed))
 
             result = strategy.run(run, (images, seed))
             return strategy.reduce(tf.distribute.ReduceOp.SUM, result, axis=None)
@@ -421,7 +396,7 @@ def mean_losses(
 
     Arguments:
       config, test_step: of the network.
-      images: uint8 [examples, height, width].
+      images: uint8 [examples, side, side].
       between: called between batches.
       draws: of the noise for each image; the same ones each time.
     """
@@ -441,20 +416,45 @@ def note(config: Config, images: data.Images | None = None) -> str:
     return "".join(f" ({text})" for text in (scaled, caveat) if text)
 
 
+def check(config: Config) -> None:
+    """Refuses configurations that cannot work."""
+    for name in ("glimpses", "encoder_units", "decoder_units", "latent_units", "batch_size"):
+        at_least(1, f"--{name.replace('_', '-')}", getattr(config, name))
+    if config.attention:
+        at_least(2, "--read-size", config.read_size)
+        at_least(2, "--write-size", config.write_size)
+    if config.jit_compile and config.strategy != "none":
+        raise UserError(
+            f"--jit-compile cannot be used with --strategy {config.strategy}: leave one of them out"
+        )
+
+
+def at_least(least: int, flag: str, value: int) -> None:
+    """Refuses a flag's value that is too small."""
+    if value < least:
+        raise UserError(f"{flag} must be at least {least}, got {value}")
+
+
 def train(config: Config) -> None:
     """Trains one network."""
+    check(config)
     images = load(config)  # First: where they are missing, there is no run yet.
     with Run(config) as run:
         train_one(config, images, run)
 
 
 def train_one(config: Config, images: data.Images, run: Run) -> None:
-    """Trains one network."""
+    """Trains one network in a run's folder."""
+    if config.batch_size % run.strategy.num_replicas_in_sync:
+        raise UserError(
+            f"--batch-size {config.batch_size} must be a multiple of the "
+            f"{run.strategy.num_replicas_in_sync} replicas"
+        )
     run.say(f"{config.parameterization}, preset {config.preset}{note(config, images)}")
     if run.chief:
         (run.path / "note.txt").write_text(note(config, images).strip())
     with run.strategy.scope():
-        network = Network(config, SIZE, SIZE, run.dtype)
+        network = Network(config, dtype=run.dtype)
         optimizer = make_optimizer(config, network.trainable_variables)
     train_step, test_step = make_steps(config, run.strategy, network, optimizer)
     totals = tf.Variable(tf.zeros([1 + config.glimpses], tf.float64), name="totals")
@@ -480,8 +480,8 @@ def train_one(config: Config, images: data.Images, run: Run) -> None:
             **({"epoch_seconds": seconds} if seconds else {}),
             **{f"kl/{t:02}": kl for t, kl in enumerate(losses[1:], 1)},
         )
-        canvases, _ = network.sample(sample_noise(config, 100))
-        run.image("samples", tf.io.encode_png(grid(canvases[-1])[..., None]).numpy())
+        canvases, _ = network.sample(sample_noise(config))
+        run.image("samples", plots.png(plots.tile(canvases[-1])))
         run.say(
             "epoch {epoch}  loss {loss:.2f}  bound on the test set {test_bound:.2f}  "
             "of that cross-entropy {test_cross_entropy:.2f}".format(**values)
@@ -513,56 +513,35 @@ def train_one(config: Config, images: data.Images, run: Run) -> None:
 # Pictures
 
 
-def sample_noise(config: Config, count: int, seed: int = 0) -> tf.Tensor:
+def sample_noise(config: Config, seed: int = 0, count: int = 100) -> tf.Tensor:
     """Returns the z of `count` images, [T, count, latent_units]."""
     shape = [config.glimpses, count, config.latent_units]
     return tf.random.stateless_normal(shape, [seed, 0], alg="philox")
 
 
-def grid(images, columns: int = 10, gap: int = 1) -> np.ndarray:
-    """Returns pictures beside and below each other, uint8.
+def with_window(canvas: np.ndarray, parameters, config: Config, scale: int) -> np.ndarray:
+    """Returns a canvas enlarged, the window's frame on it in red, uint8 [height, width, 3].
 
     Arguments:
-      images: float in [0, 1] [count, height, width], or uint8 [count, height, width, 3].
-      columns: how many beside each other.
-      gap: pixels between two.
-    """
-    images = np.asarray(images)
-    if images.dtype != np.uint8:
-        images = np.round(255 * images).astype(np.uint8)
-    rest = -len(images) % columns
-    sides = [(0, rest), (0, gap), (0, gap)] + [(0, 0)] * (images.ndim - 3)
-    padded = np.pad(images, sides)
-    rows = padded.reshape(-1, columns, *padded.shape[1:])
-    whole = np.concatenate([np.concatenate(list(row), 1) for row in rows])
-    return whole[: len(whole) - gap, : whole.shape[1] - gap]
-
-
-def with_window(canvas, parameters, config: Config, scale: int) -> np.ndarray:
-    """Returns a canvas enlarged, with the window's frame in red, uint8 [height, width, 3].
-
-    Arguments:
-      canvas: float in [0, 1] [height, width].
+      canvas: float in [0, 1] [side, side].
       parameters: [5] as for `window`; [0] for no frame.
       config: its write_size is the window's.
-      scale: pixels per pixel. The line is as thick as the filters' sigma.
+      scale: pixels per pixel. The line is as thick as the filters' sigma, up to a pixel.
     """
     from PIL import Image, ImageDraw
 
-    picture = Image.fromarray(np.round(255 * canvas).astype(np.uint8))
-    picture = picture.resize(
-        (canvas.shape[1] * scale, canvas.shape[0] * scale), Image.Resampling.NEAREST
-    )
-    picture = picture.convert("RGB")
+    side = len(canvas) * scale
+    picture = Image.fromarray(np.round(255 * canvas).astype(np.uint8)).convert("RGB")
+    picture = picture.resize((side, side), Image.Resampling.NEAREST)
     if len(parameters):
-        seen = window(tf.constant(parameters[None]), config.write_size, *canvas.shape)
-        centre_y, centre_x, delta, sigma, _ = (float(value[0]) for value in seen)
-        half = delta * (config.write_size - 1) / 2
-        box = [centre_x - half, centre_y - half, centre_x + half, centre_y + half]
-        # A pixel's value is that of its middle; limits, because a window may be very large.
-        box = [float(np.clip((side + 0.5) * scale, -1e4, 1e4)) for side in box]
-        width = int(np.clip(round(sigma * scale), 1, scale))
-        ImageDraw.Draw(picture).rectangle(box, outline=(255, 40, 40), width=width)
+        seen = window(tf.constant(parameters[None]), config.write_size, len(canvas))
+        y, x = seen.centre[0].numpy()
+        half = float(seen.delta[0, 0]) * (config.write_size - 1) / 2
+        # A pixel's value is that of its middle. Limits, because a window may be very large.
+        box = np.array([x - half, y - half, x + half, y + half]) + 0.5
+        width = int(np.clip(round(float(seen.sigma[0, 0]) * scale), 1, scale))
+        corners = tuple(np.clip(box * scale, -side, 2 * side))
+        ImageDraw.Draw(picture).rectangle(corners, outline=(255, 40, 40), width=width)
     return np.asarray(picture)
 
 
@@ -593,7 +572,7 @@ def restore(checkpoint: str) -> tuple[Config, Network, Path]:
     path = checkpoints.find(checkpoint)
     folder = checkpoints.run_of(path)
     config = run_folder.load_config(folder, Config)
-    network = Network(config, SIZE, SIZE, runtime.compute_dtype(config))
+    network = Network(config, dtype=runtime.compute_dtype(config))
     status = checkpoints.restore_variables(tf.train.Checkpoint(network=network), path)
     status.assert_existing_objects_matched().expect_partial()
     return config, network, folder
@@ -601,8 +580,7 @@ def restore(checkpoint: str) -> tuple[Config, Network, Path]:
 
 def evaluate(asked: Evaluate) -> None:
     """The `evaluate` command."""
-    if asked.draws < 1:
-        raise UserError(f"--draws must be at least 1, got {asked.draws}")
+    at_least(1, "--draws", asked.draws)
     config, network, _ = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     _, test_step = make_steps(config, tf.distribute.get_strategy(), network)
@@ -615,29 +593,25 @@ def evaluate(asked: Evaluate) -> None:
 
 def sample(asked: Sample) -> None:
     """The `sample` command."""
-    if asked.scale < 1:
-        raise UserError(f"--scale must be at least 1, got {asked.scale}")
+    at_least(1, "--scale", asked.scale)
     config, network, folder = restore(asked.checkpoint)
     out = Path(asked.out) if asked.out else folder / "samples"
-    images = network.sample(sample_noise(config, 100, asked.seed))
-    canvases, windows = (array.numpy() for array in images)
+    canvases, windows = (part.numpy() for part in network.sample(sample_noise(config, asked.seed)))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        large = tf.repeat(tf.repeat(grid(canvases[-1]), 3, 0), 3, 1)
-        (out / "samples.png").write_bytes(tf.io.encode_png(large[..., None]).numpy())
+        (out / "samples.png").write_bytes(plots.png(plots.tile(canvases[-1]), 3))
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
-    shown = 32
+    none = np.zeros([len(canvases[0]), 0])
+    # At the end the finished images, without windows.
+    frames = [*zip(canvases, windows, strict=True)] + [(canvases[-1], none)] * (
+        8 + len(canvases) // 4
+    )
     with video.Video(out / "drawing.gif", rate=max(4, config.glimpses / 4)) as film:
-        for canvas, window in zip(canvases, windows, strict=True):
-            pictures = [
-                with_window(c, p, config, asked.scale)
-                for c, p in zip(canvas[:shown], window[:shown], strict=True)
-            ]
-            film.frame(grid(np.stack(pictures), columns=8, gap=asked.scale))
-        finished = [with_window(c, [], config, asked.scale) for c in canvases[-1][:shown]]
-        for _ in range(config.glimpses // 4 + 8):
-            film.frame(grid(np.stack(finished), columns=8, gap=asked.scale))
+        for pair in frames:
+            both = itertools.islice(zip(*pair, strict=True), 32)
+            pictures = [with_window(c, p, config, asked.scale) for c, p in both]
+            film.frame(plots.tile(np.stack(pictures), 8, asked.scale))
     print(f"wrote {out / 'samples.png'} and {out / 'drawing.gif'}" + note(config))
 
 

@@ -218,7 +218,72 @@ def percent(mean: float, error: float) -> str:
     return f"{mean:.2f} %" if math.isnan(error) else f"{mean:.2f} ± {error:.2f} %"
 
 
-FIGURES: dict[str, Callable[[list[FinishedRun], Output], None]] = {"cifar": cifar}
+def draw(runs: list[FinishedRun], output: Output) -> None:
+    """Figure 4 (the bound on the test set) of section 5.3, and the epochs to reach one bound."""
+    runs = [run for run in runs if len(run.curve("epoch", "test_bound")[0])]
+    if not runs:
+        raise UserError("none of the DRAW runs has finished an epoch yet")
+    groups = group(runs, "preset", "parameterization")
+    for seeds in groups.values():
+        check_same_settings(seeds)
+    curves = {
+        key: [run.curve("epoch", "test_bound") for run in seeds] for key, seeds in groups.items()
+    }
+    title, y = "DRAW on MNIST", "bound on marginal log likelihood"
+    with output.figure("figure-4", title, "training epochs", y) as figure:
+        for key, seeds in groups.items():
+            label = key[1].replace("_", " ") + preset_label(seeds[0].config, output)
+            figure.line(curves[key], label)
+        if all(run.config["preset"] == "paper" for run in runs):
+            figure.axes.set(xlim=(0, 100), ylim=(-120, -80))
+    means = {}
+    for key, some in curves.items():
+        length = min(len(x) for x, _ in some)
+        means[key] = some[0][0][:length], *mean_and_error([y[:length] for _, y in some])
+    rows = []
+    for (preset, kind), (x, mean, error) in means.items():
+        # The bound that all parameterisations of this preset have reached.
+        level = min(other[-1] for (name, _), (_, other, _) in means.items() if name == preset)
+        seeds = groups[preset, kind]
+        bound = f"{mean[-1]:.2f}" + ("" if math.isnan(error[-1]) else f" ± {error[-1]:.2f}")
+        rows.append(
+            [
+                kind.replace("_", " ") + preset_label(seeds[0].config, output),
+                bound,
+                f"{first_reached(x, mean, level):.1f} to {level:.2f}",
+                f"{len(seeds)}",
+                f"{x[-1]:.0f} of {seeds[0].config['epochs']}",
+            ]
+        )
+    columns = ["", "bound, nats", "epochs to the same bound", "seeds", "epochs"]
+    notes = {run.note for run in runs if run.note}
+    output.table("DRAW (figure 4)", columns, sorted(rows), "; ".join(sorted(notes)))
+
+
+def check_same_settings(seeds: Sequence[FinishedRun]) -> None:
+    """Refuses to average runs that differ in more than their seed."""
+    first = seeds[0]
+    for run in seeds:
+        names = first.differs_from_paper.keys() | run.differs_from_paper.keys()
+        for name in sorted(names - {"parameterization"}):
+            values = [r.config.get(name) for r in (first, run)]
+            if values[0] != values[1]:
+                raise UserError(
+                    f"{first.path} has --{name.replace('_', '-')} {values[0]} and {run.path} "
+                    f"{values[1]}: they are not seeds of one experiment. Draw them apart"
+                )
+
+
+def first_reached(x: np.ndarray, y: np.ndarray, level: float) -> float:
+    """Returns where the curve is first at `level` or above, between points on a straight line."""
+    index = int(np.argmax(y >= level))
+    if index == 0:
+        return float(x[0])
+    before, after = y[index - 1 : index + 1]
+    return float(x[index - 1] + (level - before) / (after - before) * (x[index] - x[index - 1]))
+
+
+FIGURES: dict[str, Callable[[list[FinishedRun], Output], None]] = {"cifar": cifar, "draw": draw}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -86,6 +86,18 @@ def load(name: str, data_dir: str = "") -> Images:
     return Images(train_x, train_y, test_x, test_y, caveat)
 
 
+def binarize(*parts: np.ndarray, seed: int = 0) -> list[np.ndarray]:
+    """Returns uint8 images as 0 or 1: each pixel 1 with the probability of its grey.
+
+    Args:
+      parts: uint8 [examples, ...]; 255 is always 1, 0 never.
+      seed: of the draw, which goes through the parts one after the other.
+    """
+    random = np.random.default_rng(seed)
+    # Integers, because floats would need 200 MB.
+    return [(random.integers(0, 255, x.shape, np.uint8) < x).view(np.uint8) for x in parts]
+
+
 def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarray]]) -> dict:
     """Returns make(), from the user's cache folder when it is there for the same `source`.
 

@@ -3,6 +3,8 @@
 import math
 from pathlib import Path
 
+import numpy as np
+
 from models.common import metrics
 
 
@@ -33,3 +35,29 @@ def learning_curve(run: Path, title: str) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def tile(images, columns: int = 10, gap: int = 1) -> np.ndarray:
+    """Returns pictures in rows with black between them, uint8 [height, width, ...].
+
+    Arguments:
+      images: floats in [0, 1] or uint8, [count, height, width] or [count, height, width, 3].
+      columns: pictures per row.
+      gap: pixels between pictures.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8:
+        images = (images.clip(0, 1) * 255).round().astype(np.uint8)
+    more = [(0, -len(images) % columns), (0, gap), (0, gap)] + [(0, 0)] * (images.ndim - 3)
+    padded = np.pad(images, more)
+    rows = padded.reshape(-1, columns, *padded.shape[1:])
+    whole = np.concatenate([np.concatenate(list(row), 1) for row in rows])
+    return whole[: len(whole) - gap, : whole.shape[1] - gap]
+
+
+def png(picture: np.ndarray, scale: int = 1) -> bytes:
+    """Returns a picture, uint8 [height, width] or [height, width, 3], enlarged and encoded."""
+    import tensorflow as tf
+
+    large = picture.repeat(scale, 0).repeat(scale, 1)
+    return tf.io.encode_png(large.reshape(*large.shape[:2], -1)).numpy()

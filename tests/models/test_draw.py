@@ -1,0 +1,621 @@
+"""models/draw.py against NumPy, one start for both, exact resume, what `sample` writes."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from models import draw
+from models.common import checkpoints, command_line, data, metrics, runtime
+
+ROOT = Path(__file__).parents[2]
+SIDE = 7
+ATTENTION = pytest.mark.parametrize("attention", [True, False], ids=["attention", "whole images"])
+KINDS = pytest.mark.parametrize("kind", ["normal", "weight_norm"])
+
+
+def config_of(**values):
+    return draw.Config(**{**draw.PRESETS["smoke"].values, "preset": "smoke", **values})
+
+
+def tiny(attention=True, **values):
+    return config_of(
+        attention=attention, glimpses=3, encoder_units=5, decoder_units=6, latent_units=4,
+        read_size=2, write_size=3, batch_size=4, initial_stddev=0.5, **values,
+    )  # fmt: skip
+
+
+def inputs_of(config, count=4, seed=0):
+    random = np.random.default_rng(seed)
+    x = random.integers(0, 2, (count, SIDE, SIDE)).astype(np.float32)
+    u = random.normal(size=(config.glimpses, count, config.latent_units)).astype(np.float32)
+    return tf.constant(x), tf.constant(u)
+
+
+def with_random_biases(network, seed=1):
+    """Sets what begins with 0, so that it is tested too."""
+    random = np.random.default_rng(seed)
+    for variable in network.trainable_variables:
+        if variable.name.endswith("b:0"):
+            variable.assign(random.normal(0, 0.5, variable.shape))
+    return network
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command line; returns (exit status, stdout, stderr)."""
+
+    def call(*argv):
+        status = 0
+        try:
+            command_line.main(
+                draw.Config, draw.train, draw.PRESETS,
+                {draw.Evaluate: draw.evaluate, draw.Sample: draw.sample}, list(map(str, argv)),
+            )  # fmt: skip
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run of two epochs."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    draw.train(config_of(out=str(out)))
+    return out
+
+
+# The model in NumPy, float64, image by image, as the DRAW paper has it
+
+
+def numpy_filterbank(g, log_delta, log_variance, size, side):
+    centre = (g + 1) / 2 * side
+    delta = (side - 1) / (size - 1) * np.exp(log_delta)
+    f = np.zeros((size, side))
+    for i in range(size):
+        mu = centre + (i - size / 2 + 0.5) * delta
+        for a in range(side):
+            f[i, a] = np.exp(-((a - mu) ** 2) / (2 * np.exp(log_variance)))
+        f[i] /= f[i].sum() + 1e-4
+    return f
+
+
+def numpy_window(parameters, size, side):
+    g_y, g_x, log_delta, log_variance, log_gamma = parameters
+    f_y = numpy_filterbank(g_y, log_delta, log_variance, size, side)
+    f_x = numpy_filterbank(g_x, log_delta, log_variance, size, side)
+    return f_y, f_x, np.exp(log_gamma)
+
+
+def gradients_of(network, x, u):
+    """The sum of all losses, and its gradients."""
+    with tf.GradientTape() as tape:
+        total = sum(tf.reduce_sum(losses) for losses in network(x, u))
+    return total, tape.gradient(total, network.trainable_variables)
+
+
+def sigmoid(t):
+    return 1 / (1 + np.exp(-t))
+
+
+def effective(weight):
+    """w = g v / ||v||, column by column, or w itself."""
+    if weight.parameterization == "normal":
+        return weight.w.numpy().astype(np.float64)
+    v, g = weight.v.numpy().astype(np.float64), weight.g.numpy().astype(np.float64)
+    return np.stack([g[k] * v[:, k] / np.linalg.norm(v[:, k]) for k in range(len(g))], 1)
+
+
+def numpy_lstm(cell, x, h, c):
+    gates = x @ effective(cell.weight) + h @ effective(cell.recurrent_weight) + cell.b.numpy()
+    i, f, a, o = np.split(gates, 4)
+    p_i, p_f, p_o = cell.peephole.numpy()
+    c_new = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * np.tanh(a)
+    return sigmoid(o + p_o * c_new) * np.tanh(c_new), c_new
+
+
+def numpy_linear(layer, h):
+    return h @ effective(layer.weight) + layer.b.numpy()
+
+
+def numpy_write(network, h_dec):
+    config, linear = network.config, numpy_linear(network.writer, h_dec)
+    if not config.attention:
+        return linear.reshape(network.side, network.side)
+    f_y, f_x, gamma = numpy_window(linear[:5], config.write_size, network.side)
+    patch = linear[5:].reshape(config.write_size, config.write_size)
+    return f_y.T @ patch @ f_x / gamma
+
+
+def numpy_losses(network, x, u):
+    """Cross-entropy and KL_t of one image x, with the noise u [T, latent]."""
+    config = network.config
+    canvas = np.zeros_like(x)
+    h_enc, c_enc = np.zeros((2, config.encoder_units))
+    h_dec, c_dec = np.zeros((2, config.decoder_units))
+    kl = []
+    for noise in u:
+        error = x - sigmoid(canvas)
+        if config.attention:
+            f_y, f_x, gamma = numpy_window(
+                numpy_linear(network.reader, h_dec), config.read_size, len(x)
+            )
+            r = [gamma * (f_y @ image @ f_x.T) for image in (x, error)]
+        else:
+            r = [x, error]
+        r = np.concatenate(r, 1).ravel()  # The two images beside each other, row by row.
+        h_enc, c_enc = numpy_lstm(network.encoder, np.append(r, h_dec), h_enc, c_enc)
+        mu, log_sigma = np.split(numpy_linear(network.q, h_enc), 2)
+        kl.append(np.sum(-log_sigma + (np.exp(2 * log_sigma) + mu**2) / 2 - 0.5))
+        z = mu + np.exp(log_sigma) * noise
+        h_dec, c_dec = numpy_lstm(network.decoder, z, h_dec, c_dec)
+        canvas = canvas + numpy_write(network, h_dec)
+    p = sigmoid(canvas)
+    return -np.sum(x * np.log(p) + (1 - x) * np.log(1 - p)), np.array(kl)
+
+
+@KINDS
+@ATTENTION
+@pytest.mark.parametrize("jit", [False, True], ids=["", "jit"])
+def test_the_bound_is_that_of_the_whole_model_in_numpy(attention, kind, jit):
+    config = tiny(attention, parameterization=kind)
+    network = with_random_biases(draw.Network(config, SIDE))
+    x, u = inputs_of(config)
+    cross_entropy, kl = tf.function(network, jit_compile=jit)(x, u)
+    assert kl.shape == [3, 4]
+    for image in range(4):
+        expected = numpy_losses(network, x[image].numpy().astype(np.float64), u[:, image].numpy())
+        np.testing.assert_allclose(cross_entropy[image], expected[0], rtol=2e-5)
+        np.testing.assert_allclose(kl[:, image], expected[1], rtol=2e-5)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        (0, 0, 0, 0, 0),
+        (0.3, -0.4, -1.5, -2, 1),  # Small.
+        (0.9, -1.1, 0.5, 3, -1),  # Partly outside, blurred.
+        (6, 0.1, -1, 0, 0),  # All rows below the image.
+    ],
+)
+def test_filterbanks_against_numpy(size, parameters):
+    seen = draw.window(tf.constant([parameters], tf.float32), size, SIDE)
+    f_y, f_x = draw.filterbanks(seen, size, SIDE)
+    expected_y, expected_x, gamma = numpy_window(parameters, size, SIDE)
+    np.testing.assert_allclose(f_y[0], expected_y, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(f_x[0], expected_x, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(seen.gamma[0], gamma, rtol=1e-6)
+
+
+def test_a_window_of_the_images_size_sees_the_image():
+    """delta = 1, sigma small: filter i lies on pixel i + 1/2 + centre - size/2."""
+    size = 6
+    parameters = [[-1 / size, -1 / size, 0, -8, 0]]  # The centre lies between pixels 2 and 3.
+    seen = draw.window(tf.constant(parameters, tf.float32), size, size)
+    f_y, _ = draw.filterbanks(seen, size, size)
+    np.testing.assert_allclose(f_y[0], np.eye(size), atol=2e-4)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("which", range(5))
+def test_gradients_are_finite_at_the_attentions_borders(which, sign):
+    """Far outside; delta, sigma, gamma very small or very large."""
+    config = tiny()
+    network = draw.Network(config, SIDE)
+    for layer in (network.reader, network.writer):
+        b = layer.b.numpy()
+        b[which] = sign * (12 if which == 4 else 25)
+        layer.b.assign(b)
+    x, u = inputs_of(config)
+    total, gradients = gradients_of(network, x, u)
+    assert np.isfinite(total)
+    for variable, gradient in zip(network.trainable_variables, gradients, strict=True):
+        assert np.isfinite(gradient).all(), variable.name
+
+
+@KINDS
+@ATTENTION
+def test_gradients_against_differences_of_the_bound(attention, kind, rng):
+    config = tiny(attention, parameterization=kind)
+    network = with_random_biases(draw.Network(config, SIDE))
+    x, u = inputs_of(config)
+    _, gradients = gradients_of(network, x, u)
+
+    def total():
+        """In float64, by NumPy."""
+        return sum(
+            np.sum(np.concatenate([np.ravel(part) for part in numpy_losses(network, image, noise)]))
+            for image, noise in zip(x.numpy().astype(float), np.swapaxes(u, 0, 1), strict=True)
+        )
+
+    for variable, gradient in zip(network.trainable_variables, gradients, strict=True):
+        value, direction = variable.numpy(), rng.normal(size=variable.shape)
+        step = 2e-3
+        outcomes = []
+        for sign in (1, -1):
+            variable.assign(value + sign * step * direction)
+            outcomes.append(total())
+        variable.assign(value)
+        slope = (outcomes[0] - outcomes[1]) / (2 * step)
+        expected = np.sum(gradient * direction)
+        scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
+        assert abs(slope - expected) < 1e-2 * scale + 1e-3, variable.name
+
+
+# Training
+
+
+@ATTENTION
+def test_both_begin_as_the_same_function_and_weights(attention):
+    outcomes, weights = [], []
+    for kind in ("normal", "weight_norm"):
+        config = config_of(parameterization=kind, attention=attention, seed=3)
+        network = draw.Network(config, SIDE)
+        outcomes.append(network(*inputs_of(config)))
+        weights.append(tf.nest.flatten(network.weights()))
+        v = [variable for variable in network.trainable_variables if variable.name[-3] in "vw"]
+        assert np.std(np.concatenate([np.ravel(x) for x in v])) == pytest.approx(0.01, rel=0.02)
+    for ours, theirs in zip(*weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    for ours, theirs in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-8)
+
+
+def test_every_matrix_has_a_g_for_each_column():
+    network = draw.Network(draw.Config())
+    shapes = [(v.name.split("/")[-1], v.shape.as_list()) for v in network.trainable_variables]
+    g, v = (sorted(shape for name, shape in shapes if name == letter) for letter in ("g:0", "v:0"))
+    assert g == [[5], [30], [200], [1024], [1024], [1024], [1024]]
+    assert v == [
+        [100, 1024],
+        [256, 5],
+        [256, 30],
+        [256, 200],
+        [256, 1024],
+        [256, 1024],
+        [264, 1024],
+    ]
+    assert sum(name == "peephole:0" for name, _ in shapes) == 2
+
+
+def losses_of(strategy=None, steps=3, **values):
+    """The sums that `steps` training steps return, then those of a test step."""
+    strategy = strategy or tf.distribute.get_strategy()
+    config = config_of(**values)
+    images = draw.load(config).train_images[:100]
+    with strategy.scope():
+        network = draw.Network(config)
+        optimizer = draw.make_optimizer(config, network.trainable_variables)
+    train_step, test_step = draw.make_steps(config, strategy, network, optimizer)
+    seeds = [tf.constant([config.seed, step], tf.int64) for step in range(steps + 1)]
+    sums = [train_step(images, seed) for seed in seeds[:-1]]
+    return np.array([*sums, test_step(images, seeds[-1])])
+
+
+@ATTENTION
+def test_jit_compile_changes_nothing(attention):
+    options = {"attention": attention, "initial_stddev": 0.1}
+    plain, compiled = losses_of(**options), losses_of(**options, jit_compile=True)
+    np.testing.assert_allclose(compiled, plain, rtol=1e-3)
+
+
+@KINDS
+def test_two_replicas_train_as_one(kind):
+    mirrored = tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"])
+    options = {"parameterization": kind, "initial_stddev": 0.1, "clip_norm": 1.0}
+    np.testing.assert_allclose(losses_of(mirrored, **options), losses_of(**options), rtol=1e-3)
+
+
+def test_bfloat16_is_near():
+    options = {"initial_stddev": 0.1, "steps": 1}
+    half = losses_of(mixed_precision="bfloat16", **options)
+    np.testing.assert_allclose(half[0].sum(), losses_of(**options)[0].sum(), rtol=1e-2)
+
+
+def test_the_gradient_is_clipped_as_a_whole(monkeypatch):
+    config = config_of(clip_norm=0.01, initial_stddev=0.1)
+    images = draw.load(config).train_images[:100]
+    network = draw.Network(config)
+    sgd = tf.keras.optimizers.SGD(1.0)
+    sgd.build(network.trainable_variables)
+    train_step, _ = draw.make_steps(config, tf.distribute.get_strategy(), network, sgd)
+    before = [variable.numpy() for variable in network.trainable_variables]
+    train_step(images, tf.constant([0, 0], tf.int64))
+    moved = [v.numpy() - b for v, b in zip(network.trainable_variables, before, strict=True)]
+    assert tf.linalg.global_norm(moved).numpy() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_every_glimpse_and_image_has_noise_of_its_own():
+    u = draw.noise(config_of(glimpses=8), tf.zeros([50, 2, 2]), tf.constant([0, 1], tf.int64))
+    assert u.shape == [8, 50, 10]
+    assert len(np.unique(u)) > 0.999 * 8 * 50 * 10
+    assert np.std(u) == pytest.approx(1, rel=0.03)
+    assert abs(np.corrcoef(u[0].numpy().ravel(), u[1].numpy().ravel())[0, 1]) < 0.15
+
+
+def test_adam_is_the_codes():
+    adam = draw.make_optimizer(draw.Config(), [])
+    assert (float(adam.learning_rate), adam.beta_1, adam.beta_2) == (
+        pytest.approx(3e-4),
+        0.9,
+        0.999,
+    )
+    assert adam.epsilon == 1e-8
+
+
+# Data
+
+
+def test_synthetic_images_are_binary_and_the_binarisation_is_that_of_its_seed():
+    images = draw.load(config_of(train_images=500))
+    assert images.train_images.shape == (500, 28, 28)
+    assert images.test_images.shape == (200, 28, 28)
+    np.testing.assert_array_equal(np.unique(images.train_images), [0, 1])
+    assert "synthetic" in images.caveat
+
+
+def test_mnist_is_binarised_once_in_the_files_order(data_dir):
+    raw = data.load("mnist", str(data_dir))
+    config = draw.Config(data_dir=str(data_dir))
+    one, two = draw.load(config), draw.load(dataclasses.replace(config, seed=5))
+    other = draw.load(dataclasses.replace(config, binarization_seed=1))
+    assert one.train_images.shape == (50_000, 28, 28)
+    assert one.test_images.shape == (10_000, 28, 28)
+    np.testing.assert_array_equal(one.train_images, two.train_images)
+    assert 0.01 < np.mean(one.train_images != other.train_images) < 0.1
+    grey = raw.train_images[:50_000, ..., 0]
+    assert (one.train_images[grey == 255] == 1).all()
+    assert (one.train_images[grey == 0] == 0).all()
+    assert one.train_images[grey == 128].mean() == pytest.approx(128 / 255, abs=0.02)
+
+
+# Runs
+
+
+def weights(folder):
+    """All of a run's final checkpoint, by name."""
+    reader = tf.train.load_checkpoint(str(checkpoints.find(folder) / "tf"))
+    return {
+        name: reader.get_tensor(name)
+        for name in reader.get_variable_to_shape_map()
+        if name != "_CHECKPOINTABLE_OBJECT_GRAPH"
+    }
+
+
+def assert_same_run(one, other):
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert sum(name.startswith("optimizer/_variables") for name in ours) > 20  # The slots too.
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], name)
+    ours, theirs = metrics.read(one), metrics.read(other)
+    for name in ours.keys() - {"time", "epoch_seconds"}:
+        np.testing.assert_array_equal(ours[name], theirs[name], name)
+    for picture in sorted(Path(one, "samples").glob("samples-*.png")):
+        assert picture.read_bytes() == Path(other, "samples", picture.name).read_bytes()
+
+
+def test_a_run_learns_logs_and_evaluates(run, trained, tmp_path):
+    logged = metrics.read(trained)
+    assert logged["epoch"] == [1, 2]
+    assert logged["loss"][1] < logged["loss"][0] - 5
+    assert logged["test_bound"][1] > logged["test_bound"][0] + 5
+    kl = sum(logged[f"kl/{t:02}"][1] for t in range(1, 5))
+    assert logged["test_cross_entropy"][1] + kl == pytest.approx(-logged["test_bound"][1], rel=1e-6)
+    events = [
+        value
+        for path in (trained / "tensorboard").iterdir()
+        for event in tf.compat.v1.train.summary_iterator(str(path))
+        for value in event.summary.value
+    ]
+    tags = {value.tag for value in events}
+    assert {"test_bound", "kl/01", "kl/04", "samples"} <= tags
+    status, out, _ = run("evaluate", trained)
+    assert status == 0
+    assert f"bound on the test set {logged['test_bound'][1]:.2f} nats" in out
+    assert "synthetic" in out
+    status, out, _ = run("evaluate", trained, "--draws", 3)
+    several = float(out.split("test set ")[1].split()[0])
+    assert several == pytest.approx(logged["test_bound"][1], abs=1)
+    assert several != pytest.approx(logged["test_bound"][1], abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run(trained, tmp_path):
+    draw.train(config_of(out=str(tmp_path / "again")))
+    assert_same_run(trained, tmp_path / "again")
+    draw.train(config_of(out=str(tmp_path / "other"), seed=1, epochs=1))
+    assert metrics.read(tmp_path / "other")["loss"][0] != metrics.read(trained)["loss"][0]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch):
+    """Stopped in an epoch, between two, and after the last step but before it is reported."""
+    broken = config_of(out=str(tmp_path / "broken"), checkpoint_every=0.0)
+    steps = draw.Run.steps
+    for stop in (1, 10, 13, 20):
+
+        def until(self, total, stop=stop, **options):
+            for step in steps(self, total, **options):
+                if step == stop:
+                    raise InterruptedError
+                yield step
+            raise InterruptedError
+
+        monkeypatch.setattr(draw.Run, "steps", until)
+        with pytest.raises(InterruptedError):
+            draw.train(broken)
+        broken = dataclasses.replace(broken, resume=True)
+    monkeypatch.setattr(draw.Run, "steps", steps)
+    draw.train(broken)
+    assert_same_run(trained, broken.out)
+
+
+def start(*argv):
+    return subprocess.Popen(
+        [sys.executable, "-m", "models.draw", *map(str, argv)],
+        cwd=ROOT,
+        env=os.environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@KINDS
+def test_killed_and_resumed(tmp_path, kind):
+    options = ["--preset", "smoke", "--epochs", "40", "--parameterization", kind]
+    options += ["--checkpoint-every", "1", "--out"]
+    whole = start(*options, tmp_path / "whole")
+    assert "epoch 40" in whole.communicate(timeout=1200)[0]
+    killed, reached, resume = tmp_path / "killed", [], []
+
+    def last():
+        return max((path.name for path in killed.glob("checkpoints/step-*")), default="")
+
+    for delay in (0.1, 0.7):
+        process, before = start(*options, killed, *resume), last()
+        deadline = time.monotonic() + 1200
+        while last() == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        reached.append(last())
+        resume = ["--resume"]
+    assert "" < reached[0] < reached[1]
+    end = start(*options, killed, "--resume")
+    assert "epoch 40" in end.communicate(timeout=1200)[0]
+    assert_same_run(tmp_path / "whole", killed)
+
+
+def frames_of(path):
+    from PIL import Image
+
+    with Image.open(path) as gif:
+        frames = []
+        for index in range(gif.n_frames):
+            gif.seek(index)
+            frames.append(np.asarray(gif.convert("RGB")).astype(int))
+    return frames
+
+
+def red(picture):
+    return (picture[..., 0] > 150) & (picture[..., 1] < 100) & (picture[..., 2] < 100)
+
+
+def test_sample_writes_a_grid_and_the_drawing_with_its_windows(run, trained, tmp_path):
+    status, out, _ = run("sample", trained, "--out", tmp_path / "a", "--scale", 3)
+    assert status == 0
+    assert str(tmp_path / "a" / "samples.png") in out
+    grid = tf.io.decode_png((tmp_path / "a" / "samples.png").read_bytes()).numpy()
+    assert grid.shape[0] == grid.shape[1] > 10 * 28
+    assert grid.std() > 20
+    frames = frames_of(tmp_path / "a" / "drawing.gif")
+    assert len(frames) > 4
+    assert red(frames[0]).any()
+    assert red(frames[3]).any()
+    assert not red(frames[-1]).any()  # The finished images, without windows.
+    run("sample", trained, "--out", tmp_path / "b", "--scale", 3)
+    run("sample", trained, "--out", tmp_path / "c", "--scale", 3, "--seed", 1)
+    pictures = [(tmp_path / name / "samples.png").read_bytes() for name in "abc"]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_the_frame_lies_where_the_window_does():
+    config = config_of(write_size=5)
+    # Centre (14, 7) in pixels, so that its filters lie at 10 to 18, and 3 to 11.
+    parameters = np.array([0, -0.5, np.log(2 * 4 / 27), -20, 0], np.float32)
+    picture = draw.with_window(np.zeros((28, 28)), parameters, config, scale=4)
+    rows, columns = np.nonzero(red(picture.astype(int)))
+    assert [rows.min(), rows.max(), columns.min(), columns.max()] == [42, 74, 14, 46]
+    assert not red(draw.with_window(np.ones((28, 28)), [], config, scale=4).astype(int)).any()
+
+
+def test_whole_images_are_drawn_without_windows(run, tmp_path):
+    argv = ["--preset", "smoke", "--no-attention", "--epochs", 1, "--out", tmp_path / "a"]
+    assert run(*argv)[0] == 0
+    assert run("sample", tmp_path / "a")[0] == 0
+    frames = frames_of(tmp_path / "a" / "samples" / "drawing.gif")
+    assert not any(red(frame).any() for frame in frames)
+
+
+def test_the_presets_are_the_codes():
+    paper, other = draw.Config(), draw.Config(**draw.PRESETS["no-attention"].values)
+    assert (paper.attention, paper.glimpses, paper.learning_rate) == (True, 64, 3e-4)
+    assert (paper.read_size, paper.write_size, paper.epochs) == (2, 5, 100)
+    assert (other.attention, other.glimpses, other.learning_rate) == (False, 10, 1e-3)
+    assert draw.Config(**draw.PRESETS["cpu"].values).glimpses == 16
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--parameterization", "weightnorm"], "weight_norm"),
+        (["--glimpses", "0"], "--glimpses must be at least 1, got 0"),
+        (["--write-size", "1"], "--write-size must be at least 2, got 1"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--train-images", "50"], "--train-images must lie between --batch-size 100 and the 1000"),
+        (["--strategy", "mirrored", "--jit-compile"], "--jit-compile cannot be used with"),
+        (["--strategy", "mirrored", "--batch-size", "51"], "must be a multiple of the 2 replicas"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(run, tmp_path, argv, message):
+    status, _, err = run("--preset", "smoke", *argv, "--out", tmp_path / "a")
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["evaluate", "--draws", 0], "--draws must be at least 1, got 0"),
+        (["sample", "--scale", 0], "--scale must be at least 1, got 0"),
+        (["sample", "--out", __file__ + "/a"], "cannot write there"),
+    ],
+)
+def test_a_mistake_with_a_checkpoint_is_told_in_one_line(run, trained, argv, message):
+    status, _, err = run(argv[0], trained, *argv[1:])
+    assert status == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_folder_without_a_checkpoint(run, tmp_path):
+    status, _, err = run("sample", tmp_path)
+    assert status == 2
+    assert "no checkpoint there" in err
+
+
+def test_missing_data_leave_no_run(run, tmp_path):
+    status, _, err = run("--data-dir", tmp_path / "absent", "--out", tmp_path / "a")
+    assert status == 2
+    assert "there is no such folder" in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_learning_rate_that_is_too_high_ends_with_its_step(run, tmp_path):
+    status, _, err = run("--preset", "smoke", "--learning-rate", 1e20, "--out", tmp_path / "a")
+    assert status == 2
+    assert "is nan at step" in err or "is not finite at step" in err or "is inf at step" in err
+    assert "lower --learning-rate" in err
+
+
+def test_dtype_of_the_weights_under_bfloat16():
+    network = draw.Network(config_of(mixed_precision="bfloat16"), dtype=tf.bfloat16)
+    assert all(variable.dtype == tf.float32 for variable in network.trainable_variables)
+    assert network.weights()["q"].dtype == tf.bfloat16
+    assert runtime.compute_dtype(config_of(mixed_precision="bfloat16")) == tf.bfloat16
