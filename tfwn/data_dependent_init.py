@@ -3,17 +3,21 @@
 import contextlib
 import inspect
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from tfwn.layer import FeedForward, initializing
 from tfwn.modules import submodules, variables
 
+InitScale = float | Callable[[Any], float]
+
 # A standard deviation this far below the mean is the rounding of float32, not a variation.
 _ZERO_STDDEV = 8 * 2.0**-23
 
 
-def data_dependent_init(model, batch, *, init_scale: float = 1.0, training: bool = True):
+def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: bool = True):
     """Sets g and b so that on this batch every pre-activation has mean 0 and variance 1.
 
         t = v . x / ||v||,  g = 1 / sigma[t],  b = -mu[t] / sigma[t]       (paper, eq. 5 and 6)
@@ -35,7 +39,8 @@ def data_dependent_init(model, batch, *, init_scale: float = 1.0, training: bool
       model: a tf.Module, Keras model or layer, or any function that calls them, as
         `lambda x: decoder(encoder(x))`; it may be a tf.function.
       batch: the model's one argument. 100 examples or more, like those that it will train on.
-      init_scale: the standard deviation that pre-activations get.
+      init_scale: the standard deviation that pre-activations get, or a callable(layer) that
+        returns a layer's.
       training: passed to a model that has such an argument: whether noise and dropout are active
         and batch normalization uses the batch. The paper's experiments have them on.
 
@@ -70,8 +75,8 @@ def data_dependent_init(model, batch, *, init_scale: float = 1.0, training: bool
             "data_dependent_init was called in strategy.run: call it outside, with the distributed "
             "batch"
         )
-    if not init_scale > 0:
-        raise ValueError(f"init_scale must be positive, got {init_scale}")
+    if not callable(init_scale):
+        _check_scale(init_scale)
     arguments = _training_argument(model, training)
     strategy = _strategy_of(batch, model)
     before = _Snapshot()
@@ -96,6 +101,12 @@ def data_dependent_init(model, batch, *, init_scale: float = 1.0, training: bool
         raise
     before.restore(except_for=first_pass.changed)
     return outputs
+
+
+def _check_scale(init_scale: float, layer: str = "") -> float:
+    if not init_scale > 0:
+        raise ValueError(f"init_scale must be positive, got {init_scale}{layer}")
+    return init_scale
 
 
 def is_initialized(model) -> bool:
@@ -129,7 +140,7 @@ def _has_mark(module) -> bool:
 class _FirstPass:
     """Sets each layer at its first call, and knows what it changed."""
 
-    def __init__(self, before: "_Snapshot", init_scale: float):
+    def __init__(self, before: "_Snapshot", init_scale: InitScale):
         self._before = before
         self._init_scale = init_scale
         self.changed: set[int] = set()
@@ -148,7 +159,10 @@ class _FirstPass:
         mean, stddev = _moments(t, layer.name)
         zero = stddev <= _ZERO_STDDEV * tf.abs(mean)
         old_g = tf.reshape(tf.cast(layer.weight.get_g(), mean.dtype), [-1])
-        g = tf.where(zero, old_g, self._init_scale / tf.where(zero, tf.ones_like(stddev), stddev))
+        scale = self._init_scale
+        if callable(scale):
+            scale = _check_scale(scale(layer), f" for {layer.name!r}")
+        g = tf.where(zero, old_g, scale / tf.where(zero, tf.ones_like(stddev), stddev))
         _in_all_replicas(lambda g, b: self._set(layer, g, b), g, -mean * g)
 
     def _set(self, layer, g, b):

@@ -89,6 +89,16 @@ def test_all_pre_activations_of_a_deep_net_are_standard(options, scale):
     assert not tf.config.functions_run_eagerly()
 
 
+def test_each_layer_may_have_its_own_scale():
+    model, x = DeepConvNet(), images()
+    model(x)
+    y = tfwn.data_dependent_init(model, x, init_scale=lambda layer: 3 if layer is model.top else 1)
+    for layer, t in model.pre_activations(x):
+        if layer.b is not None:
+            check_standard(t, scale=3 if layer is model.top else 1)
+    np.testing.assert_allclose(np.std(y, 0), 3, rtol=1e-4)
+
+
 def test_both_parameterizations_begin_as_the_same_function():
     x = images()
     keras.utils.set_random_seed(1)
@@ -306,6 +316,8 @@ def test_other_errors():
     layer, x = tfwn.Dense(3), tf.ones([8, 2])
     with pytest.raises(ValueError, match="init_scale must be positive, got 0"):
         tfwn.data_dependent_init(layer, x, init_scale=0.0)
+    with pytest.raises(ValueError, match="must be positive, got -1 for 'dense'"):
+        tfwn.data_dependent_init(layer, x, init_scale=lambda layer: -1)
     with pytest.raises(ValueError, match="reached no layer"):
         tfwn.data_dependent_init(lambda x: x, x)
     with pytest.raises(RuntimeError, match="must be called eagerly"):
