@@ -35,6 +35,7 @@ import tfwn
 from models.common import checkpoints, command_line, options, plots, run_folder, runtime, video
 from models.common.environments import Atari, Environments, FrameStack, Steps, rom_path
 from models.common.errors import UserError
+from models.common.optimizers import Adamax
 from models.common.replay import CUT, LAST, TERMINAL, Batch, Replay
 from models.common.run import Run
 
@@ -209,25 +210,6 @@ class Network(tf.Module):
             mine.b.assign(tf.cast(its.b, mine.b.dtype))
 
 
-class Adamax(tf.Module):
-    """Adamax as in the paper's code: m / (u + 1e-6), with no correction of bias."""
-
-    def __init__(self, variables: Any, learning_rate: float):
-        super().__init__()
-        self._variables, self._learning_rate = variables, learning_rate
-        self.m = [tf.Variable(tf.zeros_like(p), trainable=False) for p in variables]
-        self.u = [tf.Variable(tf.zeros_like(p), trainable=False) for p in variables]
-
-    def apply(self, gradients: Any) -> None:
-        """m <- .5 m + .5 grad;  u <- max(.999 u, |grad|);  p <- p - lr m / (u + 1e-6)."""
-        for p, m, u, gradient in zip(self._variables, self.m, self.u, gradients, strict=True):
-            # beta1_power = 0: no bias correction.
-            tf.raw_ops.ResourceApplyAdaMax(
-                var=p.handle, m=m.handle, v=u.handle, beta1_power=0.0, lr=self._learning_rate,
-                beta1=0.5, beta2=0.999, epsilon=1e-6, grad=gradient,
-            )  # fmt: skip
-
-
 class RMSProp(tf.Module):
     """Nature's centred RMSProp: gradient / sqrt(E[gradient^2] - E[gradient]^2 + 0.01)."""
 
@@ -260,8 +242,12 @@ class Learner(tf.Module):
         self.target = Network(config, actions, dtype, dtype)
         self.acting = Network(config, actions, dtype, dtype)
         rate = config.learning_rate or LEARNING_RATES[config.parameterization]
-        kind = Adamax if config.optimizer == "adamax" else RMSProp
-        self.optimizer: Adamax | RMSProp = kind(self.online.trainable_variables, rate)
+        variables = self.online.trainable_variables
+        self.optimizer: Adamax | RMSProp = (
+            Adamax(variables, rate, beta_1=0.5, epsilon=1e-6)  # As the paper's code.
+            if config.optimizer == "adamax"
+            else RMSProp(variables, rate)
+        )
         self.initialized = tf.Variable(False, trainable=False)
         # Since the last row of metrics: sums of the loss and Q of a transition, and their number.
         self.sums = tf.Variable(tf.zeros(3), trainable=False)

@@ -160,17 +160,18 @@ def test_the_error_s_derivative_is_clipped_and_does_not_flow_into_the_target(rng
     np.testing.assert_allclose(by_bias, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_adamax_is_the_papers_code(rng):
-    w = tf.Variable(rng.normal(size=5))
-    optimizer = dqn.Adamax([w], 0.01)
-    expected, m, u = w.numpy(), np.zeros(5), np.zeros(5)
-    for _ in range(4):
-        gradient = rng.normal(size=5)
-        optimizer.apply([tf.constant(gradient)])
-        m = 0.5 * m + 0.5 * gradient
-        u = np.maximum(0.999 * u, abs(gradient))
-        expected = expected - 0.01 * m / (u + 1e-6)
-    np.testing.assert_allclose(w, expected, rtol=1e-12)
+def test_the_learner_uses_the_papers_adamax(rng, learner):
+    variables = learner.online.trainable_variables
+    expected = [(p.numpy(), np.zeros(p.shape), np.zeros(p.shape)) for p in variables]
+    for _ in range(3):
+        gradients = [rng.normal(size=p.shape).astype(np.float32) for p in variables]
+        learner.optimizer.apply([tf.constant(gradient) for gradient in gradients])
+        for i, ((p, m, u), gradient) in enumerate(zip(expected, gradients, strict=True)):
+            m = 0.5 * m + 0.5 * gradient
+            u = np.maximum(0.999 * u, abs(gradient))
+            expected[i] = (p - 3e-4 * m / (u + 1e-6), m, u)
+    for variable, (p, _, _) in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(variable, p, rtol=1e-5, atol=1e-7)
 
 
 def test_rmsprop_is_natures(rng):
