@@ -19,7 +19,9 @@ SOURCES = {
     "cifar10": "https://www.cs.toronto.edu/~kriz/",
     "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
 }
-NAMES = (*SOURCES, "synthetic")
+# Random images, that need no files.
+SYNTHETIC = {"synthetic": (32, 32, 3), "synthetic_mnist": (28, 28, 1)}
+NAMES = (*SOURCES, *SYNTHETIC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Images:
 
 
 def load(name: str, data_dir: str = "") -> Images:
-    """Returns "cifar10", "mnist" or "synthetic" (random 32x32x3 images that need no files).
+    """Returns a data set: "cifar10", "mnist", "synthetic" (32x32x3) or "synthetic_mnist".
 
     Args:
       name: of the data set.
@@ -53,8 +55,8 @@ def load(name: str, data_dir: str = "") -> Images:
     if name not in NAMES:
         known = ", ".join(NAMES)
         raise UserError(f"data set {name!r}: unknown; there are {known}" + nearest(name, NAMES))
-    if name == "synthetic":
-        return _synthetic()
+    if name in SYNTHETIC:
+        return _synthetic(SYNTHETIC[name])
     import tensorflow_datasets as tfds
 
     directory = os.path.expanduser(data_dir or os.environ.get("TFWN_DATA_DIR", "")) or None
@@ -137,12 +139,12 @@ def _reach(url: str) -> None:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=15).close()
 
 
-def _synthetic(train: int = 1000, test: int = 200) -> Images:
+def _synthetic(shape: tuple[int, ...], train: int = 1000, test: int = 200) -> Images:
     """Ten random pictures, and noisy copies of them: enough to see a loss fall."""
     random = np.random.default_rng(0)
-    pictures = random.integers(0, 256, (10, 32, 32, 3))
+    pictures = random.integers(0, 256, (10, *shape))
     labels = random.integers(0, 10, train + test)
-    noise = random.normal(0, 60, (train + test, 32, 32, 3))
+    noise = random.normal(0, 60, (train + test, *shape))
     images = np.clip(pictures[labels] + noise, 0, 255).astype(np.uint8)
     caveat = "synthetic images: for smoke tests only"
     return Images(images[:train], labels[:train], images[train:], labels[train:], caveat)
@@ -157,7 +159,7 @@ def _caveat(builder) -> str:
     )
     encoded = next(iter(raw.take(1)))["image"].numpy()
     if encoded.startswith(b"\xff\xd8"):
-        return "images re-encoded as JPEG (lossy): error rates are not those of the original data"
+        return "images re-encoded as JPEG (lossy): results are not those of the original data"
     return ""
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from models.common import metrics
+from models.common.errors import UserError
 
 
 def learning_curve(run: Path, title: str) -> Path:
@@ -61,3 +62,14 @@ def png(picture: np.ndarray, scale: int = 1) -> bytes:
 
     large = picture.repeat(scale, 0).repeat(scale, 1)
     return tf.io.encode_png(large.reshape(*large.shape[:2], -1)).numpy()
+
+
+def write(path: str | Path, png: bytes) -> None:
+    """Writes the picture that --out names, and says where."""
+    try:
+        Path(path).write_bytes(png)
+    except OSError as error:
+        raise UserError(
+            f"--out {path}: cannot write there ({error.strerror}); name another file"
+        ) from None
+    print(f"wrote {path}")

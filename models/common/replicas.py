@@ -10,6 +10,14 @@ def share(x):
     return x if n == 1 else x[replica.replica_id_in_sync_group :: n]
 
 
+def total(x) -> tf.Tensor:
+    """Returns the sum of x over all replicas, differentiable."""
+    replica = tf.distribute.get_replica_context()
+    if replica.num_replicas_in_sync == 1:
+        return x
+    return replica.all_reduce(tf.distribute.ReduceOp.SUM, x)
+
+
 def normal_like(x, seed) -> tf.Tensor:
     """Returns float32 standard normal numbers of x's shape, x being this replica's share.
 

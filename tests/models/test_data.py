@@ -32,10 +32,14 @@ def test_real_data(data_dir, name, shape):
     np.testing.assert_array_equal(images.train_labels, again.train_labels)
 
 
-def test_synthetic_images_need_no_files_and_say_so():
-    one, two = data.load("synthetic"), data.load("synthetic")
+@pytest.mark.parametrize(
+    ("name", "shape"), [("synthetic", (32, 32, 3)), ("synthetic_mnist", (28, 28, 1))]
+)
+def test_synthetic_images_need_no_files_and_say_so(name, shape):
+    one, two = data.load(name), data.load(name)
     np.testing.assert_array_equal(one.train_images, two.train_images)
-    assert one.train_images.shape == (1000, 32, 32, 3)
+    assert one.train_images.shape == (1000, *shape)
+    assert one.test_images.shape == (200, *shape)
     assert "synthetic" in one.caveat
 
 
