@@ -213,6 +213,65 @@ def cifar(runs: list[FinishedRun], output: Output) -> None:
     output.table("CIFAR-10 (figure 2)", columns, rows, "; ".join(sorted(notes)))
 
 
+def vae(runs: list[FinishedRun], output: Output) -> None:
+    """Figure 3: the bound on the test images, MNIST (top) and CIFAR-10 (bottom), section 5.2."""
+    runs = [run for run in runs if len(run.curve("epoch", "test_bound")[0])]
+    if not runs:
+        raise UserError("none of the auto-encoders' runs has finished an epoch yet")
+    for name, title, column, limits in (
+        ("mnist", "MNIST", "test_bound", ((50, 300), (-88, -84))),
+        ("cifar10", "CIFAR-10", "test_paper_axis", ((0, 450), (8000, 10_000))),
+    ):
+        here = [run for run in runs if run.config["dataset"] == name]
+        if not here:
+            continue
+        if len(group(here, "binarization")) > 1 and name == "mnist":
+            raise UserError(
+                "some MNIST runs have --binarization static and some dynamic: their bounds are "
+                "not comparable; draw them apart"
+            )
+        names = {"normal": "normal parameterization", "weight_norm": "weight normalization"}
+        rows = []
+        y = "bound on marginal likelihood"
+        with output.figure(
+            f"figure-3-{name}", f"Convolutional VAE on {title}", "training epochs", y
+        ) as figure:
+            for (kind, _), seeds in sorted(group(here, "parameterization", "preset").items()):
+                check_same_settings(seeds)
+                label = names[kind] + preset_label(seeds[0].config, output)
+                figure.line([run.curve("epoch", column) for run in seeds], label)
+                rows.append([label, *vae_row(seeds, column)])
+            if all(run.config["preset"] == "paper" for run in here):
+                figure.axes.set(xlim=limits[0], ylim=limits[1])
+        columns = ["", "bound, nats", "log-likelihood, nats", "seeds", "epochs"]
+        if name == "cifar10":
+            columns[2:2] = ["in figure 3", "bits/dim"]
+        notes = {run.note for run in here if run.note}
+        axis = f"the paper's axis: {limits[1][0]} to {limits[1][1]}, to epoch {limits[0][1]}"
+        output.table(f"{title} (figure 3)", columns, rows, "; ".join([axis, *sorted(notes)]))
+
+
+def vae_row(seeds: list[FinishedRun], column: str) -> list[str]:
+    """Returns a line's values at the last epoch that all its seeds have reached."""
+    epoch = min(run.curve("epoch", column)[0][-1] for run in seeds)
+
+    def value(name: str, digits: int = 2) -> str:
+        found = []
+        for run in seeds:
+            epochs, values = run.curve("epoch", name)
+            found += list(values[epochs == epoch])
+        if len(found) < len(seeds):
+            return ""
+        mean, error = mean_and_error(found)
+        text = f"{mean:.{digits}f}"
+        return text if math.isnan(error) else f"{text} ± {error:.{digits}f}"
+
+    values = [value("test_bound")]
+    if column == "test_paper_axis":
+        values += [value(column, 0), value("test_bits_per_dim", 3)]
+    return [*values, value("test_log_likelihood"), f"{len(seeds)}", f"{epoch:.0f}"]
+
+
 def percent(mean: float, error: float) -> str:
     """Returns "8.46 ± 0.05 %", without the error for a single run."""
     return f"{mean:.2f} %" if math.isnan(error) else f"{mean:.2f} ± {error:.2f} %"
@@ -283,7 +342,11 @@ def first_reached(x: np.ndarray, y: np.ndarray, level: float) -> float:
     return float(x[index - 1] + (level - before) / (after - before) * (x[index] - x[index - 1]))
 
 
-FIGURES: dict[str, Callable[[list[FinishedRun], Output], None]] = {"cifar": cifar, "draw": draw}
+FIGURES: dict[str, Callable[[list[FinishedRun], Output], None]] = {
+    "cifar": cifar,
+    "vae": vae,
+    "draw": draw,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -97,3 +97,57 @@ def test_runs_without_an_epoch_are_left_out(run, tmp_path):
     status, _, err, _ = run(tmp_path / "b")
     assert status == 2
     assert "none of the CIFAR-10 runs has finished an epoch" in err
+
+
+def make_vae_run(folder, dataset="mnist", kind="weight_norm", ends=-90.0, epochs=4, **config):
+    folder.mkdir(parents=True)
+    differs = {name: {"paper": 0, "here": value} for name, value in config.items()}
+    config = {"dataset": dataset, "parameterization": kind, "preset": "cpu", **config}
+    config.setdefault("binarization", "static")
+    content = {"program": "models.vae", "config": config, "differs_from_paper": differs}
+    (folder / "config.json").write_text(json.dumps(content))
+    rows = ["step,time,epoch,test_bound,test_paper_axis,test_bits_per_dim,test_log_likelihood"]
+    for e in range(1, epochs + 1):
+        likelihood = ends + 3 if e == epochs else ""
+        rows.append(f"{e},1,{e},{ends - epochs + e},{8000 + ends},4.24,{likelihood}")
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_figure_3_has_both_data_sets_and_averages_seeds(run, tmp_path):
+    for seed, ends in enumerate((-91.0, -90.0, -89.0)):
+        make_vae_run(tmp_path / "runs" / f"mnist-{seed}", ends=ends)
+    make_vae_run(tmp_path / "runs" / "normal", kind="normal", ends=-92.0)
+    make_vae_run(tmp_path / "runs" / "cifar", dataset="cifar10", ends=10.0)
+    status, _, _, table = run(tmp_path / "runs")
+    assert status == 0
+    assert "| weight normalization [cpu preset] | -90.00 ± 0.58 | -87.00 ± 0.58 | 3 | 4 |" in table
+    assert "| normal parameterization [cpu preset] | -92.00 | -89.00 | 1 | 4 |" in table
+    assert "| 10.00 | 8010 | 4.240 | 13.00 | 1 | 4 |" in table
+    assert "the paper's axis: -88 to -84" in table
+    for name in ("mnist", "cifar10"):
+        assert (tmp_path / "out" / f"figure-3-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seeds_of_different_length_are_compared_where_all_have_been(run, tmp_path):
+    make_vae_run(tmp_path / "runs" / "0", epochs=4, ends=-90.0)
+    make_vae_run(tmp_path / "runs" / "1", epochs=2, ends=-94.0)
+    table = run(tmp_path / "runs")[3]
+    assert "| -93.00 ± 1.00 |  | 2 | 2 |" in table
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(run, tmp_path):
+    make_vae_run(tmp_path / "runs" / "0")
+    make_vae_run(tmp_path / "runs" / "1", learning_rate=0.1)
+    status, _, err, _ = run(tmp_path / "runs")
+    assert status == 2
+    assert "has --learning-rate None" in err
+    assert "they are not seeds of one experiment" in err
+
+
+def test_static_and_dynamic_binarization_are_not_mixed(run, tmp_path):
+    make_vae_run(tmp_path / "runs" / "0", kind="normal")
+    make_vae_run(tmp_path / "runs" / "1", binarization="dynamic")
+    status, _, err, _ = run(tmp_path / "runs")
+    assert status == 2
+    assert "some MNIST runs have --binarization static and some dynamic" in err
