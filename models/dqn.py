@@ -153,8 +153,15 @@ PRESETS = {
 }
 
 
+@tf.function(jit_compile=True)  # Fused by XLA: separately, a tenth of an update's time.
+def both_states(frames: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns (s_t, s_tp1), [batch, 84, 84, 4] in [0, 1], of frames, uint8 [batch, 5, 84, 84]."""
+    x = tf.cast(tf.transpose(frames, [0, 2, 3, 1]), dtype) / 255
+    return x[..., :-1], x[..., 1:]
+
+
 class Network(tf.Module):
-    """Q-values, float32 [batch, actions], of states, uint8 [batch, 84, 84, 4]."""
+    """Q-values, float32 [batch, actions], of states, uint8 [batch, 84, 84, 4] or in [0, 1]."""
 
     def __init__(
         self,
@@ -197,7 +204,9 @@ class Network(tf.Module):
 
     def __call__(self, states: tf.Tensor, hidden_only: bool = False) -> tf.Tensor:
         """Returns the Q-values, or the hidden layer's activations."""
-        x = tf.cast(states, self._compute_dtype) / 255
+        x = tf.convert_to_tensor(states)
+        if not x.dtype.is_floating:
+            x = tf.cast(x, self._compute_dtype) / 255
         for layer in self.layers[:3]:
             x = layer(x)
         x = self.layers[3](tf.reshape(x, [-1, math.prod(x.shape[1:])]))
@@ -236,7 +245,7 @@ class Learner(tf.Module):
 
     def __init__(self, config: Config, actions: int, dtype: tf.DType):
         super().__init__()
-        self._config = config
+        self._config, self._compute_dtype = config, dtype
         self.online = Network(config, actions, tf.float32, dtype, config.parameterization)
         # Effective weights, in the compute type: w is computed when they are copied, not when used.
         self.target = Network(config, actions, dtype, dtype)
@@ -269,11 +278,11 @@ class Learner(tf.Module):
 
     def loss(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
         """The Huber loss of the TD error, SUMMED over the batch, and the sum of Q(s, a)."""
-        frames = tf.transpose(batch.frames, [0, 2, 3, 1])
-        q_tp1 = tf.reduce_max(self.target(frames[..., 1:]), 1)
+        s_t, s_tp1 = both_states(batch.frames, self._compute_dtype)
+        q_tp1 = tf.reduce_max(self.target(s_tp1), 1)
         not_terminal = 1.0 - tf.cast(batch.terminals, tf.float32)
         goal = batch.rewards + self._config.discount * not_terminal * q_tp1
-        q_t = tf.gather(self.online(frames[..., :-1]), batch.actions, batch_dims=1)
+        q_t = tf.gather(self.online(s_t), batch.actions, batch_dims=1)
         error = tf.stop_gradient(goal) - q_t
         # Its derivative is the error clipped to [-1, 1].
         clipped = tf.clip_by_value(error, -1.0, 1.0)
