@@ -81,6 +81,13 @@ class Config(options.RunConfig):
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--replay (or --replay-file FILE)")
 
 
+PAPER = {  # Maximum test scores, figure 6; nature: Mnih et al. 2015.
+    "Breakout": {"normal": 410, "weight_norm": 403, "nature": 401},
+    "Enduro": {"normal": 1_250, "weight_norm": 1_448, "nature": 302},
+    "Seaquest": {"normal": 7_188, "weight_norm": 7_375, "nature": 5_286},
+    "SpaceInvaders": {"normal": 1_779, "weight_norm": 2_179, "nature": 1_975},
+}
+
 PRESETS = {
     "paper": options.Preset("every number of the paper: 50M steps, 8 GiB, days on a GPU"),
     "nature": options.Preset(

@@ -319,6 +319,45 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
     output.table("DRAW (figure 4)", columns, sorted(rows), "; ".join(sorted(notes)))
 
 
+def dqn(runs: list[FinishedRun], output: Output) -> None:
+    """Figure 5 (test scores by epoch), one for each game, and figure 6 (the highest of each)."""
+    from models.dqn import PAPER
+
+    runs = [run for run in runs if len(run.curve("epoch", "test_score")[0])]
+    if not runs:
+        raise UserError("none of the DQN runs has finished an epoch yet")
+    rows = []
+    for (game,), here in group(runs, "game").items():
+        y = "score per game in testing"
+        with output.figure(f"figure-5-{game}", f"DQN on {game}", "epoch", y) as figure:
+            for (kind, _), seeds in sorted(group(here, "parameterization", "preset").items()):
+                check_same_settings(seeds)
+                curves = [run.curve("epoch", "test_score") for run in seeds]
+                label = kind.replace("_", " ") + preset_label(seeds[0].config, output)
+                figure.line(curves, label)
+                mean, error = mean_and_error([scores.max() for _, scores in curves])
+                paper = PAPER.get(game, {})
+                rows.append(
+                    [
+                        f"{game}, {label}",
+                        f"{mean:,.1f}" + ("" if math.isnan(error) else f" ± {error:,.1f}"),
+                        f"{paper[kind]:,}" if paper else "",
+                        f"{paper['nature']:,}" if paper else "",
+                        f"{len(seeds)}",
+                        f"{max(x[-1] for x, _ in curves):.0f}",
+                    ]
+                )
+            figure.axes.set(ylim=(0, None))
+    columns = ["", "highest score", "paper, 200 epochs", "Mnih et al.", "seeds", "epochs"]
+    scaled = {
+        f"{run.config['preset']}: epochs of {run.config['test_every']:,} steps, for the paper's "
+        "250,000"
+        for run in runs
+        if run.config["test_every"] != 250_000
+    }
+    output.table("DQN (figure 6)", columns, sorted(rows), "; ".join(sorted(scaled)))
+
+
 def check_same_settings(seeds: Sequence[FinishedRun]) -> None:
     """Refuses to average runs that differ in more than their seed."""
     first = seeds[0]
@@ -346,6 +385,7 @@ FIGURES: dict[str, Callable[[list[FinishedRun], Output], None]] = {
     "cifar": cifar,
     "vae": vae,
     "draw": draw,
+    "dqn": dqn,
 }
 
 

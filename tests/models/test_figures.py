@@ -151,3 +151,37 @@ def test_static_and_dynamic_binarization_are_not_mixed(run, tmp_path):
     status, _, err, _ = run(tmp_path / "runs")
     assert status == 2
     assert "some MNIST runs have --binarization static and some dynamic" in err
+
+
+def make_dqn_run(folder, scores, game="Breakout", kind="weight_norm", preset="paper", **config):
+    folder.mkdir(parents=True)
+    config = {"test_every": 250_000, "learning_rate": None, **config}
+    config |= {"game": game, "parameterization": kind, "preset": preset}
+    content = {"program": "models.dqn", "config": config, "differs_from_paper": {}}
+    (folder / "config.json").write_text(json.dumps(content))
+    rows = ["step,time,loss,epoch,test_score", "1000,1,0.5,,"]  # Most rows are not of tests.
+    rows += [f"{e},1,,{e},{score}" for e, score in enumerate(scores, 1)]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_figure_5_has_a_plot_for_each_game_and_figure_6_the_highest_scores(run, tmp_path):
+    make_dqn_run(tmp_path / "runs" / "0", [10, 300, 200])
+    make_dqn_run(tmp_path / "runs" / "1", [10, 100, 310])
+    make_dqn_run(tmp_path / "runs" / "2", [10, 20], kind="normal")
+    make_dqn_run(tmp_path / "runs" / "3", [500], game="Pong")
+    status, _, _, table = run(tmp_path / "runs")
+    assert status == 0
+    assert "| Breakout, weight norm | 305.0 ± 5.0 | 403 | 401 | 2 | 3 |" in table
+    assert "| Breakout, normal | 20.0 | 410 | 401 | 1 | 2 |" in table
+    assert "| Pong, weight norm | 500.0 |  |  | 1 | 1 |" in table
+    for game in ("Breakout", "Pong"):
+        path = tmp_path / "out" / f"figure-5-{game}.png"
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_scaled_dqn_says_how_long_its_epochs_are(run, tmp_path):
+    make_dqn_run(tmp_path / "runs" / "0", [10], preset="cpu", test_every=50_000)
+    table = run(tmp_path / "runs")[3]
+    assert "| Breakout, weight norm [cpu preset] |" in table
+    assert "cpu: epochs of 50,000 steps, for the paper's 250,000" in table
