@@ -84,8 +84,8 @@ PRESETS = {
         {"attention": False, "glimpses": 10, "learning_rate": 1e-3},
     ),
     "cpu": options.Preset(
-        "16 glimpses, 5 epochs; not comparable with the paper's numbers",
-        {"glimpses": 16, "epochs": 5},
+        "16 glimpses, 5 epochs, rate .001; not comparable with the paper's numbers",
+        {"glimpses": 16, "epochs": 5, "learning_rate": 1e-3},
     ),
     "smoke": options.Preset(
         "does it run? seconds, on random discs",
@@ -599,9 +599,9 @@ def sample(asked: Sample) -> None:
     canvases, windows = (part.numpy() for part in network.sample(sample_noise(config, asked.seed)))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "samples.png").write_bytes(plots.png(plots.tile(canvases[-1]), 3))
     except OSError as error:
         raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
+    plots.write(out / "samples.png", plots.png(plots.tile(canvases[-1]), 3))
     none = np.zeros([len(canvases[0]), 0])
     # At the end the finished images, without windows.
     frames = [*zip(canvases, windows, strict=True)] + [(canvases[-1], none)] * (
@@ -612,7 +612,7 @@ def sample(asked: Sample) -> None:
             both = itertools.islice(zip(*pair, strict=True), 32)
             pictures = [with_window(c, p, config, asked.scale) for c, p in both]
             film.frame(plots.tile(np.stack(pictures), 8, asked.scale))
-    print(f"wrote {out / 'samples.png'} and {out / 'drawing.gif'}" + note(config))
+    print(f"wrote {out / 'drawing.gif'}" + note(config))
 
 
 if __name__ == "__main__":
