@@ -78,6 +78,7 @@ class Config(options.RunConfig):
     log_every: int = 1_000  # Steps between rows of metrics.csv.
 
     MAY_CHANGE: ClassVar[frozenset[str]] = options.RunConfig.MAY_CHANGE | {"replay_file"}
+    FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ("game",)
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--replay (or --replay-file FILE)")
 
 

@@ -1,8 +1,8 @@
 """Convolutional variational auto-encoders (paper, section 5.2; figure 3).
 
     python -m models.vae --dataset mnist --parameterization weight_norm --data-dir DATA
-    python -m models.vae evaluate runs/vae-paper-weight_norm-0 --eval-samples 100
-    python -m models.vae sample runs/vae-paper-weight_norm-0
+    python -m models.vae evaluate runs/vae-mnist-paper-weight_norm-0 --eval-samples 100
+    python -m models.vae sample runs/vae-mnist-paper-weight_norm-0
 
 The bound on the test images, averaged weights, read off the axes of the paper's figure 3:
 
@@ -94,6 +94,7 @@ class Config(options.RunConfig):
     eval_samples: int = 100  # Importance samples of the log-likelihood reported at the end.
 
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--features", "--init-examples")
+    FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ("dataset",)
 
     @property
     def binary(self) -> bool:
@@ -110,10 +111,11 @@ PRESETS = {
             "hidden": 200,
             "made": (160,),
             "stochastic_layers": (1, 2),
-            "features": 24,
+            "features": 20,
             "latent_maps": 8,
             "flow_layers": 1,
-            "epochs": 10,
+            "epochs": 5,
+            "batch_size": 32,
             "eval_samples": 10,
         },
     ),

@@ -50,7 +50,11 @@ class Autoregressive(tf.Module):
             return layer(copies * outputs, kernel_mask=kernel_mask, **choices)
 
         sizes = [latents, *hidden]
-        self.hidden = [masked(a, b, strict=False) for a, b in itertools.pairwise(sizes)]
+        # The context brings the bias of the first layer.
+        self.hidden = [
+            masked(a, b, strict=False, use_bias=index > 0)
+            for index, (a, b) in enumerate(itertools.pairwise(sizes))
+        ]
         self.output = masked(sizes[-1], latents, strict=True, copies=2, **output)
 
     def __call__(self, z, context) -> tuple[tf.Tensor, tf.Tensor]:

@@ -99,7 +99,9 @@ def parse(
 
 
 def _default_out(program: str, config: Any) -> str:
-    parts = [program.split()[-1].split(".")[-1], getattr(config, "game", None), config.preset]
+    parts: list[str | None] = [program.split()[-1].split(".")[-1]]
+    parts += [getattr(config, name) for name in config.FOLDER_FIELDS]
+    parts += [config.preset]
     if getattr(config, "sweep", False):
         parts += ["sweep"]
     else:

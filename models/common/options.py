@@ -42,6 +42,8 @@ class RunConfig:
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {"preset", "out", "resume", "accept_changes", "data_dir", "checkpoint_every", "keep"}
     )
+    # Fields whose values are in the default name of the run folder, after the program's.
+    FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ()
     # Flags to lower when memory runs out, named in the error.
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size",)
 

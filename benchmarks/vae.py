@@ -1,0 +1,107 @@
+"""Times a training step of section 5.2's auto-encoders: weight norm against the alternatives.
+
+    python -m benchmarks.vae [--dataset mnist] [--preset paper] [--batch-size 100] [--rounds 7]
+
+Every contender trains the same network on the same batch, drawing z, with the loss, its gradients,
+Adamax and the average of the parameters. Against our normal parameterisation: our weight norm, and
+weight norm in plain TensorFlow as users write it.
+"""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+
+import tfwn.weight
+from benchmarks import timing
+from models import vae
+from models.common import runtime
+from models.common.optimizers import Adamax
+
+PLAIN = "weight_norm in plain TF"
+
+
+def plain_weight_norm(v, g, axis=-1, *, out_dtype=None, name=None):
+    """Eq. 2 as TensorFlow users write it; these layers' units are the last axis.
+
+    Its epsilon matters here: some units of the flow are masked in full.
+    """
+    w = tf.math.l2_normalize(v, list(range(v.shape.rank - 1))) * g
+    return tf.cast(w, out_dtype or v.dtype)
+
+
+def training_step(config: vae.Config, images: np.ndarray):
+    dtype = runtime.compute_dtype(config)
+    network, averaged = (vae.make_network(config, dtype) for _ in range(2))
+    vae.initialize(config, network, images)
+    optimizer = Adamax(network.trainable_variables, config.learning_rate, epsilon_in_max=True)
+    step = vae.make_train_step(
+        config, tf.distribute.get_strategy(), network, averaged, optimizer, per_epoch=600
+    )
+    number = tf.constant(0, tf.int64)
+    batch = tf.constant(images)
+    run = lambda: step(batch, number).numpy()  # noqa: E731
+    run()
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dataset", choices=["mnist", "cifar10"], default="mnist")
+    parser.add_argument("--preset", choices=["paper", "cpu"], default="paper")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--batch-size", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
+    options = parser.parse_args()
+
+    machine = timing.describe_machine("tensorflow")
+    config = vae.Config(
+        **{
+            **vae.PRESETS[options.preset].values,
+            "dataset": options.dataset,
+            "batch_size": options.batch_size,
+            "learning_rate": 1e-6,  # Many steps on one batch of noise, and the same work.
+            "mixed_precision": "none" if options.dtype == "float32" else "bfloat16",
+        }
+    )
+    size = [28, 28, 1] if config.binary else [32, 32, 3]
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, [options.batch_size, *size], np.uint8)
+
+    def ours(kind):
+        return training_step(dataclasses.replace(config, parameterization=kind), images)
+
+    contenders = {kind: ours(kind) for kind in ("normal", "weight_norm")}
+    compiled, tfwn.weight.weight_norm = tfwn.weight.weight_norm, plain_weight_norm
+    contenders[PLAIN] = ours("weight_norm")  # It traces here.
+    tfwn.weight.weight_norm = compiled
+
+    times = timing.interleave(contenders, rounds=options.rounds)
+    title = (
+        f"A training step, {options.dataset}, preset {options.preset}, {options.dtype}, "
+        f"batch {options.batch_size}"
+    )
+    table = Table("", "seconds", "times normal", "times ours (weight_norm)", title=title)
+    for name in contenders:
+        table.add_row(
+            name,
+            f"{times[name]:.3f}",
+            f"{times.ratio(name, 'normal'):.3f}",
+            f"{times.ratio(name, 'weight_norm'):.3f}",
+        )
+    Console().print(table)
+    results = [{"name": n, "seconds": times.seconds[n].tolist()} for n in contenders]
+    path = options.out / f"vae-{options.dataset}-{options.preset}-{options.dtype}.json"
+    timing.write_json(path, {**machine, **dataclasses.asdict(config)}, results)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
