@@ -299,7 +299,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_xlabel("time / time to move the same bytes (log scale; less is better)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, ncols=len(names), loc="outside lower center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -33,13 +33,13 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-// Elements are fetched so many before they are needed: far enough for memory to answer.
+// Elements are fetched into cache this many before they are needed, so that memory has answered.
 constexpr int64_t kAhead = 512;
 
 // Part of a matrix: rows of `width` elements, `stride` apart.
 struct Block {
   int64_t rows, width, stride;
-  int64_t ahead = kAhead;  // While this block is scaled, what to fetch instead of its own elements.
+  int64_t ahead = kAhead;  // How far from an element that is scaled the one to fetch then is.
 };
 
 // The numbers that multiply a column or a segment: power * rest, where power is a power of two.
@@ -312,7 +312,7 @@ struct Plan {
     } else if (fused) {
       const int64_t unit = task * units_per_task;
       const int64_t count = std::min(units_per_task, units - unit);
-      // This block is in cache when it is scaled; the next one had better be.
+      // When this block is scaled it is in cache, having been summed; the next one is fetched.
       const int64_t next = count * inner;
       for (int64_t i = unit; i < outer * units; i += units) {
         body(i * inner, Block{count, inner, inner, next}, i, unit);
