@@ -88,6 +88,10 @@ class Config(options.RunConfig):
     seeds: tuple[int, ...] = (0, 1, 2)  # The sweep's seeds.
 
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--width")
+    RANGES = options.ranges(
+        "width init_examples epochs batch_size",
+        "dropout bn_momentum beta_1 beta_1_late beta_2",
+    )
 
 
 PRESETS = {

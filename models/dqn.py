@@ -80,6 +80,11 @@ class Config(options.RunConfig):
     MAY_CHANGE: ClassVar[frozenset[str]] = options.RunConfig.MAY_CHANGE | {"replay_file"}
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ("game",)
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--replay (or --replay-file FILE)")
+    RANGES = options.ranges(
+        "replay update_every batch_size target_every filters hidden init_batch test_every "
+        "test_steps held_out num_envs log_every",
+        "discount epsilon test_epsilon",
+    )
 
 
 PAPER = {  # Maximum test scores, figure 6; nature: Mnih et al. 2015.
@@ -640,6 +645,8 @@ class Evaluate:
     num_envs: int = 8  # Games side by side.
     seed: int = 1  # Of games and actions.
 
+    RANGES = options.ranges("games num_envs", "epsilon")
+
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
@@ -650,6 +657,8 @@ class Watch:
     seconds: float = 60.0  # The longest it may be.
     epsilon: float = 0.05  # Probability of a random action.
     seed: int = 1  # Of game and actions.
+
+    RANGES = options.ranges("seconds", "epsilon")
 
 
 def load(path: str, **changes: Any) -> tuple[Config, Learner, Path]:

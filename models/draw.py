@@ -75,6 +75,11 @@ class Config(options.RunConfig):
     clip_norm: float = 10.0  # The gradient's norm over all variables is at most this.
 
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--glimpses")
+    RANGES = options.ranges(
+        "train_images read_size write_size glimpses encoder_units decoder_units latent_units "
+        "epochs batch_size",
+        "beta_1 beta_2",
+    )
 
 
 PRESETS = {
@@ -556,6 +561,8 @@ class Evaluate:
     draws: int = 1  # Draws of the noise for each image.
     data_dir: str = ""  # Where data sets are; default: the run's own.
 
+    RANGES = options.ranges("draws")
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -565,6 +572,8 @@ class Sample:
     out: str = ""  # The folder to write to (default: samples in the run folder).
     seed: int = 0  # Of the samples.
     scale: int = 4  # Pixels per pixel in the GIF.
+
+    RANGES = options.ranges("scale")
 
 
 def restore(checkpoint: str) -> tuple[Config, Network, Path]:

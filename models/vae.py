@@ -95,6 +95,11 @@ class Config(options.RunConfig):
 
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--features", "--init-examples")
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ("dataset",)
+    RANGES = options.ranges(
+        "maps hidden latents made features latent_maps init_examples epochs "
+        "train_examples batch_size eval_samples",
+        "beta_1 beta_2",
+    )
 
     @property
     def binary(self) -> bool:
@@ -715,6 +720,8 @@ class Evaluate:
     checkpoint: str  # A run folder, or a checkpoint in one.
     eval_samples: int = 100  # Importance samples of the log-likelihood (1: the bound alone).
     data_dir: str = ""  # Where data sets are; default: the run's own.
+
+    RANGES = options.ranges("eval_samples")
 
 
 @dataclasses.dataclass(frozen=True)

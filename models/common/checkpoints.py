@@ -140,11 +140,12 @@ def find(path: str | Path) -> Path:
         chosen = [p for p in chosen if p.exists()]
     if not chosen:
         raise UserError(f"{path}: no checkpoint there; give a run folder or one of its checkpoints")
-    problems = {p: damage(p) for p in chosen}
-    for candidate, problem in problems.items():
+    for candidate in chosen:
+        problem = damage(candidate)
         if problem is None:
             return candidate
-    raise UserError(f"{chosen[0]}: damaged ({problems[chosen[0]]})")
+        print(f"{candidate.name} is damaged ({problem})", flush=True)
+    raise UserError(f"{path}: no checkpoint is intact")
 
 
 def run_of(checkpoint: Path) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import inspect
 import os
 import re
@@ -45,23 +46,31 @@ def main(
             function(_parse_command(cls, f"{program} {words[0]}", words[1:]))
         else:
             train(parse(config_class, presets, words, program=program, commands=by_name))
-    except UserError as error:
-        _fail(program, str(error))
-    except MemoryError:
-        _fail(program, _out_of_memory(config_class))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        # TensorFlow's out-of-memory error, recognised without importing TensorFlow here.
-        if type(error).__name__ == "ResourceExhaustedError":
-            _fail(program, _out_of_memory(config_class))
-        if type(error).__name__ in ("UnavailableError", "AbortedError", "DeadlineExceededError"):
-            _fail(
-                program,
-                "a worker of --strategy multi_worker was lost; start all of them again "
-                "with --resume",
-            )
-        raise
+        message = _explain(error, config_class)
+        if message is None:
+            raise
+        print(f"{program}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _explain(error: Exception, config_class: type[options.RunConfig]) -> str | None:
+    """Returns what to tell a user of an error, None for one that is the program's."""
+    if isinstance(error, UserError):
+        return str(error)
+    # TensorFlow's errors by name, so that --help does not import TensorFlow. It has one for all
+    # that can run out.
+    kind, full = type(error).__name__, os.strerror(errno.ENOSPC)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or full in str(error):
+        where = getattr(error, "filename", None) or "--out"
+        return f"no space left on the disk of {where}: make room, then go on with --resume"
+    if isinstance(error, MemoryError) or kind == "ResourceExhaustedError":
+        return f"out of memory: lower {' or '.join(config_class.MEMORY_FLAGS)}"
+    if kind in ("UnavailableError", "AbortedError", "DeadlineExceededError"):
+        return "a worker of --strategy multi_worker was lost; start all of them again with --resume"
+    return None
 
 
 def parse(
@@ -93,6 +102,7 @@ def parse(
         explicit = wanted if "preset" in given else given
         wanted = run_folder.resumed_values(given["out"], config_class, explicit)
     config = config_class(**wanted)
+    options.check_ranges(config)
     if not config.out:
         config = dataclasses.replace(config, out=_default_out(program, config))
     return config
@@ -181,7 +191,9 @@ def _parse_command(cls: type, program: str, argv: Sequence[str]) -> Any:
             parser.add_argument(option.name, type=option.kind, help=option.help)
         else:
             _add(parser, option, f"{option.help} (default: {_show(option.default)})")
-    return cls(**vars(parser.parse_args(list(argv))))
+    values = cls(**vars(parser.parse_args(list(argv))))
+    options.check_ranges(values)
+    return values
 
 
 def _add(parser: Any, option: options.Option, text: str, **extra: Any) -> None:
@@ -255,12 +267,3 @@ def _first_line(cls: type) -> str:
 
 def _program(config_class: type) -> str:
     return f"python -m {run_folder.program_of(config_class)}"
-
-
-def _out_of_memory(config_class: type[options.RunConfig]) -> str:
-    return f"out of memory: lower {' or '.join(config_class.MEMORY_FLAGS)}"
-
-
-def _fail(program: str, message: str) -> NoReturn:
-    print(f"{program}: error: {message}", file=sys.stderr)
-    sys.exit(2)

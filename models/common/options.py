@@ -3,10 +3,20 @@
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Union
+
+from models.common.errors import UserError
+
+
+def ranges(positive: str = "", probability: str = "") -> dict[str, tuple[float, float]]:
+    """Returns the RANGES of a Config: names of numbers from 1 on, and of those from 0 to 1."""
+    found = dict.fromkeys(["keep", *positive.split()], (1.0, math.inf))
+    return found | dict.fromkeys(probability.split(), (0.0, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +50,12 @@ class RunConfig:
 
     # Fields that may differ when a run is resumed.
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"preset", "out", "resume", "accept_changes", "data_dir", "checkpoint_every", "keep"}
+        {"out", "resume", "accept_changes", "data_dir", "checkpoint_every", "keep"}
     )
     # Fields whose values are in the default name of the run folder, after the program's.
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ()
+    # Where numbers lie, made by ranges(); those not named are not negative.
+    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = ranges()
     # Flags to lower when memory runs out, named in the error.
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size",)
 
@@ -88,6 +100,24 @@ def options_of(cls: type) -> list[Option]:
             )
         )  # fmt: skip
     return result
+
+
+def check_ranges(values: Any) -> None:
+    """Raises UserError for a number of an options object that is outside of its range."""
+    ranges = getattr(values, "RANGES", {})
+    for option in options_of(type(values)):
+        low, high = ranges.get(option.name, (0, math.inf))
+        value = getattr(values, option.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if option.kind not in (int, float) or number is None:
+                continue
+            if not math.isfinite(number):
+                rule = "a finite number"
+            elif not low <= number <= high:
+                rule = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            else:
+                continue
+            raise UserError(f"{option.flag} must be {rule}, got {number:g}")
 
 
 def differences(config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -67,7 +67,13 @@ class Run:
         )
         rows = 0
         if self.config.resume:
+            # An optimizer's checkpoint holds its learning rate; the one asked for now is the new.
+            found: list[Any] = [getattr(t, "learning_rate", None) for t in trackables.values()]
+            rates = [(rate, float(rate)) for rate in found if hasattr(rate, "assign")]
             state = self._checkpoints.restore()
+            if self.config.accept_changes:
+                for rate, value in rates:
+                    rate.assign(value)
             if state is None:
                 self.say("no checkpoint yet: starting from the beginning")
             else:

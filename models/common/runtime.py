@@ -60,15 +60,18 @@ def generator(seed: int, *purpose: int) -> np.random.Generator:
 
 def _cluster() -> dict[str, Any]:
     try:
-        return json.loads(os.environ.get("TF_CONFIG", "{}"))
+        return json.loads(os.environ.get("TF_CONFIG") or "{}")
     except json.JSONDecodeError as error:
         raise UserError(f"TF_CONFIG is not JSON ({error})") from None
 
 
 def _check_cluster() -> None:
     content = _cluster()
-    if "worker" not in content.get("cluster", {}) and "chief" not in content.get("cluster", {}):
+    task = content.get("task", {})
+    workers = content.get("cluster", {}).get(task.get("type"), [])
+    if not 0 <= task.get("index", -1) < len(workers):
         raise UserError(
             "--strategy multi_worker needs TF_CONFIG, in each process with its own index: "
             '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
+            + (f", got {json.dumps(content)}" if content else "")
         )

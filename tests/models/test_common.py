@@ -1,5 +1,6 @@
 """models/common: the README's program on good days and bad."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -118,6 +119,11 @@ def test_help_shows_each_option_with_the_papers_value(run):
         (["--resume"], "--resume needs --out"),
         (["--resume", "--out", "nowhere"], "nowhere: not a run folder"),
         (["--out", "/proc/run"], "--out /proc/run: cannot write there"),
+        (["--out", "/dev/null"], "--out /dev/null: cannot write there"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--steps", "-1"], "--steps must be at least 0, got -1"),
+        (["--keep", "0"], "--keep must be at least 1, got 0"),
+        (["--learning-rate", "nan"], "--learning-rate must be a finite number, got nan"),
     ],
 )
 def test_a_users_mistake_is_told_in_one_line(run, tmp_path, monkeypatch, argv, message):
@@ -127,6 +133,21 @@ def test_a_users_mistake_is_told_in_one_line(run, tmp_path, monkeypatch, argv, m
     assert err.startswith("python -m line: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_ranges():
+    @dataclasses.dataclass(frozen=True)
+    class Config(options.RunConfig):
+        units: tuple[int, ...] = (1, 2)
+        rate: float | None = None
+        RANGES = options.ranges("units", "rate")
+
+    options.check_ranges(Config())
+    options.check_ranges(Config(rate=0.0, units=()))
+    with pytest.raises(UserError, match="--units must be at least 1, got 0"):
+        options.check_ranges(Config(units=(3, 0)))
+    with pytest.raises(UserError, match=r"--rate must be from 0 to 1, got 1.5"):
+        options.check_ranges(Config(rate=1.5))
 
 
 def test_whole_numbers_may_be_written_short(program):
@@ -189,12 +210,28 @@ def test_rows_after_the_checkpoint_are_dropped(run, tmp_path, monkeypatch):
     assert metrics.read(tmp_path / "a")["step"] == [0, 10, 20, 30, 40]
 
 
+def test_a_second_signal_leaves_at_once(run, tmp_path, monkeypatch):
+    def twice(_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    stop_at(monkeypatch, 20, twice)
+    status, out, _ = run("--out", tmp_path / "a", "--steps", 40)
+    assert (status, "once more to leave at once" in out, "saved" in out) == (130, True, False)
+    assert not list((tmp_path / "a").glob("checkpoints/*"))
+    monkeypatch.undo()
+    status, out, _ = run("--out", tmp_path / "a", "--resume")
+    assert (status, "no checkpoint yet: starting from the beginning" in out) == (0, True)
+
+
 def test_changed_hyper_parameters_are_named_and_refused_unless_accepted(run, tmp_path):
     run("--out", tmp_path / "a", "--preset", "smoke")
     argv = ["--resume", "--out", tmp_path / "a", "--steps", 20]
     status, _, err = run(*argv)
     assert status == 2
     assert "--steps was 10 and is now 20" in err
+    status, _, err = run("--resume", "--out", tmp_path / "a", "--preset", "paper")
+    assert (status, "--preset was smoke and is now paper" in err) == (2, True)
     status, out, _ = run(*argv, "--accept-changes")
     assert (status, "resumed at step 10" in out) == (0, True)
     assert run_folder.load(tmp_path / "a")["config"]["steps"] == 20
@@ -240,6 +277,23 @@ def test_a_checkpoint_being_written_when_the_process_died_is_ignored(run, tmp_pa
     assert (status, "resumed at step 10" in out) == (0, True)
 
 
+def test_commands_say_which_checkpoint_they_pass_over(run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        steps = Run.steps
+        patch.setattr(Run, "steps", lambda self, n: steps(self, n, save_every=25))
+        run("--out", tmp_path / "a", "--steps", 50)
+    first, last = sorted((tmp_path / "a" / "checkpoints").iterdir())
+    (last / "state.json").write_text("{}")
+    status, out, _ = run("evaluate", tmp_path / "a")
+    assert (status, out.splitlines()[0]) == (
+        0, "step-000000000050 is damaged (state.json has 2 bytes, "
+        f"{len((first / 'state.json').read_bytes())} were written)",
+    )  # fmt: skip
+    (first / "state.json").unlink()
+    status, _, err = run("evaluate", tmp_path / "a")
+    assert (status, "no checkpoint is intact" in err) == (2, True)
+
+
 def test_only_the_last_k_are_kept(run, tmp_path, monkeypatch):
     steps = Run.steps
     monkeypatch.setattr(Run, "steps", lambda self, n: steps(self, n, save_every=10))
@@ -265,10 +319,68 @@ def test_a_full_disk_keeps_the_checkpoint_before(program, run, tmp_path, monkeyp
     assert (status, "resumed at step 10" in out) == (0, True)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
-    status, _, err = run("--out", tmp_path / "a", "--learning-rate", 1e30)
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device", "metrics.csv"),
+        tf.errors.ResourceExhaustedError(None, None, "events; No space left on device"),
+    ],
+)
+def test_a_full_disk_beside_the_checkpoints_is_not_a_lack_of_memory(
+    run, tmp_path, monkeypatch, error
+):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(metrics.Metrics, "write", full)
+    status, _, err = run("--out", tmp_path / "a")
     assert status == 2
-    assert re.search(r"loss is (nan|inf) at step 10; the last good checkpoint is none: lower", err)
+    assert "no space left on the disk of " in err
+    assert "make room, then go on with --resume\n" in err
+    assert err.count("\n") == 1
+
+
+SMALL_DISK = """
+mkdir disk
+mount -t tmpfs -o size=1m none disk
+{run} --out disk/a --steps 100 --keep 1000 --checkpoint-every 0 || echo status $?
+mount -o remount,size=40m disk
+{run} --out disk/a --resume
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_really_full(tmp_path):
+    """A disk of 1 MiB, in a namespace of its own, which then gets larger."""
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", tmp_path]).returncode:
+        pytest.skip("needs the right to mount a disk in a namespace")
+    (tmp_path / "line.py").write_text(SOURCE)
+    done = subprocess.run(
+        [*namespace, "bash", "-ec", SMALL_DISK.format(run=f"{sys.executable} -m line")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(README.parents[2]), str(tmp_path)])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "make room, then" in done.stderr
+    full, resumed = done.stdout.split("status 2\n")
+    assert "done" not in full
+    assert int(re.search(r"resumed at step (\d+)", resumed)[1]) > 5
+    assert "100 steps done" in resumed
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, tmp_path):
+    run("--out", tmp_path / "a", "--steps", 20)
+    argv = ["--out", tmp_path / "a", "--resume", "--accept-changes", "--steps", 60]
+    status, _, err = run(*argv, "--learning-rate", 1e30)
+    assert status == 2
+    assert re.search(r"loss is (nan|inf) at step \d+; the last good checkpoint is", err)
+    assert "step-000000000020: lower --learning-rate" in err
+    status, out, _ = run(*argv, "--learning-rate", 0.1)
+    assert (status, "resumed at step 20" in out) == (0, True)
 
 
 def test_weights_that_are_not_finite_are_never_saved(program, tmp_path):
@@ -282,12 +394,11 @@ def test_weights_that_are_not_finite_are_never_saved(program, tmp_path):
     assert checkpoints.damage(tmp_path / "a" / "checkpoints" / "step-000000000000") is None
 
 
-def test_out_of_memory_says_which_flag_to_lower(program, run, tmp_path, monkeypatch):
-    def exhausted(_):
-        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
-
-    monkeypatch.setattr(program, "train", exhausted)
-    status, _, err = run("--out", tmp_path / "a")
+@pytest.mark.parametrize("library", ["numpy", "tensorflow"])
+def test_out_of_memory_says_which_flag_to_lower(program, run, tmp_path, monkeypatch, library):
+    if library == "tensorflow":
+        monkeypatch.setattr(program, "train", lambda config: tf.zeros([config.batch_size]))
+    status, _, err = run("--out", tmp_path / "a", "--batch-size", 1e14)
     assert (status, err) == (2, "python -m line: error: out of memory: lower --batch-size\n")
 
 
@@ -377,10 +488,22 @@ def test_the_same_seed_makes_the_same_order():
     assert (one != runtime.generator(3, 2).permutation(10)).any()
 
 
-def test_multi_worker_needs_tf_config(run, tmp_path, monkeypatch):
-    monkeypatch.delenv("TF_CONFIG", raising=False)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "--strategy multi_worker needs TF_CONFIG, in each process with its own index"),
+        ("{", "TF_CONFIG is not JSON"),
+        ('{"cluster": {"worker": ["a:1"]}}', '"index": 0}}, got {"cluster":'),
+        (
+            '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+            '"index": 0}}, got {"cluster":',
+        ),
+    ],
+)
+def test_multi_worker_needs_tf_config(run, tmp_path, monkeypatch, content, message):
+    monkeypatch.setenv("TF_CONFIG", content)
     status, _, err = run("--out", tmp_path / "a", "--strategy", "multi_worker")
-    assert (status, "--strategy multi_worker needs TF_CONFIG" in err) == (2, True)
+    assert (status, message in err) == (2, True), err
 
 
 def start_workers(tmp_path, *argv):
