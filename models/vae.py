@@ -32,7 +32,6 @@ CIFAR-10 is public ("the code"). What is open, or differs:
 
 import dataclasses
 import functools
-import itertools
 import math
 import time
 from pathlib import Path
@@ -55,6 +54,7 @@ from models.common import (
 from models.common.autoregressive import Autoregressive
 from models.common.densities import log_discretized_logistic, log_mean_exp, log_normal
 from models.common.errors import UserError
+from models.common.layers import Layers, Upsampling
 from models.common.optimizers import Adamax
 from models.common.run import Run
 
@@ -155,10 +155,12 @@ FREE_BITS = {True: 0.0, False: 0.25}
 def load(config: Config, data_dir: str = "") -> data.Images:
     """Returns the data set as uint8; MNIST's pixels, with static binarization, as 0 or 255."""
     images = data.load(config.dataset, data_dir or config.data_dir)
-    parts = [images.train_images[: config.train_examples], images.test_images]
+    train, test = images.train_images, images.test_images
     if config.binary and config.binarization == "static":
-        parts = [255 * part for part in data.binarize(*parts)]
-    return dataclasses.replace(images, train_images=parts[0], test_images=parts[1])
+        train, test = (255 * part for part in data.binarize(train, test))
+    return dataclasses.replace(
+        images, train_images=train[: config.train_examples], test_images=test
+    )
 
 
 def prepare(config: Config, images, seed) -> tf.Tensor:
@@ -169,53 +171,6 @@ def prepare(config: Config, images, seed) -> tf.Tensor:
     if config.binarization == "dynamic":
         return tf.cast(replicas.uniform_like(x, fold_in(seed, 1_000_000)) * 255 < x, tf.float32)
     return x / 255
-
-
-# Layers
-
-
-class Layers:
-    """Makes a network's layers: one parameterisation, and each with its own seed.
-
-    `init_scale` is the standard deviation of a layer's pre-activations after `initialize`.
-    """
-
-    def __init__(self, config: Config, dtype):
-        self._config, self._dtype, self._count = config, dtype, itertools.count()
-
-    def _make(self, kind, *sizes, init_scale=1.0, **choices) -> Any:
-        seed = [self._config.seed, next(self._count)]
-        layer = kind(
-            *sizes,
-            parameterization=self._config.parameterization,
-            kernel_initializer=functools.partial(
-                tf.random.stateless_normal, seed=seed, stddev=0.05
-            ),
-            compute_dtype=self._dtype,
-            **choices,
-        )
-        layer.init_scale = init_scale
-        return layer
-
-    def dense(self, units, **choices) -> tfwn.Dense:
-        """Returns a fully connected layer."""
-        return self._make(tfwn.Dense, units, **choices)
-
-    def conv(self, filters, kernel=3, strides=1, **choices) -> tfwn.Conv2D:
-        """Returns a convolution."""
-        return self._make(tfwn.Conv2D, filters, kernel, strides, padding="same", **choices)
-
-
-class Upsampling(tf.Module):
-    """A convolution that doubles height and width."""
-
-    def __init__(self, layers: Layers, filters, kernel=3, **choices):
-        super().__init__()
-        self.conv = layers.conv(4 * filters, kernel, **choices)
-
-    def __call__(self, x):
-        """Returns [batch, 2 height, 2 width, filters]."""
-        return tf.nn.depth_to_space(self.conv(x), 2)
 
 
 # MNIST
@@ -508,7 +463,7 @@ def make_train_step(config: Config, strategy, network, averaged, optimizer, per_
             scaled = loss / config.batch_size
         optimizer.apply(tape.gradient(scaled, network.trainable_variables))
         t = tf.cast(step + 1, tf.float32)
-        decay = 1 - 1 / (config.average_epochs * per_epoch)
+        decay = 1 - 1 / max(config.average_epochs * per_epoch, 1)
         average(averaged, network, tf.minimum(decay, (1 + t) / (10 + t)))
         kl = tf.reduce_sum(kl)
         return tf.stack([loss, tf.reduce_sum(log_px) - kl, kl])
@@ -586,21 +541,35 @@ def note(config: Config, images: data.Images) -> str:
 
 def check(config: Config) -> None:
     """Refuses configurations that cannot work."""
+    for name in (
+        "maps", "blocks", "hidden", "latents", "made", "stochastic_layers", "features",
+        "latent_maps", "flow_layers", "init_examples", "epochs", "train_examples", "batch_size",
+        "eval_samples",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        at_least(
+            1, "--" + name.replace("_", "-"), *(value if isinstance(value, tuple) else [value])
+        )
+    at_least(0, "--flow-steps", config.flow_steps)
+    at_least(0.01, "--average-epochs", config.average_epochs)
     if len(config.maps) != 3:
         raise UserError(f"--maps takes 3 numbers, got {len(config.maps)}")
-    if not 1 <= len(config.stochastic_layers) <= 5 or min(config.stochastic_layers) < 1:
+    if len(config.stochastic_layers) > 5:
         raise UserError(
-            "--stochastic-layers takes 1 to 5 numbers of at least 1 (16x16 to 1x1 pixels), got "
-            + " ".join(map(str, config.stochastic_layers))
+            "--stochastic-layers takes at most 5 numbers, for 16x16 to 1x1 pixels, got "
+            f"{len(config.stochastic_layers)}"
         )
-    for name in ("eval_samples", "batch_size", "init_examples", "blocks"):
-        if getattr(config, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} must be at least 1, got {getattr(config, name)}")
     if config.jit_compile and config.strategy != "none":
         raise UserError(
             f"--jit-compile cannot be used with --strategy {config.strategy}: leave one of them out"
         )
+
+
+def at_least(least: float, flag: str, *values: float | None) -> None:
+    """Refuses numbers below the least that works."""
+    for value in values:
+        if value is not None and value < least:
+            raise UserError(f"{flag} must be at least {least}, got {value}")
 
 
 def train(config: Config) -> None:
@@ -630,7 +599,7 @@ def train_in(run: Run, config: Config, images: data.Images) -> None:
         (run.path / "note.txt").write_text(note(config, images).strip())
     examples = len(images.train_images)
     per_epoch = examples // config.batch_size
-    epochs = config.epochs or EPOCHS[config.binary]
+    epochs = EPOCHS[config.binary] if config.epochs is None else config.epochs
     with run.strategy.scope():
         network, averaged = (make_network(config, run.dtype) for _ in range(2))
         optimizer = Adamax(
@@ -758,7 +727,7 @@ def restore(path: str) -> tuple[Config, Any, Path]:
 
 def evaluate(asked: Evaluate) -> None:
     """The `evaluate` command."""
-    at_least_1("--eval-samples", asked.eval_samples)
+    at_least(1, "--eval-samples", asked.eval_samples)
     config, network, _ = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     test_step = make_test_step(config, tf.distribute.get_strategy(), network)
@@ -768,7 +737,7 @@ def evaluate(asked: Evaluate) -> None:
 
 def sample(asked: Sample) -> None:
     """The `sample` command."""
-    at_least_1("--count", asked.count)
+    at_least(1, "--count", asked.count)
     config, network, folder = restore(asked.checkpoint)
     png = sample_grid(config, network, asked.count, asked.seed)
     plots.write(asked.out or folder / "samples.png", png)
@@ -776,17 +745,11 @@ def sample(asked: Sample) -> None:
 
 def reconstruct(asked: Reconstruct) -> None:
     """The `reconstruct` command."""
-    at_least_1("--count", asked.count)
+    at_least(1, "--count", asked.count)
     config, network, folder = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     png = reconstruction_grid(config, network, images, asked.count, asked.seed)
     plots.write(asked.out or folder / "reconstructions.png", png)
-
-
-def at_least_1(flag: str, value: int) -> None:
-    """Refuses numbers below 1."""
-    if value < 1:
-        raise UserError(f"{flag} must be at least 1, got {value}")
 
 
 if __name__ == "__main__":
