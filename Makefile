@@ -34,10 +34,10 @@ demo: $(VENV)/.have-models
 	$(BIN)/python -m models.dqn watch $(DEMO)
 	@echo "Look at $(DEMO)/learning_curve.png and $(DEMO)/game.gif"
 
-test: $(VENV)/.have-models $(VENV)/.have-test
+test: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch
 	$(PYTEST)
 
-test-slow: $(VENV)/.have-models $(VENV)/.have-test
+test-slow: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch
 	$(PYTEST) -m slow
 
 bench: $(VENV)/.have-benchmark
@@ -83,6 +83,16 @@ $(VENV)/.built: $(VENV)/.tools setup.py build_backend.py $(SOURCES)
 	@echo "Compiling"
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
+
+# To compare with. PyPI's PyTorch brings gigabytes of CUDA, its own index has a build without.
+$(VENV)/.have-torch: $(VENV)/.tools
+	@echo "Installing PyTorch for the CPU"
+	@$(PIP) install -qq --retries 0 'torch==2.13.0+cpu' \
+		--extra-index-url https://download.pytorch.org/whl/cpu || \
+		echo "There is none for this machine: the tests that need it will be skipped"
+	@touch $@
+
+$(VENV)/.have-benchmark: | $(VENV)/.have-torch
 
 # The libraries are there already: what is left to install is Python.
 $(VENV)/.have-%: $(VENV)/.tools setup.py pyproject.toml | $(VENV)/.built
