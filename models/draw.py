@@ -25,6 +25,7 @@ What the paper leaves open, or where the code that it starts from differs from D
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -76,10 +77,9 @@ class Config(options.RunConfig):
 
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--glimpses")
     RANGES = options.ranges(
-        "train_images read_size write_size glimpses encoder_units decoder_units latent_units "
-        "epochs batch_size",
+        "train_images glimpses encoder_units decoder_units latent_units epochs batch_size",
         "beta_1 beta_2",
-    )
+    ) | dict.fromkeys(["read_size", "write_size"], (2.0, math.inf))
 
 
 PRESETS = {
@@ -421,28 +421,12 @@ def note(config: Config, images: data.Images | None = None) -> str:
     return "".join(f" ({text})" for text in (scaled, caveat) if text)
 
 
-def check(config: Config) -> None:
-    """Refuses configurations that cannot work."""
-    for name in ("glimpses", "encoder_units", "decoder_units", "latent_units", "batch_size"):
-        at_least(1, f"--{name.replace('_', '-')}", getattr(config, name))
-    if config.attention:
-        at_least(2, "--read-size", config.read_size)
-        at_least(2, "--write-size", config.write_size)
+def train(config: Config) -> None:
+    """Trains one network."""
     if config.jit_compile and config.strategy != "none":
         raise UserError(
             f"--jit-compile cannot be used with --strategy {config.strategy}: leave one of them out"
         )
-
-
-def at_least(least: int, flag: str, value: int) -> None:
-    """Refuses a flag's value that is too small."""
-    if value < least:
-        raise UserError(f"{flag} must be at least {least}, got {value}")
-
-
-def train(config: Config) -> None:
-    """Trains one network."""
-    check(config)
     images = load(config)  # First: where they are missing, there is no run yet.
     with Run(config) as run:
         train_one(config, images, run)
@@ -589,7 +573,6 @@ def restore(checkpoint: str) -> tuple[Config, Network, Path]:
 
 def evaluate(asked: Evaluate) -> None:
     """The `evaluate` command."""
-    at_least(1, "--draws", asked.draws)
     config, network, _ = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     _, test_step = make_steps(config, tf.distribute.get_strategy(), network)
@@ -602,7 +585,6 @@ def evaluate(asked: Evaluate) -> None:
 
 def sample(asked: Sample) -> None:
     """The `sample` command."""
-    at_least(1, "--scale", asked.scale)
     config, network, folder = restore(asked.checkpoint)
     out = Path(asked.out) if asked.out else folder / "samples"
     canvases, windows = (part.numpy() for part in network.sample(sample_noise(config, asked.seed)))

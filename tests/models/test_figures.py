@@ -185,3 +185,55 @@ def test_a_scaled_dqn_says_how_long_its_epochs_are(run, tmp_path):
     table = run(tmp_path / "runs")[3]
     assert "| Breakout, weight norm [cpu preset] |" in table
     assert "cpu: epochs of 50,000 steps, for the paper's 250,000" in table
+
+
+def make_draw_run(folder, kind, bounds, preset="paper", **differs):
+    folder.mkdir(parents=True)
+    config = {"preset": preset, "parameterization": kind, "epochs": 100, **differs}
+    different = {name: [None, value] for name, value in differs.items()}
+    content = {"program": "models.draw", "config": config, "differs_from_paper": different}
+    (folder / "config.json").write_text(json.dumps(content))
+    rows = [f"{500 * e},1,{e},{bound}" for e, bound in enumerate(bounds, 1)]
+    (folder / "metrics.csv").write_text("\n".join(["step,time,epoch,test_bound", *rows]) + "\n")
+    return folder
+
+
+def test_figure_4_averages_seeds_and_says_who_reaches_the_same_bound_when(run, tmp_path):
+    for seed, shift in enumerate((-1, 0, 1)):
+        normal = np.array([-200, -150, -120, -110]) + shift
+        make_draw_run(tmp_path / "runs" / f"n{seed}", "normal", normal)
+        make_draw_run(tmp_path / "runs" / f"w{seed}", "weight_norm", [-150, -100, -95])
+    status, _, _, table = run(tmp_path / "runs")
+    assert status == 0
+    error = 1 / np.sqrt(3)
+    assert f"| normal | -110.00 ± {error:.2f} | 4.0 to -110.00 | 3 | 4 of 100 |" in table
+    # From -150 to -100 in one epoch: -110 after 0.8 of it.
+    assert "| weight norm | -95.00 ± 0.00 | 1.8 to -110.00 | 3 | 3 of 100 |" in table
+    assert (tmp_path / "out" / "figure-4.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_4_has_the_papers_axes_and_its_curves_the_runs_points(tmp_path, monkeypatch):
+    seen = []
+    leave = figures.Axes.__exit__
+    monkeypatch.setattr(
+        figures.Axes, "__exit__", lambda self, *e: (seen.append(self.axes), leave(self, *e))[1]
+    )
+    make_draw_run(tmp_path / "a", "weight_norm", [-110, -100])
+    figures.main([str(tmp_path / "a"), "--out", str(tmp_path / "out")])
+    (axes,) = seen
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 100), (-120, -80))
+    np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, -110], [2, -100]])
+
+
+def test_figure_4_does_not_average_different_experiments(run, tmp_path):
+    a = make_draw_run(tmp_path / "a", "normal", [-100], preset="cpu", learning_rate=1e-3)
+    b = make_draw_run(tmp_path / "b", "normal", [-110], preset="cpu", learning_rate=1e-4)
+    status, _, err, _ = run(a, b)
+    assert status == 2
+    assert f"{a} has --learning-rate 0.001 and {b} 0.0001" in err
+
+
+def test_figure_4_without_an_epoch(run, tmp_path):
+    status, _, err, _ = run(make_draw_run(tmp_path / "a", "normal", []))
+    assert status == 2
+    assert "none of the DRAW runs has finished an epoch" in err
