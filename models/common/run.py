@@ -69,7 +69,7 @@ class Run:
         if self.config.resume:
             # An optimizer's checkpoint holds its learning rate; the one asked for now is the new.
             found: list[Any] = [getattr(t, "learning_rate", None) for t in trackables.values()]
-            rates = [(rate, float(rate)) for rate in found if hasattr(rate, "assign")]
+            rates = [(r, tf.convert_to_tensor(r)) for r in found if hasattr(r, "assign")]
             state = self._checkpoints.restore()
             if self.config.accept_changes:
                 for rate, value in rates:
