@@ -96,8 +96,8 @@ class Config(options.RunConfig):
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--features", "--init-examples")
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ("dataset",)
     RANGES = options.ranges(
-        "maps hidden latents made features latent_maps init_examples epochs "
-        "train_examples batch_size eval_samples",
+        "maps blocks hidden latents made stochastic_layers features latent_maps flow_layers "
+        "init_examples epochs train_examples batch_size eval_samples",
         "beta_1 beta_2",
     )
 
@@ -541,17 +541,6 @@ def note(config: Config, images: data.Images) -> str:
 
 def check(config: Config) -> None:
     """Refuses configurations that cannot work."""
-    for name in (
-        "maps", "blocks", "hidden", "latents", "made", "stochastic_layers", "features",
-        "latent_maps", "flow_layers", "init_examples", "epochs", "train_examples", "batch_size",
-        "eval_samples",
-    ):  # fmt: skip
-        value = getattr(config, name)
-        at_least(
-            1, "--" + name.replace("_", "-"), *(value if isinstance(value, tuple) else [value])
-        )
-    at_least(0, "--flow-steps", config.flow_steps)
-    at_least(0.01, "--average-epochs", config.average_epochs)
     if len(config.maps) != 3:
         raise UserError(f"--maps takes 3 numbers, got {len(config.maps)}")
     if len(config.stochastic_layers) > 5:
@@ -563,13 +552,6 @@ def check(config: Config) -> None:
         raise UserError(
             f"--jit-compile cannot be used with --strategy {config.strategy}: leave one of them out"
         )
-
-
-def at_least(least: float, flag: str, *values: float | None) -> None:
-    """Refuses numbers below the least that works."""
-    for value in values:
-        if value is not None and value < least:
-            raise UserError(f"{flag} must be at least {least}, got {value}")
 
 
 def train(config: Config) -> None:
@@ -702,6 +684,8 @@ class Sample:
     count: int = 100  # How many images.
     seed: int = 0  # Of the draws.
 
+    RANGES = options.ranges("count")
+
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruct:
@@ -712,6 +696,8 @@ class Reconstruct:
     count: int = 50  # How many images.
     seed: int = 0  # Of the draws.
     data_dir: str = ""  # Where data sets are; default: the run's own.
+
+    RANGES = options.ranges("count")
 
 
 def restore(path: str) -> tuple[Config, Any, Path]:
@@ -727,7 +713,6 @@ def restore(path: str) -> tuple[Config, Any, Path]:
 
 def evaluate(asked: Evaluate) -> None:
     """The `evaluate` command."""
-    at_least(1, "--eval-samples", asked.eval_samples)
     config, network, _ = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     test_step = make_test_step(config, tf.distribute.get_strategy(), network)
@@ -737,7 +722,6 @@ def evaluate(asked: Evaluate) -> None:
 
 def sample(asked: Sample) -> None:
     """The `sample` command."""
-    at_least(1, "--count", asked.count)
     config, network, folder = restore(asked.checkpoint)
     png = sample_grid(config, network, asked.count, asked.seed)
     plots.write(asked.out or folder / "samples.png", png)
@@ -745,7 +729,6 @@ def sample(asked: Sample) -> None:
 
 def reconstruct(asked: Reconstruct) -> None:
     """The `reconstruct` command."""
-    at_least(1, "--count", asked.count)
     config, network, folder = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     png = reconstruction_grid(config, network, images, asked.count, asked.seed)

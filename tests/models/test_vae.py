@@ -536,6 +536,9 @@ def test_a_run_learns_logs_and_its_commands_use_the_averaged_weights(run, tmp_pa
     assert sorted(map(float, (np.sum(saved[n]) for n in names))) == sorted(
         float(np.sum(v.numpy())) for v in averaged
     )
+    status, _, err = run("sample", folder, "--out", tmp_path / "no" / "such.png")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "such.png: cannot write there (No such file or directory); name another file" in err
     for command, count in (("sample", 12), ("reconstruct", 12)):
         png = tmp_path / f"{command}.png"
         assert run(command, folder, "--count", count, "--out", png)[0] == 0
@@ -638,7 +641,6 @@ def test_a_learning_rate_that_is_too_high_ends_with_its_step(run, tmp_path):
         (["--stochastic-layers", *"111111"], "--stochastic-layers takes at most 5 numbers"),
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--flow-steps", "-1"], "--flow-steps must be at least 0, got -1"),
-        (["--average-epochs", "0"], "--average-epochs must be at least 0.01, got 0.0"),
         (["--preset", "smoke", "--batch-size", "2000"], "more than the 1000 training images"),
         (["--jit-compile", "--strategy", "mirrored"], "--jit-compile cannot be used with"),
     ],
