@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.table
+from rich.markup import escape
 
 from models.common import metrics, run_folder
 from models.common.errors import UserError
@@ -116,7 +117,7 @@ class Output:
         """Prints a table, and adds it to TABLES.md."""
         shown = rich.table.Table(*columns, title=title, caption=notes or None)
         for row in rows:
-            shown.add_row(*row)
+            shown.add_row(*map(escape, row))  # "[cpu preset]" is no markup.
         self._console.print(shown)
         lines = [f"### {title}", "", "| " + " | ".join(columns) + " |"]
         lines.append("|" + "---|" * len(columns))

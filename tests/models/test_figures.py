@@ -79,7 +79,8 @@ def test_presets_are_not_mixed_without_labels(run, tmp_path):
 def test_a_scaled_preset_is_labelled_and_its_notes_are_shown(run, tmp_path):
     folder = make_run(tmp_path / "a", preset="cpu", kind="normal")
     (folder / "note.txt").write_text("(lossy images)")
-    table = run(folder)[3]
+    _, out, _, table = run(folder)
+    assert "[cpu" in out  # Printed too, if over two lines.
     assert "| normal [cpu preset] |" in table
     assert "(lossy images)" in table
 
