@@ -44,7 +44,6 @@ from models.common import (
     sweep,
 )
 from models.common.batch_norm import BatchNormalization
-from models.common.errors import UserError
 from models.common.run import Run
 
 PAPER = {  # Test error in percent, figure 2.
@@ -408,8 +407,7 @@ def order(config: Config, epoch: int, examples: int) -> np.ndarray:
 
 def note(config: Config, images: data.Images) -> str:
     """Returns what to say beside a result."""
-    scaled = PRESETS[config.preset].about if config.preset != "paper" else ""
-    return "".join(f" ({text})" for text in (scaled, images.caveat) if text)
+    return options.note(PRESETS, config, images.caveat)
 
 
 def train(config: Config) -> None:
@@ -424,18 +422,7 @@ def train(config: Config) -> None:
 
 def train_one(config: Config, images: data.Images, run: Run) -> None:
     """Trains one network."""
-    if config.jit_compile and config.strategy != "none":
-        raise UserError(
-            f"--jit-compile cannot be used with --strategy {config.strategy}: leave one of them out"
-        )
-    if config.batch_size % run.strategy.num_replicas_in_sync:
-        raise UserError(
-            f"--batch-size {config.batch_size} must be a multiple of the "
-            f"{run.strategy.num_replicas_in_sync} replicas"
-        )
-    run.say(f"{config.parameterization}, preset {config.preset}{note(config, images)}")
-    if run.chief:
-        (run.path / "note.txt").write_text(note(config, images).strip())
+    run.introduce(config.parameterization, note(config, images))
     examples = len(images.train_labels)
     with run.strategy.scope():
         network = Network(config, run.dtype)

@@ -416,17 +416,11 @@ def mean_losses(
 
 def note(config: Config, images: data.Images | None = None) -> str:
     """Returns what to say beside a result."""
-    scaled = PRESETS[config.preset].about if config.preset != "paper" else ""
-    caveat = images.caveat if images else ""
-    return "".join(f" ({text})" for text in (scaled, caveat) if text)
+    return options.note(PRESETS, config, images.caveat if images else "")
 
 
 def train(config: Config) -> None:
     """Trains one network."""
-    if config.jit_compile and config.strategy != "none":
-        raise UserError(
-            f"--jit-compile cannot be used with --strategy {config.strategy}: leave one of them out"
-        )
     images = load(config)  # First: where they are missing, there is no run yet.
     with Run(config) as run:
         train_one(config, images, run)
@@ -434,14 +428,7 @@ def train(config: Config) -> None:
 
 def train_one(config: Config, images: data.Images, run: Run) -> None:
     """Trains one network in a run's folder."""
-    if config.batch_size % run.strategy.num_replicas_in_sync:
-        raise UserError(
-            f"--batch-size {config.batch_size} must be a multiple of the "
-            f"{run.strategy.num_replicas_in_sync} replicas"
-        )
-    run.say(f"{config.parameterization}, preset {config.preset}{note(config, images)}")
-    if run.chief:
-        (run.path / "note.txt").write_text(note(config, images).strip())
+    run.introduce(config.parameterization, note(config, images))
     with run.strategy.scope():
         network = Network(config, dtype=run.dtype)
         optimizer = make_optimizer(config, network.trainable_variables)

@@ -534,9 +534,8 @@ def describe(result: dict[str, float]) -> str:
 
 def note(config: Config, images: data.Images) -> str:
     """Returns what to say beside a result."""
-    scaled = PRESETS[config.preset].about if config.preset != "paper" else ""
     drawn = f"{config.binarization} binarization" if config.binary else ""
-    return "".join(f" ({text})" for text in (scaled, drawn, images.caveat) if text)
+    return options.note(PRESETS, config, drawn, images.caveat)
 
 
 def check(config: Config) -> None:
@@ -547,10 +546,6 @@ def check(config: Config) -> None:
         raise UserError(
             "--stochastic-layers takes at most 5 numbers, for 16x16 to 1x1 pixels, got "
             f"{len(config.stochastic_layers)}"
-        )
-    if config.jit_compile and config.strategy != "none":
-        raise UserError(
-            f"--jit-compile cannot be used with --strategy {config.strategy}: leave one of them out"
         )
 
 
@@ -569,16 +564,7 @@ def train(config: Config) -> None:
 
 def train_in(run: Run, config: Config, images: data.Images) -> None:
     """Trains one model in its run folder."""
-    replica_count = run.strategy.num_replicas_in_sync
-    if config.batch_size % replica_count:
-        raise UserError(
-            f"--batch-size {config.batch_size} must be a multiple of the {replica_count} replicas"
-        )
-    run.say(
-        f"{config.dataset}, {config.parameterization}, preset {config.preset}{note(config, images)}"
-    )
-    if run.chief:
-        (run.path / "note.txt").write_text(note(config, images).strip())
+    run.introduce(f"{config.dataset}, {config.parameterization}", note(config, images))
     examples = len(images.train_images)
     per_epoch = examples // config.batch_size
     epochs = EPOCHS[config.binary] if config.epochs is None else config.epochs

@@ -109,7 +109,7 @@ def test_several_processes(tmp_path):
         free.close()
     block = block.replace("python ", f"{sys.executable} ").replace("--preset cpu", "--preset smoke")
     done = subprocess.run(
-        ["bash", "-ec", block + "wait %1"],
+        ["bash", "-ec", block + "wait $!"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -103,6 +103,10 @@ def parse(
         wanted = run_folder.resumed_values(given["out"], config_class, explicit)
     config = config_class(**wanted)
     options.check_ranges(config)
+    if config.jit_compile and config.strategy != "none":
+        raise UserError(
+            f"--jit-compile cannot be used with --strategy {config.strategy}: leave one of them out"
+        )
     if not config.out:
         config = dataclasses.replace(config, out=_default_out(program, config))
     return config

@@ -120,6 +120,12 @@ def check_ranges(values: Any) -> None:
             raise UserError(f"{option.flag} must be {rule}, got {number:g}")
 
 
+def note(presets: Mapping[str, Preset], config: RunConfig, *caveats: str) -> str:
+    """Returns what to say beside a run's results: that it is scaled, and the caveats."""
+    scaled = presets[config.preset].about if config.preset != "paper" else ""
+    return "".join(f" ({text})" for text in (scaled, *caveats) if text)
+
+
 def differences(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Returns {hyper-parameter: (the paper's value, this configuration's)} where they differ."""
     shared = {field.name for field in dataclasses.fields(RunConfig)} - {"mixed_precision"}

@@ -190,6 +190,12 @@ class Run:
         if self._metrics:
             self._metrics.write(step, numbers)
 
+    def introduce(self, what: str, note: str) -> None:
+        """Says what is run, and keeps in note.txt what is to be said beside its results."""
+        self.say(f"{what}, preset {self.config.preset}{note}")
+        if self.chief:
+            (self.path / "note.txt").write_text(note.strip())
+
     def image(self, name: str, png: bytes) -> None:
         """Adds an encoded image to samples/ and TensorBoard."""
         if self._metrics:

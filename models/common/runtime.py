@@ -23,12 +23,16 @@ def configure(config: options.RunConfig) -> tf.distribute.Strategy:
     tf.keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
+    strategy = tf.distribute.get_strategy()
     if config.strategy == "mirrored":
-        return _mirrored()
-    if config.strategy == "multi_worker":
+        strategy = _mirrored()
+    elif config.strategy == "multi_worker":
         _check_cluster()
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    return tf.distribute.get_strategy()
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    replicas, batch_size = strategy.num_replicas_in_sync, getattr(config, "batch_size", 0)
+    if batch_size % replicas:
+        raise UserError(f"--batch-size {batch_size} must be a multiple of the {replicas} replicas")
+    return strategy
 
 
 # The collectives of two strategies in one process, as in a sweep, would be taken for one another.
