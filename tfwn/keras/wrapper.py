@@ -265,7 +265,7 @@ class NormalizedVariable:
         return weight_norm(exact(self.v), g, self.axis, out_dtype=dtype or self.v._dtype)
 
 
-class _OfWeight:
+class _OfWeight(keras.regularizers.Regularizer):
     """The regularizer of a variable v, on w."""
 
     def __init__(self, regularizer, normalized):
