@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from models.common import checkpoints, metrics, options, progress, run_folder, runtime
-from models.common.errors import NotFinite, UserError
+from models.common.errors import NotFinite
 
 
 class Run:
@@ -133,34 +133,6 @@ class Run:
             self.save()
         self.say(
             f"{self.step:,} {unit if per_step == 1 else 'steps'} done; the run is in {self.path}"
-        )
-
-    def share(self, batch: Any) -> Any:
-        """Returns each replica's part of a batch, to be passed to strategy.run().
-
-        Every process makes the whole batch, so the run is the same with any number of replicas.
-
-        Args:
-          batch: nested arrays; the first axis is the batch and must divide by the replicas.
-        """
-        replicas = self.strategy.num_replicas_in_sync
-
-        def part(index: int) -> Any:
-            def cut(array: Any) -> tf.Tensor:
-                if len(array) % replicas:
-                    raise UserError(
-                        f"a batch of {len(array)} does not divide by {replicas} replicas: "
-                        "change --batch-size"
-                    )
-                size = len(array) // replicas
-                return tf.convert_to_tensor(array[index * size : (index + 1) * size])
-
-            return tf.nest.map_structure(cut, batch)
-
-        if replicas == 1:
-            return part(0)
-        return self.strategy.experimental_distribute_values_from_function(
-            lambda context: part(context.replica_id_in_sync_group)
         )
 
     def save(self) -> None:
