@@ -1,13 +1,20 @@
-"""setup.py and build_backend.py: what a wheel requires, which GPUs, and what a build refuses."""
+"""setup.py and build_backend.py: what a wheel holds and requires, and what a build refuses."""
 
+import email
+import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import pytest
 import tensorflow as tf
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -83,6 +90,7 @@ def test_cuda_architecture_unknown_to_nvcc(setup_module, nvcc, monkeypatch):
 def test_cuda_off(setup_module, nvcc, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CUDA_HOME", str(pathlib.Path(nvcc).parents[1]))
+    monkeypatch.delenv("TFWN_CUDA", raising=False)
     assert setup_module.Cuda.find().version == "12.9"
     monkeypatch.setenv("TFWN_CUDA", "0")
     assert setup_module.Cuda.find() is None
@@ -100,3 +108,95 @@ def test_no_compiler():
     assert done.stderr.splitlines()[-1] == (
         "tfwn: no C++ compiler: no-such-compiler not found. Install g++, or set CXX"
     )
+
+
+def python(*arguments, **options):
+    """What Python prints; fails with what it says where it fails."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, **options
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """A source distribution, of this checkout without what has been built in it."""
+    checkout = tmp_path_factory.mktemp("sdist") / "checkout"
+    built = (".git", ".venv", "build", "dist", "runs", "bazel-*", "*.egg-info", "*.so")
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*built))
+    build = "import build_backend; build_backend.build_sdist('dist')"
+    python("-c", build, cwd=checkout)
+    (path,) = (checkout / "dist").glob("*.tar.gz")
+    return path
+
+
+@pytest.mark.slow
+def test_sdist_holds_the_checkout(sdist):
+    git = ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("asks git which files belong to the checkout")
+    tracked = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert set(tracked.split()) - held == {".gitignore", ".pre-commit-config.yaml"}
+
+
+# The values by hand: ||v|| = 5, grad_g = 3 / 5, grad_v = 10 / 5 * ([1, 0] - grad_g / 5 * v).
+USE = """
+import numpy as np
+import tensorflow as tf
+import tfwn
+import tfwn.native
+
+def w_and_gradients(v, g):
+    with tf.GradientTape() as tape:
+        tape.watch([v, g])
+        w = tfwn.weight_norm(v, g)
+    return w, *tape.gradient(w, [v, g], tf.constant([[1.0], [0.0]]))
+
+v, g = np.float32([[3], [4]]), np.float32([10])
+compiled = (tf.function(w_and_gradients, jit_compile=jit) for jit in (False, True))
+for function in (w_and_gradients, *compiled):
+    w, grad_v, grad_g = function(tf.constant(v), tf.constant(g))
+    np.testing.assert_allclose(w, [[6], [8]], rtol=1e-6)
+    np.testing.assert_allclose(grad_v, [[1.28], [-0.96]], rtol=1e-6)
+    np.testing.assert_allclose(grad_g, [0.6], rtol=1e-6)
+np.testing.assert_allclose(tfwn.native.weight_norm(v, g)[0], [[6], [8]], rtol=1e-6)
+print(tfwn.__file__, tfwn.native.build_info()["tensorflow"])
+"""
+
+
+@pytest.mark.slow
+def test_wheel(sdist, tmp_path):
+    """A wheel of the source distribution: what it holds, what it requires, that it works."""
+    parts = {"TFWN_CUDA": "0", "TFWN_TENSORFLOW": "1", "TFWN_XLA": "1"}
+    options = ["--quiet", "--no-index", "--no-deps"]
+    build = ["wheel", *options, "--no-build-isolation", "--wheel-dir", tmp_path, sdist]
+    python("-m", "pip", *build, cwd=tmp_path, env=os.environ | parts)
+    (wheel,) = tmp_path.glob("*.whl")
+
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        headers = email.message_from_bytes(archive.read(metadata))
+    libraries = {"_ops.so", "_xla.so", f"native{importlib.machinery.EXTENSION_SUFFIXES[0]}"}
+    others = {"_build_info.json", "native.pyi", "py.typed"}
+    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("tfwn/**/*.py")}
+    held = {name for name in names if not name.startswith(metadata.partition("/")[0])}
+    assert held == sources | {f"tfwn/{name}" for name in libraries | others}
+
+    # An installed `tensorflow-cpu` is not to be replaced, so TensorFlow is pinned in extras only.
+    requires = [Requirement(text) for text in headers.get_all("Requires-Dist")]
+    assert [str(r) for r in requires if r.marker is None] == ["numpy"]
+    minor = int(tf.__version__.split(".")[1])
+    for extra in ("tensorflow", "tensorflow-cpu", "and-cuda"):
+        (pinned,) = (r for r in requires if r.marker and r.marker.evaluate({"extra": extra}))
+        assert pinned.name == ("tensorflow" if extra == "and-cuda" else extra)
+        assert pinned.specifier == SpecifierSet(f">=2.{minor},<2.{minor + 1}")
+
+    site = tmp_path / "site"
+    python("-m", "pip", "install", *options, "--target", site, wheel)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    printed = python("-W", "error", "-c", USE, cwd=tmp_path, env=environment)
+    assert printed.split() == [str(site / "tfwn" / "__init__.py"), tf.__version__]
