@@ -28,8 +28,7 @@ DEMO := runs/demo
 
 # Interrupted, it goes on where it was.
 demo: $(VENV)/.have-models
-	$(BIN)/python -m models.dqn --preset demo --out $(DEMO) \
-		$(if $(wildcard $(DEMO)/config.json),--resume)
+	$(BIN)/python -m models.dqn --preset demo --out $(DEMO) $(if $(wildcard $(DEMO)/config.json),--resume)
 	$(BIN)/python -m models.dqn evaluate $(DEMO)
 	$(BIN)/python -m models.dqn watch $(DEMO)
 	@echo "Look at $(DEMO)/learning_curve.png and $(DEMO)/game.gif"

@@ -136,6 +136,7 @@ class Axes:
         self._figure = matplotlib.figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
         self.axes = self._figure.subplots()
         self.axes.set(xlabel=x, ylabel=y, title=title)
+        self.axes.xaxis.get_major_locator().set_params(integer=True)  # x counts epochs.
 
     def __enter__(self) -> "Axes":
         return self
