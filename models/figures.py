@@ -131,12 +131,13 @@ class Axes:
 
     def __init__(self, path: Path, title: str, x: str, y: str):
         import matplotlib.figure
+        import matplotlib.ticker
 
         self._path = path
         self._figure = matplotlib.figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
         self.axes = self._figure.subplots()
         self.axes.set(xlabel=x, ylabel=y, title=title)
-        self.axes.xaxis.get_major_locator().set_params(integer=True)  # x counts epochs.
+        self.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))  # Epochs.
 
     def __enter__(self) -> "Axes":
         return self
