@@ -94,6 +94,21 @@ PAPER = {  # Maximum test scores, figure 6; nature: Mnih et al. 2015.
     "SpaceInvaders": {"normal": 1_779, "weight_norm": 2_179, "nature": 1_975},
 }
 
+CPU = {
+    "num_envs": 8,
+    "steps": 500_000,
+    "replay": 100_000,
+    "learning_starts": 10_000,
+    "batch_size": 32,
+    "target_every": 2_000,
+    "epsilon": 0.05,
+    "epsilon_steps": 100_000,
+    "filters": (16, 32, 32),
+    "hidden": 256,
+    "test": "nature",  # In so few steps as fit here, long games would be left out.
+    "test_every": 50_000,
+    "held_out": 800,
+}
 PRESETS = {
     "paper": options.Preset("every number of the paper: 50M steps, 8 GiB, days on a GPU"),
     "nature": options.Preset(
@@ -109,40 +124,11 @@ PRESETS = {
     ),
     "cpu": options.Preset(
         "scaled: what a laptop learns in an hour: 500,000 steps, a quarter of the network",
-        {
-            "num_envs": 8,
-            "steps": 500_000,
-            "replay": 100_000,
-            "learning_starts": 10_000,
-            "batch_size": 32,
-            "target_every": 2_000,
-            "epsilon": 0.05,
-            "epsilon_steps": 100_000,
-            "filters": (16, 32, 32),
-            "hidden": 256,
-            "test": "nature",  # In so few steps as fit here, long games would be left out.
-            "test_every": 50_000,
-            "held_out": 800,
-        },
+        CPU,
     ),
     "demo": options.Preset(
-        "scaled: the first half of `cpu` on Breakout: some ten minutes, a beginner's play",
-        {
-            "num_envs": 8,
-            "game": "Breakout",
-            "steps": 250_000,
-            "replay": 100_000,
-            "learning_starts": 10_000,
-            "batch_size": 32,
-            "target_every": 2_000,
-            "epsilon": 0.05,
-            "epsilon_steps": 100_000,
-            "filters": (16, 32, 32),
-            "hidden": 256,
-            "test": "nature",
-            "test_every": 50_000,
-            "held_out": 800,
-        },
+        "scaled: the first half of `cpu` on Breakout: minutes, a beginner's play",
+        CPU | {"game": "Breakout", "steps": 250_000},
     ),
     "smoke": options.Preset(
         "scaled: seconds, only to see that it runs",

@@ -22,7 +22,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 # Commands that set up a machine, or take minutes, and where what they do is tested.
 NOT_RUN = {
-    "pip install .": "compiles for minutes; `make test` installs before the tests",
+    "pip install .": "compiles for minutes; tests/test_build.py does so with a wheel",
     "python setup.py build_ext --inplace": "compiles; `make test` does so before the tests",
     "make demo": "minutes; its program is tests/models/test_dqn.py's, its preset below",
     "make test": "runs these tests",
