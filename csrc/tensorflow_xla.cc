@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "csrc/tensorflow_checks.h"
+#include "csrc/weight_norm.h"
 #include "tensorflow/compiler/tf2xla/xla_op_kernel.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "xla/hlo/builder/lib/constants.h"
@@ -109,7 +110,11 @@ class WeightNormGradXlaOp : public XlaOpKernel {
     const XlaOp g = Wide(context->Input("g"));
     const XlaOp inverse = Inverse(Wide(context->Input("norm")));
     const XlaOp grad_g = units.Sum(grad_w * v) * inverse;
-    const XlaOp grad_v = units.Scale(grad_w - units.Scale(v, grad_g * inverse), g * inverse);
+    const XlaOp difference = grad_w - units.Scale(v, grad_g * inverse);
+    const XlaOp noise = xla::Abs(grad_w) * xla::ScalarLike(grad_w, kRounding<double>);
+    const XlaOp across =
+        xla::Select(xla::Lt(xla::Abs(difference), noise), xla::ZerosLike(difference), difference);
+    const XlaOp grad_v = units.Scale(across, g * inverse);
     context->SetOutput(0, xla::ConvertElementType(grad_v, context->output_xla_type(0)));
     context->SetOutput(1, xla::ConvertElementType(grad_g, context->output_xla_type(1)));
   }

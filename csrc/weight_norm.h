@@ -10,7 +10,9 @@
 // one norm for a whole tensor is [1, 1, size].
 //
 // Guarantees, for every layout and type, CPU and CUDA alike:
-//   - a unit with v = 0 gets w = 0, grad_g = 0, grad_v = 0; no epsilon enters anywhere else;
+//   - a unit with v = 0 gets w = 0, grad_g = 0, grad_v = 0; no epsilon enters w or grad_g;
+//   - the only element of a unit, or the only one that is not 0 in v, has grad_v = 0 exactly:
+//     rounding would leave noise there, of which Adam and its like make steps of full size;
 //   - norms from 1e-30 to 1e+30 neither underflow nor overflow when v is float32;
 //   - a result is a function of the arguments alone: not of the number of threads, not of timing;
 //   - sizes are 64-bit, and any size may be zero.
@@ -24,6 +26,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 
 namespace tfwn {
 
@@ -39,6 +42,10 @@ struct Layout {
 
 // The type of norm: double when v is double, float otherwise. Sums are kept at least as wide.
 constexpr Type NormType(Type v) { return v == Type::kDouble ? Type::kDouble : Type::kFloat; }
+
+// Where grad_w - (grad_g / norm) * v is less than this part of grad_w it is rounding: then it is 0.
+template <class Real>
+constexpr Real kRounding = 4 * std::numeric_limits<Real>::epsilon();
 
 constexpr size_t SizeOf(Type type) {
   return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2;

@@ -72,6 +72,12 @@ TFWN_INLINE Bits Bfloat16BitsFromFloat(F value) {
   return (bits & 0x7fffffffu) > (255u << 23) ? quiet_nan : rounded;
 }
 
+template <class C, int n>
+TFWN_INLINE Vector<C, n> Absolute(const Vector<C, n>& x) {
+  using Bits = Vector<std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>, n>;
+  return BitCast<Vector<C, n>>(Bits(BitCast<Bits>(x) & (~Bits{} >> 1)));
+}
+
 template <class To, class From>
 TFWN_INLINE To LoadBytes(const From* from) {
   To to;
@@ -370,8 +376,11 @@ struct BackwardScale {
     Prefetch(v, i + ahead);
     Prefetch(grad_w, i + ahead);
     PrefetchToWrite(grad_v, i + kAhead);
+    const Vector<C, n> x = Load<C, n>(grad_w + i);
     const Vector<C, n> along_v = projection.template Times<n>(Load<C, n>(v + i), j);
-    Store<C, n>(scale.template Times<n>(Load<C, n>(grad_w + i) - along_v, j), grad_v + i);
+    Vector<C, n> across = x - along_v;
+    across = Absolute<C, n>(across) < Absolute<C, n>(x) * kRounding<C> ? Vector<C, n>{} : across;
+    Store<C, n>(scale.template Times<n>(across, j), grad_v + i);
   }
 };
 

@@ -245,6 +245,7 @@ __device__ void Write(const Batch<V, W, kVec, kBackward>& batch, int k,
     if (kBackward) {
       const R grad_w = static_cast<R>(Value(batch.grad_w[k].x[i]));
       x = grad_w - (x * tilt.fraction) * tilt.power;
+      if (fabs(x) < fabs(grad_w) * kRounding<R>) x = 0;
     }
     x = (x * scale.fraction) * scale.power;
     Assign(x, &result.x[i]);

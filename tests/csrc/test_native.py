@@ -252,6 +252,19 @@ def test_a_zero_unit_has_zero_results(kernels, axis, rng):
         assert np.isfinite(result).all()
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((1, 300), -1), ((300, 1), 0), ((3, 1, 50), 0)], ids=str
+)
+def test_the_only_nonzero_element_has_no_gradient(kernels, shape, axis, rng):
+    v = rng.normal(size=shape).astype(FLOAT)
+    v[..., 1:] *= shape[axis] != 3
+    g, grad_w = rng.normal(size=shape[axis]).astype(FLOAT), rng.normal(size=shape).astype(FLOAT)
+    _, norm = kernels.weight_norm(v, g, axis)
+    grad_v, _ = kernels.weight_norm_grad(grad_w, v, g, norm, axis)
+    assert (grad_v[v != 0] == 0).all()
+    assert (grad_v[v == 0] != 0).all()
+
+
 @pytest.mark.parametrize(("shape", "axis"), [((0, 5), -1), ((5, 0), -1), ((0,), None)], ids=str)
 def test_empty_sums_are_zero(kernels, shape, axis):
     v = np.zeros(shape, FLOAT)

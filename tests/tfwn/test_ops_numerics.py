@@ -200,9 +200,43 @@ def test_empty(shape, axis, mode, rng):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize(("shape", "axis"), [((1, 300), -1), ((300, 1), 0), ((1, 300, 1), 1)])
+def test_a_unit_of_one_element_has_no_direction_to_learn(shape, axis, dtype, mode, rng):
+    """Adam would make full steps of the rounding that eq. 3 leaves, and flip the sign of w."""
+    v, g, grad_w = random_arguments(rng, shape, axis, (dtype,) * 3)
+    _, grad_v, _ = forward_and_backward(v, g, grad_w, axis, mode)
+    np.testing.assert_array_equal(grad_v, tf.zeros(shape))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_only_unmasked_element_has_no_direction_to_learn(mode, rng):
+    v, g, grad_w = random_arguments(rng, (50, 300), -1)
+    mask = np.eye(50, 300, dtype=np.float32)[:, rng.permutation(300) % 50]
+    outputs = forward_and_backward(v * mask, g, grad_w, mode=mode)
+    np.testing.assert_array_equal(outputs[1] * mask, tf.zeros_like(v))
+    for out, expected in zip(outputs, truth(v * mask, g, grad_w), strict=True):
+        assert relative_error(out, expected) <= TOLERANCES[tf.float32]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_not_rounding_stays(mode, rng):
+    """grad_w within 1e-5 of v's direction: hardly any of it is grad_v, but that is."""
+    v, g, across = random_arguments(rng, (400, 30), -1, (tf.float64,) * 3)
+    grad_w = tf.cast(v + 1e-5 * across, tf.float32)
+    v, g = tf.cast(v, tf.float32), tf.cast(g, tf.float32)
+    _, grad_v, _ = forward_and_backward(v, g, grad_w, mode=mode)
+    # As exact as can be with floats of which five digits cancel.
+    assert relative_error(grad_v, truth(v, g, grad_w)[1]) <= 1e-2
+    infinite = grad_w * np.where(np.arange(400) == 7, np.inf, 1).astype(np.float32)[:, None]
+    _, grad_v, _ = forward_and_backward(v, g, infinite, mode=mode)
+    assert not np.isfinite(grad_v).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_scalar(mode):
     outputs = forward_and_backward(*map(tf.constant, (-3.0, 2.0, 5.0)), None, mode)
-    np.testing.assert_allclose(outputs, [-2.0, 0.0, -5.0], atol=1e-6)
+    np.testing.assert_allclose(outputs, [-2.0, 0.0, -5.0], rtol=2e-7)
 
 
 def test_every_axis_kept_leaves_the_sign(rng):
