@@ -185,6 +185,9 @@ CLAIMS = {
     "a unit with v = 0": (
         "tfwn/test_ops_numerics.py::test_a_zero_unit_has_zero_weights_and_gradients"
     ),
+    "a unit with one element": (
+        "tfwn/test_ops_numerics.py::test_a_unit_of_one_element_has_no_direction_to_learn"
+    ),
     "float32 ‖v‖ from 10⁻²⁵ to 10²⁵": (
         "tfwn/test_ops_numerics.py::test_norms_from_1e_minus_30_to_1e30"
     ),
