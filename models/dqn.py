@@ -87,11 +87,12 @@ class Config(options.RunConfig):
     )
 
 
-PAPER = {  # Maximum test scores, figure 6; nature: Mnih et al. 2015.
-    "Breakout": {"normal": 410, "weight_norm": 403, "nature": 401},
-    "Enduro": {"normal": 1_250, "weight_norm": 1_448, "nature": 302},
-    "Seaquest": {"normal": 7_188, "weight_norm": 7_375, "nature": 5_286},
-    "SpaceInvaders": {"normal": 1_779, "weight_norm": 2_179, "nature": 1_975},
+# Maximum test scores, figure 6; nature and random play: Mnih et al. 2015, extended data table 2.
+PAPER = {
+    "Breakout": {"normal": 410, "weight_norm": 403, "nature": 401, "random": 1.7},
+    "Enduro": {"normal": 1_250, "weight_norm": 1_448, "nature": 302, "random": 0.0},
+    "Seaquest": {"normal": 7_188, "weight_norm": 7_375, "nature": 5_286, "random": 68.4},
+    "SpaceInvaders": {"normal": 1_779, "weight_norm": 2_179, "nature": 1_975, "random": 148.0},
 }
 
 CPU = {
@@ -435,7 +436,8 @@ def train(config: Config) -> None:
                 log(run, learner, actor, done, clock)
         test_epoch(config, learner, run, held_out)
         games.close()
-        plots.learning_curve(run.path, f"{config.game}, {config.parameterization}")
+        title = f"{config.game}, {config.parameterization.replace('_', ' ')}"
+        plots.learning_curve(run.path, title, PAPER.get(config.game, {}).get("random"))
         run.say(f"learning curve: {run.path / 'learning_curve.png'}")
 
 

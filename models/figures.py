@@ -107,9 +107,9 @@ class Output:
         except OSError as error:
             raise UserError(f"--out {folder}: cannot write there ({error.strerror})") from None
 
-    def figure(self, name: str, title: str, x: str, y: str) -> "Axes":
+    def figure(self, name: str, title: str, runs: Sequence[FinishedRun], x: str, y: str) -> "Axes":
         """Returns a context with matplotlib's axes; the picture is NAME.png."""
-        return Axes(self.folder / f"{name}.png", title, x, y)
+        return Axes(self.folder / f"{name}.png", title, runs, x, y)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: str = ""
@@ -127,13 +127,20 @@ class Output:
 
 
 class Axes:
-    """A figure of one plot; a context manager that saves it."""
+    """A figure of one plot; a context manager that saves it.
 
-    def __init__(self, path: Path, title: str, x: str, y: str):
+    A parameterization has the same colour in every figure, a preset its line style; where all runs
+    have one preset the title names it, else the legend.
+    """
+
+    def __init__(self, path: Path, title: str, runs: Sequence[FinishedRun], x: str, y: str):
         import matplotlib.figure
         import matplotlib.ticker
 
         self._path = path
+        self._presets = sorted({run.config["preset"] for run in runs})
+        if self._presets != ["paper"] and len(self._presets) == 1:
+            title += f" [{self._presets[0]} preset]"
         self._figure = matplotlib.figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
         self.axes = self._figure.subplots()
         self.axes.set(xlabel=x, ylabel=y, title=title)
@@ -148,24 +155,52 @@ class Axes:
             self._figure.savefig(self._path)
             print(f"wrote {self._path}")
 
-    def line(self, curves: Sequence[tuple[np.ndarray, np.ndarray]], label: str, **style: Any):
-        """Draws the mean of several seeds' curves, as far as all of them reach, and its error."""
-        length = min(len(x) for x, _ in curves)
+    def line(self, runs: Sequence[FinishedRun], x: str, y: str, error: str = ""):
+        """Draws the mean of several seeds' curves, as far as all of them reach, and its error.
+
+        Args:
+          runs: the seeds.
+          x: a column of metrics.csv.
+          y: a column of metrics.csv.
+          error: the column with the standard error of y, shown where there is but one seed.
+        """
+        curves = [run.curve(x, y) for run in runs]
+        length = min(len(steps) for steps, _ in curves)
         if not length:
             return
-        x = curves[0][0][:length]
-        mean, error = mean_and_error([y[:length] for _, y in curves])
-        (line,) = self.axes.plot(x, mean, label=f"{label} (n = {len(curves)})", **style)
-        if len(curves) > 1:
-            self.axes.fill_between(
-                x, mean - error, mean + error, color=line.get_color(), alpha=0.25, lw=0
-            )
+        config = runs[0].config
+        at = curves[0][0][:length]
+        mean, spread = mean_and_error([values[:length] for _, values in curves])
+        if len(runs) == 1 and error in runs[0].metrics:
+            spread = runs[0].curve(y, error)[1][:length]
+        label = parameterization(config)
+        label += f" [{config['preset']} preset]" if len(self._presets) > 1 else ""
+        label += f", {len(runs)} seeds" if len(runs) > 1 else ""
+        color = COLORS[config["parameterization"]]
+        style = ["-", "--", ":", "-."][self._presets.index(config["preset"]) % 4]
+        self.axes.plot(at, mean, style, color=color, label=label)
+        self.axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.25, lw=0)
 
 
-def preset_label(config: dict[str, Any], output: Output) -> str:
-    """Returns what names the preset in a line or row; scaled presets are named always."""
+COLORS = {
+    "normal": "C0",
+    "weight_norm": "C1",
+    "batch_norm": "C2",
+    "mean_only_bn": "C3",
+    "weight_norm_mean_only_bn": "C4",
+}
+
+
+def parameterization(config: dict[str, Any]) -> str:
+    """Returns the name of a run's parameterization, for people."""
+    return config["parameterization"].replace("_", " ").replace("bn", "BN")
+
+
+def row_label(config: dict[str, Any], output: Output) -> str:
+    """Returns a table row's name: parameterization, and preset; scaled presets are named always."""
     preset = config["preset"]
-    return f" [{preset} preset]" if preset != "paper" or output.label_presets else ""
+    shown = preset != "paper" or output.label_presets
+    return parameterization(config) + (f" [{preset} preset]" if shown else "")
 
 
 def cifar(runs: list[FinishedRun], output: Output) -> None:
@@ -184,11 +219,10 @@ def cifar(runs: list[FinishedRun], output: Output) -> None:
             for rate, some in rates.items()
         }
         chosen[kind, preset] = rates[min(finals, key=lambda rate: finals[rate])]
-    names = {kind: kind.replace("_", " ").replace("bn", "BN") for kind in PAPER}
-    with output.figure("figure-1", "CIFAR-10", "training epoch", "training error") as figure:
-        for (kind, _), seeds in chosen.items():
-            label = names[kind] + preset_label(seeds[0].config, output)
-            figure.line([run.curve("epoch", "train_error") for run in seeds], label)
+    title, y = "CIFAR-10", "training error"
+    with output.figure("figure-1", title, runs, "training epochs", y) as figure:
+        for _, seeds in sorted(chosen.items(), key=lambda item: list(COLORS).index(item[0][0])):
+            figure.line(seeds, "epoch", "train_error")
         if all(run.config["preset"] == "paper" for run in runs):
             figure.axes.set(xlim=(0, 200), ylim=(0, 0.1))
     rows = []
@@ -202,7 +236,7 @@ def cifar(runs: list[FinishedRun], output: Output) -> None:
         rate = config["learning_rate"] or (0.0003 if kind == "normal" else 0.003)
         rows.append(
             [
-                names[kind] + preset_label(config, output),
+                row_label(config, output),
                 percent(*train),
                 percent(*test),
                 f"{PAPER[kind]} %",
@@ -233,17 +267,15 @@ def vae(runs: list[FinishedRun], output: Output) -> None:
                 "some MNIST runs have --binarization static and some dynamic: their bounds are "
                 "not comparable; draw them apart"
             )
-        names = {"normal": "normal parameterization", "weight_norm": "weight normalization"}
         rows = []
-        y = "bound on marginal likelihood"
+        y = "bound on marginal likelihood, nats"
         with output.figure(
-            f"figure-3-{name}", f"Convolutional VAE on {title}", "training epochs", y
+            f"figure-3-{name}", f"Convolutional VAE on {title}", here, "training epochs", y
         ) as figure:
-            for (kind, _), seeds in sorted(group(here, "parameterization", "preset").items()):
+            for _, seeds in sorted(group(here, "parameterization", "preset").items()):
                 check_same_settings(seeds)
-                label = names[kind] + preset_label(seeds[0].config, output)
-                figure.line([run.curve("epoch", column) for run in seeds], label)
-                rows.append([label, *vae_row(seeds, column)])
+                figure.line(seeds, "epoch", column)
+                rows.append([row_label(seeds[0].config, output), *vae_row(seeds, column)])
             if all(run.config["preset"] == "paper" for run in here):
                 figure.axes.set(xlim=limits[0], ylim=limits[1])
         columns = ["", "bound, nats", "log-likelihood, nats", "seeds", "epochs"]
@@ -291,11 +323,10 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
     curves = {
         key: [run.curve("epoch", "test_bound") for run in seeds] for key, seeds in groups.items()
     }
-    title, y = "DRAW on MNIST", "bound on marginal log likelihood"
-    with output.figure("figure-4", title, "training epochs", y) as figure:
-        for key, seeds in groups.items():
-            label = key[1].replace("_", " ") + preset_label(seeds[0].config, output)
-            figure.line(curves[key], label)
+    title, y = "DRAW on MNIST", "bound on marginal log likelihood, nats"
+    with output.figure("figure-4", title, runs, "training epochs", y) as figure:
+        for _, seeds in sorted(groups.items()):
+            figure.line(seeds, "epoch", "test_bound")
         if all(run.config["preset"] == "paper" for run in runs):
             figure.axes.set(xlim=(0, 100), ylim=(-120, -80))
     means = {}
@@ -303,14 +334,14 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
         length = min(len(x) for x, _ in some)
         means[key] = some[0][0][:length], *mean_and_error([y[:length] for _, y in some])
     rows = []
-    for (preset, kind), (x, mean, error) in means.items():
+    for (preset, kind), (x, mean, error) in sorted(means.items()):
         # The bound that all parameterisations of this preset have reached.
         level = min(other[-1] for (name, _), (_, other, _) in means.items() if name == preset)
         seeds = groups[preset, kind]
         bound = f"{mean[-1]:.2f}" + ("" if math.isnan(error[-1]) else f" ± {error[-1]:.2f}")
         rows.append(
             [
-                kind.replace("_", " ") + preset_label(seeds[0].config, output),
+                row_label(seeds[0].config, output),
                 bound,
                 f"{first_reached(x, mean, level):.1f} to {level:.2f}",
                 f"{len(seeds)}",
@@ -319,7 +350,7 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
         )
     columns = ["", "bound, nats", "epochs to the same bound", "seeds", "epochs"]
     notes = {run.note for run in runs if run.note}
-    output.table("DRAW (figure 4)", columns, sorted(rows), "; ".join(sorted(notes)))
+    output.table("DRAW (figure 4)", columns, rows, "; ".join(sorted(notes)))
 
 
 def dqn(runs: list[FinishedRun], output: Output) -> None:
@@ -332,14 +363,14 @@ def dqn(runs: list[FinishedRun], output: Output) -> None:
     rows = []
     for (game,), here in group(runs, "game").items():
         y = "score per game in testing"
-        with output.figure(f"figure-5-{game}", f"DQN on {game}", "epoch", y) as figure:
+        paper = PAPER.get(game, {})
+        with output.figure(f"figure-5-{game}", f"DQN on {game}", here, "epochs", y) as figure:
             for (kind, _), seeds in sorted(group(here, "parameterization", "preset").items()):
                 check_same_settings(seeds)
                 curves = [run.curve("epoch", "test_score") for run in seeds]
-                label = kind.replace("_", " ") + preset_label(seeds[0].config, output)
-                figure.line(curves, label)
+                figure.line(seeds, "epoch", "test_score", "test_stderr")
                 mean, error = mean_and_error([scores.max() for _, scores in curves])
-                paper = PAPER.get(game, {})
+                label = row_label(seeds[0].config, output)
                 rows.append(
                     [
                         f"{game}, {label}",
@@ -350,6 +381,8 @@ def dqn(runs: list[FinishedRun], output: Output) -> None:
                         f"{max(x[-1] for x, _ in curves):.0f}",
                     ]
                 )
+            if paper:
+                figure.axes.axhline(paper["random"], color="0.5", ls=":", label="random play")
             figure.axes.set(ylim=(0, None))
     columns = ["", "highest score", "paper, 200 epochs", "Mnih et al.", "seeds", "epochs"]
     scaled = {

@@ -122,8 +122,8 @@ def test_figure_3_has_both_data_sets_and_averages_seeds(run, tmp_path):
     make_vae_run(tmp_path / "runs" / "cifar", dataset="cifar10", ends=10.0)
     status, _, _, table = run(tmp_path / "runs")
     assert status == 0
-    assert "| weight normalization [cpu preset] | -90.00 ± 0.58 | -87.00 ± 0.58 | 3 | 4 |" in table
-    assert "| normal parameterization [cpu preset] | -92.00 | -89.00 | 1 | 4 |" in table
+    assert "| weight norm [cpu preset] | -90.00 ± 0.58 | -87.00 ± 0.58 | 3 | 4 |" in table
+    assert "| normal [cpu preset] | -92.00 | -89.00 | 1 | 4 |" in table
     assert "| 10.00 | 8010 | 4.240 | 13.00 | 1 | 4 |" in table
     assert "the paper's axis: -88 to -84" in table
     for name in ("mnist", "cifar10"):
