@@ -285,9 +285,9 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.errorbar(
             middle, y, xerr=[middle - low, high - middle], fmt="none", ecolor="#333", lw=1
         )
-        for at, value in zip(y, middle, strict=True):
+        for at, value, end in zip(y, middle, high, strict=True):
             axes.annotate(
-                f"{value:.1f}", (value, at), (4, 0), textcoords="offset points", va="center", size=7
+                f"{value:.1f}", (end, at), (4, 0), textcoords="offset points", va="center", size=7
             )
     axes.axvline(1, color="black", lw=1, ls=":")
     axes.set_xscale("log")

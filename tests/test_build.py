@@ -16,6 +16,8 @@ import tensorflow as tf
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import tfwn
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -180,6 +182,7 @@ def test_wheel(sdist, tmp_path):
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         headers = email.message_from_bytes(archive.read(metadata))
+    assert headers["Version"] == tfwn.__version__
     libraries = {"_ops.so", "_xla.so", f"native{importlib.machinery.EXTENSION_SUFFIXES[0]}"}
     others = {"_build_info.json", "native.pyi", "py.typed"}
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("tfwn/**/*.py")}

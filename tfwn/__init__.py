@@ -21,6 +21,8 @@ from tfwn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, SimpleRNN, SimpleR
 from tfwn.reparameterize import fold, reparameterize
 from tfwn.weight import Weight
 
+__version__ = "0.1.0"
+
 __all__ = [
     "GRU",
     "LSTM",
