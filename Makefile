@@ -26,11 +26,13 @@ help:
 
 DEMO := runs/demo
 
-# Interrupted, it goes on where it was.
+# Interrupted, it goes on where it was. The trap lets the shell wait until the program has saved.
 demo: $(VENV)/.have-models
-	$(BIN)/python -m models.dqn --preset demo --out $(DEMO) $(if $(wildcard $(DEMO)/config.json),--resume)
-	$(BIN)/python -m models.dqn evaluate $(DEMO)
-	$(BIN)/python -m models.dqn watch $(DEMO)
+	@trap : INT; run() { echo "$$*"; "$$@"; }; \
+	run $(BIN)/python -m models.dqn --preset demo --out $(DEMO) $(if $(wildcard $(DEMO)/config.json),--resume) && \
+	run $(BIN)/python -m models.dqn evaluate $(DEMO) && \
+	run $(BIN)/python -m models.dqn watch $(DEMO) || \
+	{ status=$$?; test $$status != 130 || echo "Run make demo again to go on"; exit $$status; }
 	@echo "Look at $(DEMO)/learning_curve.png and $(DEMO)/game.gif"
 
 test: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch
@@ -79,7 +81,6 @@ $(VENV)/.tools: $(VENV)/.wanted
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.tools setup.py build_backend.py $(SOURCES)
-	@echo "Compiling"
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 

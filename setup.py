@@ -24,7 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,8 @@ class Cuda:
         return [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
-def run(command: list[str], output: Path) -> None:
-    """Runs a compiler, whose output appears only once it is whole."""
+def run(command: list[str], output: Path) -> float:
+    """Runs a compiler, whose output appears only once it is whole; returns the seconds it took."""
     begin = time.time()
     part = output.with_suffix(f".{os.getpid()}.part")
     done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
@@ -163,21 +163,40 @@ def run(command: list[str], output: Path) -> None:
         sys.stderr.write(done.stderr)
     os.utime(part, (begin, begin))  # an edit during the compilation is newer than the object
     part.replace(output)
-    print(f"tfwn: {output.name} {time.time() - begin:.1f} s", flush=True)
+    return time.time() - begin
 
 
-def compile_object(source: str, command: list[str], versions: str) -> Path:
-    """Compiles `source`, unless an object of the same command is newer than all it was made of."""
-    key = hashlib.sha256("\0".join([*command, source, versions]).encode()).hexdigest()[:12]
-    output = CACHE / f"{Path(source).stem}-{key}.o"
+def compile_all(commands: dict[str, list[str]], versions: str, jobs: int) -> dict[str, Path]:
+    """Returns the object of each source; compiles those that are not newer than all in them."""
+    objects, stale = {}, []
+    for source, command in commands.items():
+        key = hashlib.sha256("\0".join([*command, source, versions]).encode()).hexdigest()[:12]
+        objects[source] = CACHE / f"{Path(source).stem}-{key}.o"
+        if not up_to_date(objects[source]):
+            stale.append(source)
+    if stale:
+        compilers = " and ".join(dict.fromkeys(Path(commands[s][0]).name for s in stale))
+        told = f"Compiling {len(stale)} of {len(commands)} files with {compilers}: some minutes"
+        print(told, flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {}
+        for source in stale:
+            made_of = ["-MMD", "-MF", str(objects[source].with_suffix(".d"))]
+            command = [*commands[source], *made_of, "-c", source]
+            running[pool.submit(run, command, objects[source])] = Path(source).name
+        for number, done in enumerate(as_completed(running), 1):
+            print(f"[{number}/{len(stale)}] {running[done]}, {done.result():.0f} s", flush=True)
+    return objects
+
+
+def up_to_date(output: Path) -> bool:
+    """Whether an object is there and newer than all it was made of."""
     dependencies = output.with_suffix(".d")
-    if output.exists() and dependencies.exists():
-        text = dependencies.read_text().replace("\\\n", " ")
-        inputs = text.split(":", 1)[1].split()
-        if all(os.path.exists(i) and os.stat(i).st_mtime <= output.stat().st_mtime for i in inputs):
-            return output
-    run([*command, "-MMD", "-MF", str(dependencies), "-c", source], output)
-    return output
+    if not (output.exists() and dependencies.exists()):
+        return False
+    inputs = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+    made = output.stat().st_mtime
+    return all(os.path.exists(i) and os.stat(i).st_mtime <= made for i in inputs)
 
 
 def link(objects: list[Path], flags: list[str]) -> Path:
@@ -228,7 +247,7 @@ class Build(build_ext):
             "compiler": compiler,
         }
         print(f"tfwn: TensorFlow {info['tensorflow']}, {compiler},", end=" ")
-        print(f"CUDA {cuda.version} {cuda.architectures}" if cuda else "CPU only (no nvcc)")
+        print(f"CUDA {cuda.version} {cuda.architectures}" if cuda else "no CUDA", flush=True)
 
         base = [CXX, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         compile_commands = dict.fromkeys(CPU_KERNELS, base)
@@ -246,9 +265,8 @@ class Build(build_ext):
         versions = f"{compiler} {info['tensorflow']}"
         longest = (".cu", "xla", "tensorflow")
         sources = sorted(compile_commands, key=lambda s: [w in s for w in longest], reverse=True)
-        with ThreadPoolExecutor(self.parallel or os.cpu_count()) as pool:
-            built = pool.map(lambda s: compile_object(s, compile_commands[s], versions), sources)
-            objects = dict(zip(sources, built, strict=True))
+        commands = {source: compile_commands[source] for source in sources}
+        objects = compile_all(commands, versions, self.parallel or os.cpu_count() or 1)
         for ext in self.extensions:
             parts = [*ext.sources, *(kernels if ext.name != "tfwn._xla" else [])]
             flags = self.link_flags(ext, cuda, tensorflow)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -110,6 +111,69 @@ def test_no_compiler():
     assert done.stderr.splitlines()[-1] == (
         "tfwn: no C++ compiler: no-such-compiler not found. Install g++, or set CXX"
     )
+
+
+PROGRAM = """#!{python}
+import os, signal, sys, time
+
+def leave(*_):
+    time.sleep(0.5)
+    sys.exit("saved" if os.environ["STATUS"] == "1" else 130)
+
+signal.signal(signal.SIGINT, leave)
+print("training", flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_interrupted_demo_says_how_to_go_on(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    program = tmp_path / ".venv" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+    for status, goes_on in (("130", True), ("1", False)):
+        process = subprocess.Popen(
+            ["make", "-o", ".venv/.have-models", "demo"],
+            cwd=tmp_path,
+            env=os.environ | {"STATUS": status},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        told = process.stdout.readline() + process.stdout.readline()
+        assert told.splitlines()[1] == "training"
+        os.killpg(process.pid, signal.SIGINT)  # As Ctrl-C: make, its shell and the program.
+        told += process.communicate(timeout=60)[0]
+        assert ("Run make demo again to go on\n" in told) == goes_on, told
+        assert f"Error {status}" in told
+        assert process.returncode != 0
+
+
+def test_compiling_says_which_files_and_compiles_only_what_changed(
+    setup_module, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(setup_module, "CACHE", tmp_path)
+    sources = [tmp_path / name for name in ("a.cc", "b.cc")]
+    for source in sources:
+        source.write_text("int f() { return 1; }\n")
+    commands = {str(source): [setup_module.CXX] for source in sources}
+    objects = setup_module.compile_all(commands, "", 1)
+    assert all(path.exists() for path in objects.values())
+    lines = capsys.readouterr().out.splitlines()
+    compiler = pathlib.Path(setup_module.CXX).name
+    assert lines[0] == f"Compiling 2 of 2 files with {compiler}: some minutes"
+    assert [line.split(",")[0] for line in lines[1:]] == ["[1/2] a.cc", "[2/2] b.cc"]
+    setup_module.compile_all(commands, "", 1)
+    assert capsys.readouterr().out == ""
+    later = objects[str(sources[1])].stat().st_mtime + 1
+    os.utime(sources[1], (later, later))
+    setup_module.compile_all(commands, "", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["[1/1] b.cc"]
 
 
 def python(*arguments, **options):
