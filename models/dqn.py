@@ -32,7 +32,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfwn
-from models.common import checkpoints, command_line, options, plots, run_folder, runtime, video
+from models.common import checkpoints, command_line, options, plots, runtime, video
 from models.common.environments import Atari, Environments, FrameStack, Steps, rom_path
 from models.common.errors import UserError
 from models.common.optimizers import Adamax
@@ -132,7 +132,7 @@ PRESETS = {
         CPU | {"game": "Breakout", "steps": 250_000},
     ),
     "smoke": options.Preset(
-        "scaled: seconds, only to see that it runs",
+        "does it run? less than a minute with the start; its scores mean nothing",
         {
             "steps": 600,
             "replay": 400,
@@ -412,6 +412,11 @@ def train(config: Config) -> None:
         run.begin({"learner": learner}, {"actor": actor, "replay": replay})
         if replay.lost:
             run.say(f"the replay memory lacks its {replay.lost:,} oldest transitions")
+        if len(replay) < min(run.step, config.learning_starts) and run.step < config.steps:
+            run.say(
+                f"the replay memory holds {len(replay):,} transitions; learning goes on when it "
+                f"holds {config.learning_starts:,}"
+            )
         held_out = run.path / "held_out.npy"
         clock = Clock()
 
@@ -419,10 +424,11 @@ def train(config: Config) -> None:
             config.steps,
             stride=config.num_envs,
             save_every=save_every if config.save_replay or config.replay_file else None,
+            warm_up=config.learning_starts,
             steps_per_epoch=config.test_every,
         )
         for step in loop:
-            if step >= config.learning_starts and not learner.initialized:
+            if len(replay) >= config.learning_starts and not learner.initialized:
                 run.say(f"{step:,} random steps are remembered; learning begins")
                 learner.initialize(states_of(replay.sample(config.init_batch)))
                 np.save(held_out, states_of(replay.sample(config.held_out)))
@@ -439,18 +445,25 @@ def train(config: Config) -> None:
         title = f"{config.game}, {config.parameterization.replace('_', ' ')}"
         plots.learning_curve(run.path, title, PAPER.get(config.game, {}).get("random"))
         run.say(f"learning curve: {run.path / 'learning_curve.png'}")
+        if config.save_replay or config.replay_file:
+            size = file.stat().st_blocks * 512 / 1e6
+            run.say(f"replay memory: {file}, {size:,.0f} MB, which only --resume needs")
 
 
 def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
     """Plays an action in each game, and makes the updates that these steps call for."""
+    # Not after the warm-up alone: a resumed run without its replay memory fills that anew.
+    ready = len(actor.replay) >= config.learning_starts
     actions = actor.choose(step)
     if config.num_envs == 1:
         # Nature's order: act, see, remember, learn.
         actor.remember(actions, actor.games.step(actions))
-        learn(config, learner, actor, step)
+        if ready:
+            learn(config, learner, actor, step)
     else:
         actor.games.send(actions)
-        learn(config, learner, actor, step)
+        if ready:
+            learn(config, learner, actor, step)
         actor.remember(actions, actor.games.recv())
     if crosses(step, step + config.num_envs, config.target_every) and learner.initialized:
         learner.copy_to_target()
@@ -649,20 +662,18 @@ class Watch:
     RANGES = options.ranges("seconds", "epsilon")
 
 
-def load(path: str, **changes: Any) -> tuple[Config, Learner, Path]:
-    """Returns a trained network with its configuration and where it was found."""
-    found = checkpoints.find(path)
-    config = run_folder.load_config(checkpoints.run_of(found), Config)
-    config = dataclasses.replace(config, **changes)
+def restore(path: str, **changes: Any) -> tuple[Config, Learner, checkpoints.Found]:
+    """Returns a run's Config, with changes, its learner, and where it was found."""
+    found = checkpoints.open_run(path, Config)
+    config = dataclasses.replace(found.config, **changes)
     learner = Learner(config, Atari(config.game, 0).num_actions, runtime.compute_dtype(config))
-    target = tf.train.Checkpoint(learner=learner)
-    checkpoints.restore_variables(target, found).expect_partial()
+    found.restore(learner=learner)
     return config, learner, found
 
 
 def evaluate(asked: Evaluate) -> None:
     """Prints mean, standard error and each score."""
-    config, learner, found = load(
+    config, learner, found = restore(
         asked.checkpoint,
         num_envs=asked.num_envs,
         test=asked.protocol,
@@ -671,7 +682,7 @@ def evaluate(asked: Evaluate) -> None:
     scores, lengths = play_test(config, learner, [asked.seed], games=asked.games)
     error = np.std(scores) / math.sqrt(len(scores))
     limit = "at most 5 minutes each" if asked.protocol == "nature" else "without a time limit"
-    print(f"{config.game}, {config.parameterization}, {found}")
+    print(f"{config.game}, {config.parameterization}, {found.path}")
     print(f"score {np.mean(scores):,.1f} +- {error:,.1f} (standard error), {len(scores)} games")
     print(f"protocol {asked.protocol}: {limit}, epsilon {asked.epsilon:g}, raw rewards")
     print(f"lowest {min(scores):,.0f}, highest {max(scores):,.0f}, length {np.mean(lengths):,.0f}")
@@ -679,8 +690,8 @@ def evaluate(asked: Evaluate) -> None:
 
 def watch(asked: Watch) -> None:
     """Plays until the game ends and writes a video of it, its score and its Q-values."""
-    config, learner, found = load(asked.checkpoint)
-    out = Path(asked.out or checkpoints.run_of(found) / "game.gif")
+    config, learner, found = restore(asked.checkpoint)
+    out = Path(asked.out or found.folder / "game.gif")
     game = Atari(config.game, asked.seed)
     generator = np.random.default_rng([asked.seed, 5])
     stack, score = FrameStack(1), 0.0

@@ -48,7 +48,6 @@ from models.common import (
     options,
     plots,
     replicas,
-    run_folder,
     runtime,
 )
 from models.common.autoregressive import Autoregressive
@@ -65,8 +64,8 @@ fold_in = functools.partial(tf.random.experimental.stateless_fold_in, alg="philo
 class Config(options.RunConfig):
     """The hyper-parameters of section 5.2."""
 
-    # Each has its own model; synthetic: random images, for tests, of CIFAR-10's or MNIST's shape.
-    dataset: Literal["mnist", "cifar10", "synthetic", "synthetic_mnist"] = "mnist"
+    # MNIST's and CIFAR-10's models differ; synthetic: needs no files.
+    dataset: Literal["mnist", "cifar10", "synthetic_mnist", "synthetic_cifar10"] = "mnist"
     parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of every layer.
     binarization: Literal["static", "dynamic"] = "static"  # MNIST: pixels drawn once, or each time.
     maps: tuple[int, ...] = (16, 32, 32)  # MNIST: feature maps at 28x28, 14x14 and 7x7.
@@ -125,7 +124,7 @@ PRESETS = {
         },
     ),
     "smoke": options.Preset(
-        "does it run? seconds, on synthetic images",
+        "does it run? less than a minute with the start; its numbers and pictures mean nothing",
         {
             "dataset": "synthetic_mnist",
             "maps": (2, 4, 4),
@@ -666,7 +665,7 @@ class Sample:
     """Draws images from a model."""
 
     checkpoint: str  # A run folder, or a checkpoint in one.
-    out: str = ""  # The PNG (default: samples.png in the run folder).
+    out: str = ""  # The PNG (default: samples/samples.png in the run folder).
     count: int = 100  # How many images.
     seed: int = 0  # Of the draws.
 
@@ -678,7 +677,7 @@ class Reconstruct:
     """Shows test images, and below them what a model makes of their latent variables."""
 
     checkpoint: str  # A run folder, or a checkpoint in one.
-    out: str = ""  # The PNG (default: reconstructions.png in the run folder).
+    out: str = ""  # The PNG (default: samples/reconstructions.png in the run folder).
     count: int = 50  # How many images.
     seed: int = 0  # Of the draws.
     data_dir: str = ""  # Where data sets are; default: the run's own.
@@ -688,13 +687,10 @@ class Reconstruct:
 
 def restore(path: str) -> tuple[Config, Any, Path]:
     """Returns a run's Config, its network with averaged weights, and the run folder."""
-    found = checkpoints.find(path)
-    folder = checkpoints.run_of(found)
-    config = run_folder.load_config(folder, Config)
-    network = make_network(config, runtime.compute_dtype(config))
-    status = checkpoints.restore_variables(tf.train.Checkpoint(averaged=network), found)
-    status.assert_existing_objects_matched().expect_partial()
-    return config, network, folder
+    found = checkpoints.open_run(path, Config)
+    network = make_network(found.config, runtime.compute_dtype(found.config))
+    found.restore(averaged=network)
+    return found.config, network, found.folder
 
 
 def evaluate(asked: Evaluate) -> None:
@@ -710,7 +706,7 @@ def sample(asked: Sample) -> None:
     """The `sample` command."""
     config, network, folder = restore(asked.checkpoint)
     png = sample_grid(config, network, asked.count, asked.seed)
-    plots.write(asked.out or folder / "samples.png", png)
+    plots.write(asked.out or folder / "samples" / "samples.png", png)
 
 
 def reconstruct(asked: Reconstruct) -> None:
@@ -718,7 +714,7 @@ def reconstruct(asked: Reconstruct) -> None:
     config, network, folder = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     png = reconstruction_grid(config, network, images, asked.count, asked.seed)
-    plots.write(asked.out or folder / "reconstructions.png", png)
+    plots.write(asked.out or folder / "samples" / "reconstructions.png", png)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ checkpoints/step-000000120000/   tf.index, tf.data-*  variables (tf.train.Checkp
                                  files.json  size and CRC of each file, written last
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from models.common import run_folder
 from models.common.errors import NotFinite, UserError
 
 
@@ -110,7 +112,7 @@ class Checkpoints:
                 self._say(f"{path.name} is damaged ({problem}); trying the one before it")
                 continue
             state = read_state(path)
-            restore_variables(self._tf, path).assert_existing_objects_matched()
+            _restore_variables(self._tf, path)
             for name, extra in self._extras.items():
                 extra.load_state_dict(state["extras"][name])
             return {key: value for key, value in state.items() if key != "extras"}
@@ -129,38 +131,44 @@ class Checkpoints:
                 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A checkpoint to use, not to go on from: its path, its run folder and the run's Config."""
+
+    path: Path
+    folder: Path
+    config: Any
+
+    def restore(self, **trackables: Any) -> None:
+        """Restores variables: all of the trackables', by their names in Run.begin."""
+        _restore_variables(tf.train.Checkpoint(**trackables), self.path).expect_partial()
+
+
+def open_run(path: str | Path, config_class: type) -> Found:
+    """Returns the checkpoint that `find` finds, with the Config of its run."""
+    found = find(path)
+    folder = found.resolve().parent.parent
+    return Found(found, folder, run_folder.load_config(folder, config_class))
+
+
 def find(path: str | Path) -> Path:
     """Returns the checkpoint a user means: a checkpoint itself, or the best or last of a run."""
     path = Path(path)
     if (path / "files.json").exists():
         chosen = [path]
     else:
+        run_folder.load(path)
         chosen = [path / "checkpoints" / "best"]
         chosen += sorted((path / "checkpoints").glob("step-*"), reverse=True)
         chosen = [p for p in chosen if p.exists()]
     if not chosen:
-        raise UserError(f"{path}: no checkpoint there; give a run folder or one of its checkpoints")
+        raise UserError(f"{path}: the run has no checkpoint yet")
     for candidate in chosen:
         problem = damage(candidate)
         if problem is None:
             return candidate
         print(f"{candidate.name} is damaged ({problem})", flush=True)
     raise UserError(f"{path}: no checkpoint is intact")
-
-
-def run_of(checkpoint: Path) -> Path:
-    """Returns the run folder a checkpoint belongs to."""
-    return checkpoint.resolve().parent.parent
-
-
-def restore_variables(target: tf.train.Checkpoint, path: Path) -> Any:
-    """Reads a checkpoint's variables into `target`; returns TensorFlow's load status."""
-    try:
-        return target.read(str(path / "tf"))
-    except (tf.errors.OpError, ValueError) as error:
-        raise UserError(
-            f"{path}: does not fit this configuration ({_first_line(error)})"
-        ) from error
 
 
 def damage(path: Path) -> str | None:
@@ -230,6 +238,16 @@ def _variables(value: Any) -> list[Any]:
     if isinstance(value, tf.Variable):
         return [value]
     return list(getattr(value, "variables", ()))
+
+
+def _restore_variables(target: tf.train.Checkpoint, path: Path) -> Any:
+    """Reads all variables of `target` from a checkpoint; returns TensorFlow's load status."""
+    try:
+        return target.read(str(path / "tf")).assert_existing_objects_matched()
+    except (tf.errors.OpError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{path}: does not fit this configuration ({_first_line(error)})"
+        ) from error
 
 
 def _seal(folder: Path) -> None:

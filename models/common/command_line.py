@@ -45,7 +45,9 @@ def main(
             cls, function = by_name[words[0]]
             function(_parse_command(cls, f"{program} {words[0]}", words[1:]))
         else:
-            train(parse(config_class, presets, words, program=program, commands=by_name))
+            config = parse(config_class, presets, words, program=program, commands=by_name)
+            run_folder.check(config)  # Before a program reads its data.
+            train(config)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -60,8 +62,8 @@ def _explain(error: Exception, config_class: type[options.RunConfig]) -> str | N
     """Returns what to tell a user of an error, None for one that is the program's."""
     if isinstance(error, UserError):
         return str(error)
-    # TensorFlow's errors by name, so that --help does not import TensorFlow. It has one for all
-    # that can run out.
+    # TensorFlow's errors by name: nothing here needs TensorFlow. It has one for all that can run
+    # out.
     kind, full = type(error).__name__, os.strerror(errno.ENOSPC)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or full in str(error):
         where = getattr(error, "filename", None) or "--out"
@@ -130,7 +132,8 @@ class _Parser(argparse.ArgumentParser):
         unknown = "unrecognized arguments: "
         if message.startswith(unknown):
             word = message[len(unknown) :].split()[0]
-            flags = [f for action in self._actions for f in action.option_strings]
+            shown = [action for action in self._actions if action.help is not argparse.SUPPRESS]
+            flags = [flag for action in shown for flag in action.option_strings]
             raise UserError(
                 f"unknown {'option' if word.startswith('-') else 'word'} {word.split('=')[0]}"
                 + (nearest(word.split("=")[0], flags) or f"; see {self.prog} --help")
@@ -178,8 +181,8 @@ def _config_parser(
             text += f" [{_show(option.default)}]"
             if current != option.default:
                 text += f" ({chosen}: {_show(current)})"
-        elif current not in ("", False):
-            text += f" (default: {_show(current)})"
+        else:
+            text += _default(current)
         extra = {"choices": tuple(presets)} if option.name == "preset" else {}
         _add(shared if is_shared else own, option, text, **extra)
     return parser
@@ -194,7 +197,7 @@ def _parse_command(cls: type, program: str, argv: Sequence[str]) -> Any:
         if option.default is dataclasses.MISSING:
             parser.add_argument(option.name, type=option.kind, help=option.help)
         else:
-            _add(parser, option, f"{option.help} (default: {_show(option.default)})")
+            _add(parser, option, option.help + _default(option.default))
     values = cls(**vars(parser.parse_args(list(argv))))
     options.check_ranges(values)
     return values
@@ -255,6 +258,11 @@ def _early(argv: Sequence[str], flag: str) -> str | None:
         if word.startswith(flag + "="):
             return word[len(flag) + 1 :]
     return None
+
+
+def _default(value: Any) -> str:
+    """Returns what to add to a help text; where the default has no value the text tells it."""
+    return "" if value is None or value is False or value == "" else f" (default: {_show(value)})"
 
 
 def _show(value: Any) -> str:

@@ -19,8 +19,8 @@ SOURCES = {
     "cifar10": "https://www.cs.toronto.edu/~kriz/",
     "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
 }
-# Random images, that need no files.
-SYNTHETIC = {"synthetic": (32, 32, 3), "synthetic_mnist": (28, 28, 1)}
+# The same shape, and no files needed.
+SYNTHETIC = tuple(f"synthetic_{name}" for name in SOURCES)
 NAMES = (*SOURCES, *SYNTHETIC)
 
 
@@ -42,7 +42,7 @@ class Images:
 
 
 def load(name: str, data_dir: str = "") -> Images:
-    """Returns a data set: "cifar10", "mnist", "synthetic" (32x32x3) or "synthetic_mnist".
+    """Returns a data set: "cifar10", "mnist", "synthetic_cifar10" or "synthetic_mnist".
 
     Args:
       name: of the data set.
@@ -56,13 +56,17 @@ def load(name: str, data_dir: str = "") -> Images:
         known = ", ".join(NAMES)
         raise UserError(f"data set {name!r}: unknown; there are {known}" + nearest(name, NAMES))
     if name in SYNTHETIC:
-        return _synthetic(SYNTHETIC[name])
+        return _synthetic(name)
     import tensorflow_datasets as tfds
 
     directory = os.path.expanduser(data_dir or os.environ.get("TFWN_DATA_DIR", "")) or None
     where = directory or tfds.core.constants.DATA_DIR
+    remedy = (
+        f"`tfds build {name} --data_dir {where}` where there is a network, name the folder that "
+        f"holds it by --data-dir, or do without by --dataset synthetic_{name}"
+    )
     if data_dir and not os.path.isdir(where):
-        raise UserError(f"--data-dir {data_dir}: there is no such folder")
+        raise UserError(f"--data-dir {data_dir}: there is no such folder; run {remedy}")
     builder = tfds.builder(name, data_dir=directory)
     if not builder.is_prepared():
         try:
@@ -70,9 +74,8 @@ def load(name: str, data_dir: str = "") -> Images:
             builder.download_and_prepare()
         except Exception as error:
             raise UserError(
-                f"{name} is not in {where}, and downloading it failed ({_first_line(error)}): run "
-                f"`tfds build {name} --data_dir {where}` where there is a network, or name the "
-                "folder that holds it by --data-dir"
+                f"{name} is not in {where}, and downloading it failed ({_first_line(error)}): "
+                f"run {remedy}"
             ) from error
     try:
         splits = builder.as_dataset(
@@ -139,13 +142,22 @@ def _reach(url: str) -> None:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=15).close()
 
 
-def _synthetic(shape: tuple[int, ...], train: int = 1000, test: int = 200) -> Images:
-    """Ten random pictures, and noisy copies of them: enough to see a loss fall."""
+def _synthetic(name: str, train: int = 1000, test: int = 200) -> Images:
+    """Enough to see a loss fall: noisy copies of ten random pictures, or, for MNIST, discs."""
     random = np.random.default_rng(0)
-    pictures = random.integers(0, 256, (10, *shape))
-    labels = random.integers(0, 10, train + test)
-    noise = random.normal(0, 60, (train + test, *shape))
-    images = np.clip(pictures[labels] + noise, 0, 255).astype(np.uint8)
+    count = train + test
+    if name == "synthetic_mnist":
+        y, x = np.mgrid[:28, :28]
+        middles = random.uniform(6, 22, (2, count, 1, 1))
+        labels = random.integers(0, 10, count)
+        radii = (3 + labels / 3)[:, None, None]
+        inside = radii + 0.5 - np.hypot(y - middles[0], x - middles[1])
+        images = 255 * inside.clip(0, 1)[..., None]  # The edges are grey.
+    else:
+        pictures = random.integers(0, 256, (10, 32, 32, 3))
+        labels = random.integers(0, 10, count)
+        images = (pictures[labels] + random.normal(0, 60, (count, 32, 32, 3))).clip(0, 255)
+    images = images.astype(np.uint8)
     caveat = "synthetic images: for smoke tests only"
     return Images(images[:train], labels[:train], images[train:], labels[train:], caveat)
 

@@ -12,8 +12,14 @@ class NotFinite(UserError):
     """A loss or a weight became infinite or NaN."""
 
 
-def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
-    """Returns "; did you mean A or B?" for the known words closest to `word`, else ""."""
-    lower = {name.lower(): name for name in known}
-    matches = difflib.get_close_matches(word.lower(), lower, n=count, cutoff=0.6)
-    return f"; did you mean {' or '.join(lower[m] for m in matches)}?" if matches else ""
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns "; did you mean A?", or "A or B?" where both are about as near, else ""."""
+    word = word.lower().lstrip("-")
+    near = {}
+    for name in known:
+        ratio = difflib.SequenceMatcher(None, word, name.lower().lstrip("-")).ratio()
+        if ratio >= 0.7:
+            near[name] = ratio
+    best = max(near.values(), default=0)
+    chosen = sorted((n for n in near if near[n] > best - 0.05), key=near.__getitem__, reverse=True)
+    return f"; did you mean {' or '.join(chosen[:2])}?" if chosen else ""

@@ -121,9 +121,10 @@ def check_ranges(values: Any) -> None:
 
 
 def note(presets: Mapping[str, Preset], config: RunConfig, *caveats: str) -> str:
-    """Returns what to say beside a run's results: that it is scaled, and the caveats."""
+    """Returns what to say beside a run's results, " (...)": that it is scaled, and the caveats."""
     scaled = presets[config.preset].about if config.preset != "paper" else ""
-    return "".join(f" ({text})" for text in (scaled, *caveats) if text)
+    told = "; ".join(text for text in (scaled, *caveats) if text)
+    return told and f" ({told})"
 
 
 def differences(config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -68,8 +68,9 @@ def png(picture: np.ndarray, scale: int = 1) -> bytes:
 
 
 def write(path: str | Path, png: bytes) -> None:
-    """Writes the picture that --out names, and says where."""
+    """Writes the picture that --out names, with the folders it needs, and says where."""
     try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(png)
     except OSError as error:
         raise UserError(

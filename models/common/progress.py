@@ -1,6 +1,7 @@
 """How far a long piece of work is: a live line in a terminal, an occasional plain one elsewhere."""
 
 import collections
+import statistics
 import time
 from typing import Any
 
@@ -9,14 +10,19 @@ import rich.progress
 from rich.markup import escape
 
 PLAIN_EVERY = 30.0  # Seconds between lines where the output is not a terminal.
+_BAR = 16  # Columns of the bar, the percentage and the gaps around them.
 
 
 class Progress:
-    """Shows step, epoch, values, rate and time left; a context manager.
+    """Shows step, rate, time left, epoch and values; a context manager.
+
+    The rate is the median of the last quarters of a second, so that a pause, as for a test, does
+    not count; the time left is without such pauses.
 
     Args:
       total: the last step.
       start: the step begun with.
+      warm_up: no rate is shown up to this step: those before it are faster or slower.
       unit: what a step is called in the rate ("frames", "images", ...).
       per_step: how many units a step is.
       steps_per_epoch: shows the epoch where given.
@@ -26,6 +32,7 @@ class Progress:
         self,
         total: int,
         start: int = 0,
+        warm_up: int = 0,
         unit: str = "steps",
         per_step: float = 1,
         steps_per_epoch: int | None = None,
@@ -35,12 +42,15 @@ class Progress:
         self._steps_per_epoch = steps_per_epoch
         self._console = console or rich.console.Console()
         self._values: dict[str, Any] = {}
-        self._recent = collections.deque([(time.monotonic(), start)], maxlen=200)
+        self._warm_up = warm_up
+        self._since: tuple[float, int] | None = None  # When and where the present measure began.
+        self._paces: collections.deque[float] = collections.deque(maxlen=100)  # Seconds per step.
+        self._pace: float | None = None
         self._printed = time.monotonic() - PLAIN_EVERY / 2
         self._bar: rich.progress.Progress | None = None
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
-                rich.progress.BarColumn(bar_width=20),
+                rich.progress.BarColumn(bar_width=10),
                 rich.progress.TaskProgressColumn(),
                 rich.progress.TextColumn("{task.fields[text]}"),
                 console=self._console,
@@ -59,16 +69,22 @@ class Progress:
             self._bar.stop()
 
     def show(self, **values: Any) -> None:
-        """Sets values of the line."""
-        self._values |= values
+        """Sets values of the line; the latest come first."""
+        self._values = values | {n: v for n, v in self._values.items() if n not in values}
 
     def update(self, step: int) -> None:
         """Moves to a step."""
         now = time.monotonic()
-        if now - self._recent[-1][0] > 0.25 or len(self._recent) == 1:
-            self._recent.append((now, step))
+        if self._since is None:
+            if step > self._warm_up:  # Not before the end of the first body, which compiles.
+                self._since = now, step
+        elif now - self._since[0] >= 0.25 and step > self._since[1]:
+            self._paces.append((now - self._since[0]) / (step - self._since[1]))
+            self._pace = statistics.median(self._paces)
+            self._since = now, step
         if self._bar:
-            self._bar.update(self._task, completed=step, text=escape(self.line(step)))
+            room = self._console.width - _BAR
+            self._bar.update(self._task, completed=step, text=escape(self.line(step, room)))
         elif now - self._printed >= PLAIN_EVERY:
             self._printed = now
             self.say(self.line(step))
@@ -77,18 +93,20 @@ class Progress:
         """Prints a line above the live one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def line(self, step: int) -> str:
-        """Returns the line's text."""
-        parts = [f"step {step:,}/{self._total:,}"]
+    def line(self, step: int, room: int | None = None) -> str:
+        """Returns the line's text, with as many of the values as there is room for."""
+        line = f"step {step:,}/{self._total:,}"
+        if self._pace is not None:
+            rate = f"{_short(self._per_step / self._pace)} {self._unit}/s"
+            line += f"  {rate}  {duration((self._total - step) * self._pace)} left"
+        values = [f"{name} {_short(value)}" for name, value in self._values.items()]
         if self._steps_per_epoch:
-            parts.append(f"epoch {step / self._steps_per_epoch:.1f}")
-        parts += [f"{name} {_short(value)}" for name, value in self._values.items()]
-        (then, before), (now, at) = self._recent[0], self._recent[-1]
-        if at > before:
-            rate = (at - before) / (now - then)
-            parts.append(f"{_short(rate * self._per_step)} {self._unit}/s")
-            parts.append(f"{duration((self._total - step) / rate)} left")
-        return "  ".join(parts)
+            values.insert(0, f"epoch {step / self._steps_per_epoch:.1f}")
+        for value in values:
+            if room is not None and len(line) + 2 + len(value) > room:
+                break
+            line += f"  {value}"
+        return line
 
 
 def duration(seconds: float) -> str:

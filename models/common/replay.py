@@ -146,11 +146,16 @@ class Replay:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state; frames that the file has lost since are left out."""
+        """Goes on from a saved state; frames that the file has lost since are left out.
+
+        Without a file, or where it was removed and is new, the memory begins empty.
+        """
         self._generator.bit_generator.state = state["generator"]
         if self._file is None:
             return
         ever = int(self._ever[0])
+        if ever == 0:
+            return
         if len(state["actions"]) != len(self._frames) or ever < state["written"]:
             raise UserError(
                 f"{self._file}: does not hold the replay memory of this run; resume with the "

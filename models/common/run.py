@@ -39,17 +39,20 @@ class Run:
         self.path = self._folder.path if self._folder else run_folder.Path(config.out)
         self.step = 0
         self.best: float | None = None
+        self._done = ""  # What to say at the end.
         self._metrics: metrics.Metrics | None = None
         self._progress: progress.Progress | None = None
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._metrics:
             self._metrics.close()
         if self._folder:
             self._folder.close()
+        if kind is None and self._done:
+            self.say(f"{self._done}; the run is in {self.path}")
 
     def begin(
         self,
@@ -90,6 +93,7 @@ class Run:
         *,
         stride: int = 1,
         save_every: int | None = None,
+        warm_up: int = 0,
         unit: str = "steps",
         per_step: float = 1,
         steps_per_epoch: int | None = None,
@@ -103,11 +107,12 @@ class Run:
           total: the last step.
           stride: how many steps one body is.
           save_every: also saves when so many steps have passed.
+          warm_up: shows no rate up to this step: those before it are faster or slower.
           unit: the name of what the rate counts.
           per_step: how many units a step is.
           steps_per_epoch: shows the epoch where given.
         """
-        line = progress.Progress(total, self.step, unit, per_step, steps_per_epoch)
+        line = progress.Progress(total, self.step, warm_up, unit, per_step, steps_per_epoch)
         quiet = contextlib.nullcontext() if not self.chief else line
         saved_at, saved_step = time.monotonic(), self.step
         with self._signals(), quiet:
@@ -131,9 +136,7 @@ class Run:
                 self._progress = None
         if saved_step != self.step or not self._checkpoints.all():
             self.save()
-        self.say(
-            f"{self.step:,} {unit if per_step == 1 else 'steps'} done; the run is in {self.path}"
-        )
+        self._done = f"{self.step:,} {unit if per_step == 1 else 'steps'} done"
 
     def save(self) -> None:
         """Saves a checkpoint of the present state."""

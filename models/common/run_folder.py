@@ -20,14 +20,7 @@ class RunFolder:
 
     def __init__(self, config: options.RunConfig):
         self.path = Path(config.out)
-        exists = (self.path / "config.json").exists()
-        if config.resume and not exists:
-            raise UserError(f"--resume: there is no run in {self.path}")
-        if exists and not config.resume:
-            raise UserError(
-                f"--out {self.path} holds a run already: go on with it by --resume, "
-                "or name another folder"
-            )
+        check(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 held until the process ends
@@ -78,6 +71,17 @@ class RunFolder:
         write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
+def check(config: options.RunConfig) -> None:
+    """Raises UserError where --out holds a run and --resume is missing, or the reverse."""
+    if config.resume:
+        load(config.out)
+    elif (Path(config.out) / "config.json").exists():
+        raise UserError(
+            f"--out {config.out} holds a run already: go on with it by --resume, "
+            "or name another folder"
+        )
+
+
 def program_of(cls: type) -> str:
     """Returns the name of the module a class is defined in, also when run by `python -m`."""
     spec = getattr(sys.modules[cls.__module__], "__spec__", None)
@@ -89,7 +93,9 @@ def load(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     try:
         return json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
+        if not Path(path).is_dir():
+            raise UserError(f"{path}: there is no such folder") from None
         raise UserError(f"{path}: not a run folder (it has no config.json)") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: damaged ({error})") from None
@@ -97,14 +103,14 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def load_config(path: str | Path, config_class: type) -> Any:
     """Returns the Config of a run; a field that is newer than the run keeps its default."""
-    return config_class(**_known(load(path)["config"], config_class))
+    return config_class(**_saved_values(path, config_class))
 
 
 def resumed_values(
     path: str, config_class: type[options.RunConfig], explicit: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the values to resume with: the run's own, and those given now where allowed."""
-    saved = _known(load(path)["config"], config_class)
+    saved = _saved_values(path, config_class)
     changed = {
         name: value
         for name, value in explicit.items()
@@ -186,10 +192,16 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def _known(values: dict[str, Any], config_class: type) -> dict[str, Any]:
-    names = {field.name: field for field in dataclasses.fields(config_class)}
+def _saved_values(path: str | Path, config_class: type) -> dict[str, Any]:
+    """Returns what config.json has for the fields of a Config, which must be of its program."""
+    content = load(path)
+    if content["program"] != program_of(config_class):
+        raise UserError(
+            f"{path} is a run of {content['program']}, not of {program_of(config_class)}"
+        )
+    names = {field.name for field in dataclasses.fields(config_class)}
     return {
         name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.items()
+        for name, value in content["config"].items()
         if name in names
     }

@@ -161,7 +161,7 @@ def test_first_losses(kind):
 
 def first_losses(kind, strategy, steps=3, **values):
     config = config_of(parameterization=kind, **values)
-    images = data.load("synthetic")
+    images = data.load("synthetic_cifar10")
     x = (images.train_images[:100].astype(np.float32) - 127.5) / 128
     with strategy.scope():
         network = cifar.Network(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rich.console
 import tensorflow as tf
 
 from models.common import (
@@ -99,6 +101,8 @@ def test_help_shows_each_option_with_the_papers_value(run):
     assert status == 0
     assert "The step size of SGD. [0.1]" in out
     assert "How many updates. [200] (smoke: 10)" in out
+    assert "The run folder (default: runs/PROGRAM-PRESET-PARAMETERIZATION-SEED).\n" in out
+    assert re.search(r"environments\.\s+\(default: 0\)", out)
     for option in options.options_of(options.RunConfig):
         assert option.flag in out
         assert option.help, option.name
@@ -107,17 +111,23 @@ def test_help_shows_each_option_with_the_papers_value(run):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?"),
+        (["--batchsize", "3"], "unknown option --batchsize; did you mean --batch-size?\n"),
+        (["--presett", "smoke"], "unknown option --presett; did you mean --preset?\n"),
+        (["--resumed"], "unknown option --resumed; did you mean --resume?\n"),
+        (["--color"], "unknown option --color; see python -m line --help\n"),
         (["--batch-size", "many"], "--batch-size: 'many' is not a whole number"),
         (["--batch-size", "2.5"], "--batch-size: '2.5' is not a whole number"),
         (["--learning-rate", "x"], "--learning-rate: 'x' is not a number"),
         (["--strategy", "all"], "--strategy: invalid choice: 'all' (it is one of"),
         (["--preset", "smok"], "--preset smok: unknown; the presets are paper, smoke; did you"),
         (["evaluat", "x"], "unknown command 'evaluat': the commands are evaluate; did you mean"),
-        (["evaluate", "nowhere"], "nowhere: no checkpoint there; give a run folder"),
+        (["evaluate", "nowhere"], "nowhere: there is no such folder"),
+        (["evaluate", "."], ".: not a run folder (it has no config.json)"),
+        (["evaluate", __file__], "test_common.py: there is no such folder"),
         (["evaluate"], "the following arguments are required: checkpoint"),
         (["--resume"], "--resume needs --out"),
-        (["--resume", "--out", "nowhere"], "nowhere: not a run folder"),
+        (["--resume", "--out", "nowhere"], "nowhere: there is no such folder"),
+        (["--resume", "--out", "."], ".: not a run folder (it has no config.json)"),
         (["--out", "/proc/run"], "--out /proc/run: cannot write there"),
         (["--out", "/dev/null"], "--out /dev/null: cannot write there"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
@@ -237,10 +247,53 @@ def test_changed_hyper_parameters_are_named_and_refused_unless_accepted(run, tmp
     assert run_folder.load(tmp_path / "a")["config"]["steps"] == 20
 
 
-def test_a_folder_holds_one_run(run, tmp_path):
+def test_a_folder_holds_one_run(program, run, tmp_path, monkeypatch):
     run("--out", tmp_path / "a", "--preset", "smoke")
+    with pytest.raises(UserError, match="holds a run already"):
+        program.train(program.Config(out=str(tmp_path / "a")))
+    # Told before the program begins, which may have data to read.
+    monkeypatch.setattr(program, "train", None)
     status, _, err = run("--out", tmp_path / "a")
     assert (status, "holds a run already: go on with it by --resume" in err) == (2, True)
+
+
+def test_a_run_of_another_program_is_refused(run, tmp_path):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    path = tmp_path / "a" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"program": "models.circle"}))
+    for argv in (["evaluate", tmp_path / "a"], ["--resume", "--out", tmp_path / "a"]):
+        status, _, err = run(*argv)
+        assert (status, "is a run of models.circle, not of line\n" in err) == (2, True), err
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_evaluate(program, run, tmp_path):
+    with Run(program.Config(out=str(tmp_path / "a"))) as begun:
+        begun.begin({"w": tf.Variable(0.0)})
+    status, _, err = run("evaluate", tmp_path / "a")
+    assert (status, "the run has no checkpoint yet\n" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("w", [0.0]), ("u", 0.0)])
+def test_a_checkpoint_of_another_network_is_refused(program, run, tmp_path, name, value):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    model = tf.Module()
+    setattr(model, name, tf.Variable(value))
+    found = checkpoints.open_run(tmp_path / "a", program.Config)
+    with pytest.raises(UserError, match="step-000000000010: does not fit this configuration"):
+        found.restore(model=model)
+
+
+def test_the_last_line_says_where_the_run_is(run, tmp_path, monkeypatch):
+    """Also after what a program does when the steps are over."""
+    steps = Run.steps
+
+    def with_a_test(self, total):
+        yield from steps(self, total)
+        self.say("tested")
+
+    monkeypatch.setattr(Run, "steps", with_a_test)
+    _, out, _ = run("--out", tmp_path / "a", "--preset", "smoke")
+    assert out.splitlines()[-2:] == ["tested", f"10 steps done; the run is in {tmp_path / 'a'}"]
 
 
 def test_a_second_process_is_refused(program, run, tmp_path):
@@ -479,7 +532,84 @@ def test_progress_is_a_few_plain_lines_without_a_terminal(capsys, monkeypatch):
             line.update(step)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[-1].startswith("step 375/1,000  epoch 3.8  loss 0.5  4.99 steps/s  2m05s left")
+    assert lines[-1] == "step 375/1,000  5 steps/s  2m05s left  epoch 3.8  loss 0.5"
+
+
+def test_a_terminal_shows_that_tensorflow_is_loaded_and_then_no_more():
+    leader, terminal = os.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "models.figures", "--help"],
+        cwd=README.parents[2],
+        env={name: v for name, v in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"},
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        text=True,
+    )
+    assert done.stdout.startswith("usage: ")
+    assert os.read(leader, 9999) == b"loading TensorFlow ...\r\x1b[K"
+    os.close(terminal)
+    os.close(leader)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+
+    def advance(line, step, seconds):
+        now[0] += seconds
+        line.update(step)
+        return line.line(step)
+
+    return advance
+
+
+def test_neither_compiling_nor_a_test_is_in_the_rate(clock):
+    line = progress.Progress(100)
+    assert clock(line, 1, 60) == "step 1/100"  # The first step compiles.
+    assert clock(line, 2, 0.5) == "step 2/100  2 steps/s  49s left"
+    for step in range(3, 10):
+        clock(line, step, 0.5)
+    assert clock(line, 10, 300) == "step 10/100  2 steps/s  45s left"  # A test.
+
+
+def test_no_time_is_told_from_steps_that_are_not_like_those_to_come(clock):
+    line = progress.Progress(1000, warm_up=100)
+    for step in range(10, 110, 10):
+        assert clock(line, step, 1) == f"step {step}/1,000"
+    clock(line, 110, 60)
+    assert clock(line, 120, 10) == "step 120/1,000  1 steps/s  14m40s left"
+    resumed = progress.Progress(1000, start=500, warm_up=100)
+    clock(resumed, 510, 60)
+    assert clock(resumed, 520, 10) == "step 520/1,000  1 steps/s  8m00s left"
+
+
+def test_a_narrow_terminal_shows_fewer_values(clock):
+    line = progress.Progress(50_000, steps_per_epoch=500)
+    line.show(loss=0.5, bound=-100)
+    clock(line, 1, 1)
+    clock(line, 2, 1)
+    pace = "step 2/50,000  1 steps/s  13h53m left"
+    assert line.line(2) == f"{pace}  epoch 0.0  loss 0.5  bound -100"
+    assert line.line(2, len(pace) + 21) == f"{pace}  epoch 0.0  loss 0.5"
+    assert line.line(2, len(pace) + 20) == f"{pace}  epoch 0.0"
+    assert line.line(2, 10) == pace
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_terminals_line_fits_in_it(clock, columns):
+    terminal = rich.console.Console(
+        file=io.StringIO(), force_terminal=True, width=columns, color_system=None
+    )
+    with progress.Progress(50_000_000, console=terminal, unit="images", per_step=100) as line:
+        line.show(**{f"value{number}": 1234 for number in range(9)})
+        clock(line, 20_000_000, 1)
+        clock(line, 20_000_200, 1)
+    told = terminal.file.getvalue()
+    last = [text for text in re.split(r"[\r\n]|\x1b\[\S*?[A-Za-z]", told) if "step" in text][-1]
+    assert "20,000,200/50,000,000  20,000 images/s  41h39m left" in last
+    assert len(last) <= columns
+    assert ("value0 1,234" in last, "value4" in last) == (columns == 120, False)
 
 
 def test_the_same_seed_makes_the_same_order():

@@ -1,6 +1,7 @@
 """models/dqn.py: it learns, resumes, repeats itself, and tells what is wrong."""
 
 import dataclasses
+import math
 import os
 import random
 import signal
@@ -310,6 +311,27 @@ def test_the_same_seed_gives_the_same_run_and_another_another(run, tmp_path, num
     assert rows_of(tmp_path / "a") != rows_of(tmp_path / "c")
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_without_its_replay_memory_a_resumed_run_fills_it_anew(run, tmp_path, saved):
+    folder, ring = tmp_path / "a", tmp_path / "a" / "replay.ring"
+    argv = ["--preset", "smoke", "--steps", 400, "--out", folder]
+    status, out, _ = run(*argv, *([] if saved else ["--no-save-replay"]))
+    size = ring.stat().st_blocks * 512 / 1e6 if saved else 0
+    told = f"replay memory: {ring}, {size:,.0f} MB, which only --resume needs"
+    assert (status, told in out) == (0, saved)
+    ring.unlink(missing_ok=True)
+    argv = ["--resume", "--out", folder, "--accept-changes", "--steps"]
+    status, out, _ = run(*argv, 800)
+    assert "memory holds 0 transitions; learning goes on when it holds 200" in out
+    table = metrics.read(folder)
+    learns = [
+        step
+        for step, loss in zip(table["step"], table["loss"], strict=True)
+        if not math.isnan(loss)
+    ]
+    assert (status, learns) == (0, [300, 400, 700, 800])
+
+
 @pytest.mark.parametrize("file", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_is_the_run_that_was_not(run, tmp_path, file):
     shared = ["--preset", "smoke", "--steps", "1200", "--checkpoint-every", "0.2"]
@@ -431,6 +453,6 @@ def test_environments_do_not_import_tensorflow():
 
 
 def test_wrong_checkpoints_are_told(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint there"):
-        dqn.load(str(tmp_path))
+    with pytest.raises(UserError, match="not a run folder"):
+        dqn.restore(str(tmp_path))
     assert environments.FRAME_SHAPE == (84, 84)

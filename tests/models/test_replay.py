@@ -196,10 +196,18 @@ def test_an_unwritable_or_foreign_file_is_told(tmp_path):
 def test_the_file_of_another_run_is_refused(rng, tmp_path):
     made = filled(rng, 30, 2, 20, file=tmp_path / "ring")
     state = made.state_dict()
-    for capacity, environments, file in ((30, 2, "new"), (31, 1, "ring")):
-        other = Replay(capacity, environments, file=tmp_path / file)
-        with pytest.raises(UserError, match="does not hold the replay memory of this run"):
-            other.load_state_dict(state)
+    other = Replay(31, 1, file=tmp_path / "ring")
+    with pytest.raises(UserError, match="does not hold the replay memory of this run"):
+        other.load_state_dict(state)
+
+
+def test_a_memory_whose_file_was_removed_begins_empty(rng, tmp_path):
+    made = filled(rng, 30, 2, 20, file=tmp_path / "ring")
+    state = made.state_dict()
+    (tmp_path / "ring").unlink()
+    other = Replay(30, 2, file=tmp_path / "ring")
+    other.load_state_dict(state)
+    assert (len(other), other.lost) == (0, 0)
 
 
 def test_a_memory_saved_from_memory_goes_on_in_its_file(rng, tmp_path):

@@ -23,7 +23,7 @@ from tfwn.layer import FeedForward
 
 ROOT = Path(__file__).parents[2]
 SEED = tf.constant([0, 1], tf.int64)
-DATASETS = ("synthetic_mnist", "synthetic")
+DATASETS = ("synthetic_mnist", "synthetic_cifar10")
 KINDS = ("normal", "weight_norm")
 each_dataset = pytest.mark.parametrize("dataset", DATASETS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
@@ -160,7 +160,7 @@ def test_the_flow_s_log_determinant_is_autodiffs(rng, dataset):
     assert float(tf.reduce_sum(log_q)) == pytest.approx(-log_determinant, abs=1e-4)
     # On MNIST reversed after each of two steps: both orders occur.
     triangular = (found[np.triu_indices(len(found), 1)] == 0).all()
-    assert triangular == (dataset == "synthetic")
+    assert triangular == (dataset == "synthetic_cifar10")
     assert sign == 1
 
 
@@ -181,7 +181,7 @@ def test_masked_units_have_finite_values_and_gradients(dataset, kind):
     config = config_of(dataset=dataset, parameterization=kind)
     network = initialized(config)
     net = network.flow[0] if "mnist" in dataset else network.layers[0].flow
-    masked = (net.output.kernel_mask == 0).all((0, 1, 2) if dataset == "synthetic" else 0)
+    masked = (net.output.kernel_mask == 0).all((0, 1, 2) if dataset == "synthetic_cifar10" else 0)
     if "mnist" in dataset:
         assert masked.sum() == 2  # The first m and the first s.
         np.testing.assert_array_equal(net.output.weight().numpy()[:, masked], 0)
@@ -221,7 +221,7 @@ def test_the_discretized_logistic_is_its_formula(rng):
     edge = (pixels / 256 - 0.5 - mean) / np.exp(log_scale)
     step = 1 / 256 / np.exp(log_scale)
     p = 1 / (1 + np.exp(-edge - step)) - 1 / (1 + np.exp(-edge)) + 1e-7
-    x = vae.prepare(config_of(dataset="synthetic"), pixels.astype(np.uint8), SEED)
+    x = vae.prepare(config_of(dataset="synthetic_cifar10"), pixels.astype(np.uint8), SEED)
     found = log_discretized_logistic(
         x, tf.constant(mean, tf.float32), tf.constant(log_scale, tf.float32)
     )
@@ -249,7 +249,7 @@ def test_mnists_kl_without_flow_is_the_analytic_one(rng):
 
 
 def test_a_layers_kl_with_an_idle_flow_is_the_analytic_one(rng):
-    config = config_of(dataset="synthetic", features=5, latent_maps=3)
+    config = config_of(dataset="synthetic_cifar10", features=5, latent_maps=3)
     layer = initialized(config).layers[0]
     for part in (layer.flow.output, layer.down_split):
         part.b.assign(0.5 * rng.normal(size=part.b.shape))
@@ -473,7 +473,7 @@ def test_seeds_decide_all(dataset):
     [
         ("synthetic_mnist", {"jit_compile": True}),
         ("synthetic_mnist", {"mixed_precision": "bfloat16"}),
-        ("synthetic", {"mixed_precision": "bfloat16"}),
+        ("synthetic_cifar10", {"mixed_precision": "bfloat16"}),
     ],
 )
 def test_first_losses_under_xla_and_in_bfloat16(dataset, options):
@@ -522,7 +522,7 @@ def test_a_run_learns_logs_and_its_commands_use_the_averaged_weights(run, tmp_pa
     assert logged["train_bound"][0] < logged["train_bound"][1] < logged["train_bound"][2]
     assert logged["test_log_likelihood"][2] > logged["test_bound"][2]
     assert math.isnan(logged["test_log_likelihood"][1])
-    assert ("test_bits_per_dim" in logged) == (dataset == "synthetic")
+    assert ("test_bits_per_dim" in logged) == (dataset == "synthetic_cifar10")
     pictures = sorted(path.name for path in (folder / "samples").iterdir())
     assert pictures[0] == "reconstructions-000000010.png"
     assert len(pictures) == 6
@@ -537,9 +537,11 @@ def test_a_run_learns_logs_and_its_commands_use_the_averaged_weights(run, tmp_pa
     assert sorted(map(float, (np.sum(saved[n]) for n in names))) == sorted(
         float(np.sum(v.numpy())) for v in averaged
     )
-    status, _, err = run("sample", folder, "--out", tmp_path / "no" / "such.png")
+    status, _, err = run("sample", folder, "--out", folder / "metrics.csv" / "no" / "a.png")
     assert (status, len(err.splitlines())) == (2, 1)
-    assert "such.png: cannot write there (No such file or directory); name another file" in err
+    assert "a.png: cannot write there (Not a directory); name another file" in err
+    for command, name in (("sample", "samples"), ("reconstruct", "reconstructions")):
+        assert run(command, folder)[1] == f"wrote {folder / 'samples' / name}.png\n"
     for command, count in (("sample", 12), ("reconstruct", 12)):
         png = tmp_path / f"{command}.png"
         assert run(command, folder, "--count", count, "--out", png)[0] == 0
@@ -549,7 +551,7 @@ def test_a_run_learns_logs_and_its_commands_use_the_averaged_weights(run, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("dataset", "kind"), [("synthetic_mnist", "normal"), ("synthetic", "weight_norm")]
+    ("dataset", "kind"), [("synthetic_mnist", "normal"), ("synthetic_cifar10", "weight_norm")]
 )
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, dataset, kind):
     """Stopped in an epoch, between two, and after the last step but before it is reported."""
@@ -657,7 +659,7 @@ def test_a_mistake_is_told_in_one_line(run, tmp_path, argv, message):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["sample", "no/such/run"], "no/such/run: no checkpoint there"),
+        (["sample", "no/such/run"], "no/such/run: there is no such folder"),
         (["sample", "no/such/run", "--count", "0"], "--count must be at least 1, got 0"),
         (["evaluate", "no/such/run", "--eval-samples", "0"], "--eval-samples must be at least 1"),
     ],
