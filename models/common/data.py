@@ -63,7 +63,7 @@ def load(name: str, data_dir: str = "") -> Images:
     where = directory or tfds.core.constants.DATA_DIR
     remedy = (
         f"`tfds build {name} --data_dir {where}` where there is a network, name the folder that "
-        f"holds it by --data-dir, or do without by --dataset synthetic_{name}"
+        f"holds it by --data-dir, or do without: --preset smoke (--dataset synthetic_{name})"
     )
     if data_dir and not os.path.isdir(where):
         raise UserError(f"--data-dir {data_dir}: there is no such folder; run {remedy}")

@@ -14,7 +14,7 @@ _BAR = 16  # Columns of the bar, the percentage and the gaps around them.
 
 
 class Progress:
-    """Shows step, rate, time left, epoch and values; a context manager.
+    """Shows step, rate, time left, values and epoch; a context manager.
 
     The rate is the median of the last quarters of a second, so that a pause, as for a test, does
     not count; the time left is without such pauses.
@@ -101,7 +101,7 @@ class Progress:
             line += f"  {rate}  {duration((self._total - step) * self._pace)} left"
         values = [f"{name} {_short(value)}" for name, value in self._values.items()]
         if self._steps_per_epoch:
-            values.insert(0, f"epoch {step / self._steps_per_epoch:.1f}")
+            values.append(f"epoch {step / self._steps_per_epoch:.1f}")
         for value in values:
             if room is not None and len(line) + 2 + len(value) > room:
                 break

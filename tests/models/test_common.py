@@ -532,7 +532,7 @@ def test_progress_is_a_few_plain_lines_without_a_terminal(capsys, monkeypatch):
             line.update(step)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[-1] == "step 375/1,000  5 steps/s  2m05s left  epoch 3.8  loss 0.5"
+    assert lines[-1] == "step 375/1,000  5 steps/s  2m05s left  loss 0.5  epoch 3.8"
 
 
 def test_a_terminal_shows_that_tensorflow_is_loaded_and_then_no_more():
@@ -590,9 +590,9 @@ def test_a_narrow_terminal_shows_fewer_values(clock):
     clock(line, 1, 1)
     clock(line, 2, 1)
     pace = "step 2/50,000  1 steps/s  13h53m left"
-    assert line.line(2) == f"{pace}  epoch 0.0  loss 0.5  bound -100"
-    assert line.line(2, len(pace) + 21) == f"{pace}  epoch 0.0  loss 0.5"
-    assert line.line(2, len(pace) + 20) == f"{pace}  epoch 0.0"
+    assert line.line(2) == f"{pace}  loss 0.5  bound -100  epoch 0.0"
+    assert line.line(2, len(pace) + 22) == f"{pace}  loss 0.5  bound -100"
+    assert line.line(2, len(pace) + 21) == f"{pace}  loss 0.5"
     assert line.line(2, 10) == pace
 
 

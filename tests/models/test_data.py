@@ -50,14 +50,14 @@ def test_missing_data_say_how_to_get_them(tmp_path):
     assert f"cifar10 is not in {tmp_path}" in str(error.value)
     assert "no network" in str(error.value)
     assert f"`tfds build cifar10 --data_dir {tmp_path}`" in str(error.value)
-    assert "--dataset synthetic_cifar10" in str(error.value)
+    assert "--preset smoke (--dataset synthetic_cifar10)" in str(error.value)
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
     with pytest.raises(UserError, match="there is no such folder") as error:
         data.load("mnist", str(tmp_path / "absent"))
     assert f"`tfds build mnist --data_dir {tmp_path / 'absent'}`" in str(error.value)
-    assert "--dataset synthetic_mnist" in str(error.value)
+    assert "--preset smoke (--dataset synthetic_mnist)" in str(error.value)
 
 
 def test_an_unknown_data_set_gets_a_suggestion():
