@@ -508,6 +508,25 @@ def test_the_average_is_polyaks_with_a_warm_up():
     )
 
 
+def test_units_of_a_single_weight_keep_its_sign():
+    """The image's one map makes some of the first skip, the order of the latents some in MADE."""
+    config = config_of()
+    network, averaged = (initialized(config) for _ in range(2))
+    optimizer = Adamax(network.trainable_variables, 0.01, epsilon_in_max=True)
+    strategy = tf.distribute.get_strategy()
+    step = vae.make_train_step(config, strategy, network, averaged, optimizer, per_epoch=10)
+    layers = [network.encoder[0].skip, network.flow[0].hidden[0]]
+    masks = [np.ones([1, 1, 1, 2]), network.flow[0].hidden[0].kernel_mask]
+    alone = [(m != 0) & (np.reshape(m, [-1, m.shape[-1]]).sum(0) == 1) for m in masks]
+    before = [layer.weight.v.numpy() for layer in layers]
+    for t in range(5):
+        step(images_of(config), tf.constant(t, tf.int64))
+    for layer, v, only in zip(layers, before, alone, strict=True):
+        assert only.any()
+        np.testing.assert_array_equal(layer.weight.v.numpy()[only], v[only])
+    assert (network.flow[0].hidden[0].weight.v.numpy() != before[1])[~alone[1]].any()
+
+
 @each_dataset
 def test_a_run_learns_logs_and_its_commands_use_the_averaged_weights(run, tmp_path, dataset):
     folder = tmp_path / "a"
