@@ -236,9 +236,11 @@ def _weight_norm_gradient_gradient(op, a, b):
     largest = tf.where(largest > 0, largest, one)
     u = v_ / largest
     square = dot(u, u)
-    inverse = tf.where(square == 0, zero, tf.math.rsqrt(tf.where(square == 0, one, square)))
-    u *= inverse
-    inverse /= largest
+    # An element alone in its unit has to cancel. Multiplied by 1 / length, it would not: rsqrt and
+    # the reciprocal are approximate, and graphs make the one of a division by sqrt itself.
+    length = tf.where(square == 0, one, tf.sqrt(tf.where(square == 0, one, square)))
+    u /= length
+    inverse = tf.where(square == 0, zero, 1 / length) / largest
 
     a_u, grad_g = dot(a_, u), dot(grad_w_, u)
     p_a, p_grad_w = a_ - a_u * u, grad_w_ - grad_g * u

@@ -137,6 +137,28 @@ def test_second_derivatives_of_a_zero_unit_are_zero(jit_compile, rng):
     assert_close(outputs, expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [lambda f: f, tf.function, lambda f: tf.function(f, jit_compile=True)],
+    ids=["eager", "function", "xla"],
+)
+def test_second_derivatives_of_a_unit_of_one_element_are_zero(mode, rng):
+    """As its gradient: nothing but g moves it."""
+    v, g, c = arguments(rng, (1, 300), -1, tf.float32)
+
+    def run(v, g, c):
+        with tf.GradientTape() as outer:
+            outer.watch(v)
+            with tf.GradientTape() as inner:
+                inner.watch([v, g])
+                y = tf.reduce_sum(tf.sin(c * tfwn.weight_norm(v, g)))
+            gradients = inner.gradient(y, [v, g])
+        return gradients[0], outer.gradient(gradients, v)
+
+    for out in mode(run)(v, g, c):
+        np.testing.assert_array_equal(out, tf.zeros_like(v))
+
+
 @pytest.mark.parametrize("scale", [1e-15, 1e15, 1e30])
 def test_second_derivatives_of_extreme_norms(scale, rng):
     v, g, c = arguments(rng, (6, 4), -1)
