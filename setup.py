@@ -184,8 +184,11 @@ def compile_all(commands: dict[str, list[str]], versions: str, jobs: int) -> dic
             made_of = ["-MMD", "-MF", str(objects[source].with_suffix(".d"))]
             command = [*commands[source], *made_of, "-c", source]
             running[pool.submit(run, command, objects[source])] = Path(source).name
-        for number, done in enumerate(as_completed(running), 1):
-            print(f"[{number}/{len(stale)}] {running[done]}, {done.result():.0f} s", flush=True)
+        try:
+            for number, done in enumerate(as_completed(running), 1):
+                print(f"[{number}/{len(stale)}] {running[done]}, {done.result():.0f} s", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # After a failure or Ctrl-C no other file is begun.
     return objects
 
 

@@ -176,6 +176,15 @@ def test_compiling_says_which_files_and_compiles_only_what_changed(
     assert [line.split(",")[0] for line in lines[1:]] == ["[1/1] b.cc"]
 
 
+def test_the_first_error_of_the_compiler_is_told_at_once(setup_module, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup_module, "CACHE", tmp_path)
+    command = ["sh", "-c", f"echo $0 >> {tmp_path}/begun; echo no such type >&2; exit 1"]
+    with pytest.raises(SystemExit, match="no such type\ntfwn: failed"):
+        setup_module.compile_all({f"{letter}.cc": command for letter in "abcdefgh"}, "", 1)
+    begun = (tmp_path / "begun").read_text().splitlines()
+    assert 1 <= len(begun) <= 2  # The second may begin before the first one's error is seen.
+
+
 def python(*arguments, **options):
     """What Python prints; fails with what it says where it fails."""
     done = subprocess.run(
