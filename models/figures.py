@@ -35,37 +35,35 @@ class FinishedRun:
     metrics: dict[str, list[float]]
     note: str
 
-    def curve(self, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns two columns of metrics.csv, without the rows in which either is blank."""
-        if x not in self.metrics or y not in self.metrics:
-            return np.array([]), np.array([])
-        columns = np.array([self.metrics[x], self.metrics[y]])
-        return tuple(columns[:, np.isfinite(columns).all(axis=0)])
+    def curve(self, x: str, y: str, *others: str) -> tuple[np.ndarray, ...]:
+        """Returns columns of metrics.csv, without the rows in which x or y is blank."""
+        missing = [math.nan] * len(self.metrics.get("step", ()))
+        columns = np.array([self.metrics.get(name, missing) for name in (x, y, *others)])
+        return tuple(columns[:, np.isfinite(columns[:2]).all(axis=0)])
 
 
 def find_runs(paths: Sequence[str]) -> list[FinishedRun]:
     """Returns the runs in the folders, each folder being a run or holding some."""
-    found = []
+    found = {}
     for path in map(Path, paths):
-        folders = sorted(config.parent for config in path.rglob("config.json"))
+        if not path.is_dir():
+            raise UserError(f"{path}: there is no such folder")
+        configs = sorted(path.rglob("config.json"))
+        folders = [file.parent for file in configs if (file.parent / "metrics.csv").exists()]
         if not folders:
-            raise UserError(f"{path}: no run there (no config.json in it or below)")
+            raise UserError(f"{path}: no run there (no config.json and metrics.csv, nor below)")
         for folder in folders:
-            if not (folder / "metrics.csv").exists():
-                continue
             content = run_folder.load(folder)
             note = folder / "note.txt"
-            found.append(
-                FinishedRun(
-                    folder,
-                    content["program"].removeprefix("models."),
-                    content["config"],
-                    content["differs_from_paper"],
-                    metrics.read(folder),
-                    note.read_text().strip() if note.exists() else "",
-                )
+            found[folder.resolve()] = FinishedRun(  # Once, also where two of `paths` hold it.
+                folder,
+                content["program"].removeprefix("models."),
+                content["config"],
+                content["differs_from_paper"],
+                metrics.read(folder),
+                note.read_text().strip() if note.exists() else "",
             )
-    return found
+    return list(found.values())
 
 
 def group(runs: Sequence[FinishedRun], *fields: str) -> dict[tuple, list[FinishedRun]]:
@@ -164,15 +162,15 @@ class Axes:
           y: a column of metrics.csv.
           error: the column with the standard error of y, shown where there is but one seed.
         """
-        curves = [run.curve(x, y) for run in runs]
-        length = min(len(steps) for steps, _ in curves)
+        curves = [run.curve(x, y, error) for run in runs]
+        length = min(len(curve[0]) for curve in curves)
         if not length:
             return
         config = runs[0].config
         at = curves[0][0][:length]
-        mean, spread = mean_and_error([values[:length] for _, values in curves])
-        if len(runs) == 1 and error in runs[0].metrics:
-            spread = runs[0].curve(y, error)[1][:length]
+        mean, spread = mean_and_error([curve[1][:length] for curve in curves])
+        if len(runs) == 1:
+            spread = curves[0][2]
         label = parameterization(config)
         label += f" [{config['preset']} preset]" if len(self._presets) > 1 else ""
         label += f", {len(runs)} seeds" if len(runs) > 1 else ""
@@ -255,6 +253,8 @@ def vae(runs: list[FinishedRun], output: Output) -> None:
     runs = [run for run in runs if len(run.curve("epoch", "test_bound")[0])]
     if not runs:
         raise UserError("none of the auto-encoders' runs has finished an epoch yet")
+    if all(run.config["dataset"].startswith("synthetic") for run in runs):
+        raise UserError("the auto-encoders' runs are of synthetic images, of which is no figure")
     for name, title, column, limits in (
         ("mnist", "MNIST", "test_bound", ((50, 300), (-88, -84))),
         ("cifar10", "CIFAR-10", "test_paper_axis", ((0, 450), (8000, 10_000))),

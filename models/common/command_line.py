@@ -252,12 +252,13 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def _early(argv: Sequence[str], flag: str) -> str | None:
+    found = None  # The last one counts, as it does for argparse.
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         if word == flag:
-            return following
-        if word.startswith(flag + "="):
-            return word[len(flag) + 1 :]
-    return None
+            found = following
+        elif word.startswith(flag + "="):
+            found = word[len(flag) + 1 :]
+    return found
 
 
 def _default(value: Any) -> str:

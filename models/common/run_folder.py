@@ -92,13 +92,16 @@ def load(path: str | Path) -> dict[str, Any]:
     """Returns the content of a run folder's config.json."""
     file = Path(path) / "config.json"
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
         if not Path(path).is_dir():
             raise UserError(f"{path}: there is no such folder") from None
         raise UserError(f"{path}: not a run folder (it has no config.json)") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: damaged ({error})") from None
+    if not (isinstance(content, dict) and {"program", "config"} <= content.keys()):
+        raise UserError(f"{path}: not a run folder (its config.json is of something else)")
+    return content
 
 
 def load_config(path: str | Path, config_class: type) -> Any:

@@ -266,6 +266,20 @@ def test_a_run_of_another_program_is_refused(run, tmp_path):
         assert (status, "is a run of models.circle, not of line\n" in err) == (2, True), err
 
 
+@pytest.mark.parametrize("content", ['{"architectures": []}', "[]"])
+def test_another_programs_config_is_no_run(run, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    for argv in (["evaluate", tmp_path], ["--resume", "--out", tmp_path]):
+        status, _, err = run(*argv)
+        assert (status, "not a run folder (its config.json is of something" in err) == (2, True)
+
+
+def test_of_two_presets_the_last_counts(program):
+    argv = ["--preset", "smoke", "--preset=paper"]
+    config = command_line.parse(program.Config, program.PRESETS, argv)
+    assert (config.preset, config.steps) == ("paper", 200)
+
+
 def test_a_run_without_a_checkpoint_has_nothing_to_evaluate(program, run, tmp_path):
     with Run(program.Config(out=str(tmp_path / "a"))) as begun:
         begun.begin({"w": tf.Variable(0.0)})

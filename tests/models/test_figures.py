@@ -85,10 +85,20 @@ def test_a_scaled_preset_is_labelled_and_its_notes_are_shown(run, tmp_path):
     assert "(lossy images)" in table
 
 
-def test_a_folder_without_runs(run, tmp_path):
+def test_folders_without_runs(run, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    for folder, told in ((tmp_path, "no run there"), (tmp_path / "no", "there is no such folder")):
+        status, _, err, _ = run(folder)
+        assert (status, f"{folder}: {told}" in err) == (2, True), err
+    (tmp_path / "other" / "metrics.csv").write_text("a,b")
     status, _, err, _ = run(tmp_path)
-    assert status == 2
-    assert f"{tmp_path}: no run there" in err
+    assert (status, f"{tmp_path / 'other'}: not a run folder" in err) == (2, True), err
+
+
+def test_a_run_counts_once(run, tmp_path):
+    folder = make_run(tmp_path / "runs" / "a")
+    assert "| 8.46 % | 1 |" in run(tmp_path / "runs", folder, f"{folder}/../a")[3]
 
 
 def test_runs_without_an_epoch_are_left_out(run, tmp_path):
@@ -128,6 +138,12 @@ def test_figure_3_has_both_data_sets_and_averages_seeds(run, tmp_path):
     assert "the paper's axis: -88 to -84" in table
     for name in ("mnist", "cifar10"):
         assert (tmp_path / "out" / f"figure-3-{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_there_is_no_figure_of_synthetic_images(run, tmp_path):
+    make_vae_run(tmp_path / "a", dataset="synthetic_mnist")
+    status, _, err, _ = run(tmp_path)
+    assert (status, "of synthetic images" in err) == (2, True)
 
 
 def test_seeds_of_different_length_are_compared_where_all_have_been(run, tmp_path):
@@ -179,6 +195,16 @@ def test_figure_5_has_a_plot_for_each_game_and_figure_6_the_highest_scores(run, 
     for game in ("Breakout", "Pong"):
         path = tmp_path / "out" / f"figure-5-{game}.png"
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("errors", [("nan", "nan"), ("", "3"), ("2", "3")], ids=str)
+def test_a_curves_error_may_be_missing(run, tmp_path, errors):
+    folder = make_dqn_run(tmp_path / "runs", [10, 20])
+    rows = zip(["1,1,1,10", "2,1,2,20"], errors, strict=True)
+    lines = ["step,time,epoch,test_score,test_stderr", *map(",".join, rows)]
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    status, _, err, _ = run(folder)
+    assert (status, err) == (0, "")
 
 
 def test_a_scaled_dqn_says_how_long_its_epochs_are(run, tmp_path):
