@@ -230,8 +230,17 @@ def test_both_parameterizations_begin_as_the_same_initialized_function(rng):
     np.testing.assert_allclose(q[0].std(0), 1, atol=1e-3)
 
 
+@pytest.mark.parametrize("parameterization", ["normal", "weight_norm"])
+def test_the_output_layer_may_begin_with_small_values(rng, parameterization):
+    config = config_of(init_output=0.01, parameterization=parameterization)
+    made = dqn.Learner(config, 6, tf.float32)
+    states = rng.integers(0, 256, (64, 84, 84, 4)).astype(np.uint8)
+    made.initialize(states)
+    np.testing.assert_allclose(made.online(states).numpy().std(0), 0.01, rtol=1e-3)
+
+
 def test_the_output_layer_may_stay_as_it_is(rng):
-    made = dqn.Learner(config_of(init_output=False), 6, tf.float32)
+    made = dqn.Learner(config_of(init_output=None), 6, tf.float32)
     before = made.online.layers[-1].weight().numpy()
     made.initialize(rng.integers(0, 256, (64, 84, 84, 4)).astype(np.uint8))
     np.testing.assert_array_equal(made.online.layers[-1].weight(), before)
