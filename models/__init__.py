@@ -34,5 +34,5 @@ def _import_tensorflow_quietly() -> None:
 
 
 _is_program = sys.argv[:1] == ["-m"] and any(w.startswith("models.") for w in sys.orig_argv)
-if _is_program and os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0":
+if _is_program and sys.stderr and os.environ.get("TF_CPP_MIN_LOG_LEVEL") != "0":
     _import_tensorflow_quietly()

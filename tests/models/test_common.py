@@ -565,6 +565,17 @@ def test_a_terminal_shows_that_tensorflow_is_loaded_and_then_no_more():
     os.close(leader)
 
 
+def test_programs_run_with_stderr_closed():
+    done = subprocess.run(
+        f"exec {sys.executable} -m models.figures --help 2>&-",
+        shell=True,
+        cwd=README.parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert (done.returncode, done.stdout[:7]) == (0, "usage: ")
+
+
 @pytest.fixture
 def clock(monkeypatch):
     now = [0.0]
