@@ -383,7 +383,7 @@ def dqn(runs: list[FinishedRun], output: Output) -> None:
                 )
             if paper:
                 figure.axes.axhline(paper["random"], color="0.5", ls=":", label="random play")
-            figure.axes.set(ylim=(0, None))
+            figure.axes.set_ylim(bottom=min(0, figure.axes.get_ylim()[0]))  # Pong's are negative.
     columns = ["", "highest score", "paper, 200 epochs", "Mnih et al.", "seeds", "epochs"]
     scaled = {
         f"{run.config['preset']}: epochs of {run.config['test_every']:,} steps, for the paper's "
