@@ -99,7 +99,7 @@ PRESETS = {
         {"width": 24, "epochs": 8},
     ),
     "smoke": options.Preset(
-        "does it run? less than a minute with the start; its numbers mean nothing",
+        "only to see that it runs, in less than a minute; its numbers mean nothing",
         {
             "dataset": "synthetic_cifar10",
             "whiten": False,

@@ -134,7 +134,7 @@ PRESETS = {
         CPU | {"game": "Breakout", "steps": 250_000},
     ),
     "smoke": options.Preset(
-        "does it run? less than a minute with the start; its scores mean nothing",
+        "only to see that it runs, in less than a minute; its scores mean nothing",
         {
             "steps": 600,
             "replay": 400,

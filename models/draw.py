@@ -93,7 +93,7 @@ PRESETS = {
         {"glimpses": 16, "epochs": 5, "learning_rate": 1e-3, "initial_stddev": 0.05},
     ),
     "smoke": options.Preset(
-        "does it run? less than a minute with the start; its numbers and pictures mean nothing",
+        "only to see that it runs, in less than a minute; its numbers and pictures mean nothing",
         {
             "dataset": "synthetic_mnist",
             "train_images": 1000,

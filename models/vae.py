@@ -124,7 +124,7 @@ PRESETS = {
         },
     ),
     "smoke": options.Preset(
-        "does it run? less than a minute with the start; its numbers and pictures mean nothing",
+        "only to see that it runs, in less than a minute; its numbers and pictures mean nothing",
         {
             "dataset": "synthetic_mnist",
             "maps": (2, 4, 4),
