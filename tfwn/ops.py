@@ -31,7 +31,10 @@ def _load_library(folder: pathlib.Path) -> types.ModuleType:
             )
     path = folder / "_ops.so"
     if not path.exists():
-        raise ImportError(f"tfwn's op is not compiled: there is no {path}. {rebuild}")
+        raise ImportError(
+            f"tfwn's op is not compiled: there is no {path}. If tfwn is installed, start Python "
+            f"outside the checkout, whose tfwn/ comes first. Otherwise: {rebuild}"
+        )
     try:
         library = tf.load_op_library(str(path))
     except tf.errors.NotFoundError as error:
