@@ -270,9 +270,9 @@ class Learner(tf.Module):
         if self._config.data_dependent_init:
             stddev = self._config.init_output
             tfwn.data_dependent_init(
-                self.online if stddev is not None else _Hidden(self.online),
+                _Hidden(self.online) if stddev is None else self.online,
                 tf.constant(states),
-                init_scale=lambda layer: stddev if layer is self.online.layers[-1] else 1.0,
+                init_scale=lambda layer: stddev or 1.0 if layer is self.online.layers[-1] else 1.0,
             )
         self.copy_to_target()
         self.acting.copy_from(self.online)

@@ -138,7 +138,7 @@ def test_an_interrupted_demo_says_how_to_go_on(tmp_path):
         process = subprocess.Popen(
             ["make", "-o", ".venv/.have-models", "demo"],
             cwd=tmp_path,
-            env=os.environ | {"STATUS": status},
+            env={k: v for k, v in os.environ.items() if "MAKE" not in k} | {"STATUS": status},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
