@@ -491,7 +491,7 @@ def test_epoch(config: Config, learner: Learner, run: Run, held_out: Path) -> No
     run.log(
         epoch=run.step / config.test_every,
         test_score=score,
-        test_stderr=np.std(scores) / math.sqrt(len(scores)),
+        test_stderr=standard_error(scores),
         test_games=len(scores),
         test_length=np.mean(lengths),
         held_out_q=q,
@@ -543,6 +543,12 @@ def play_test(
             break
     made.close()
     return (scores, lengths) if scores else made.unfinished()
+
+
+def standard_error(scores: list[float]) -> float:
+    """Returns the standard error of the mean score, nan for one game."""
+    count = len(scores)
+    return float(np.std(scores, ddof=1)) / math.sqrt(count) if count > 1 else math.nan
 
 
 def mean_max_q(learner: Learner, states: np.ndarray) -> float:
@@ -686,10 +692,12 @@ def evaluate(asked: Evaluate) -> None:
         test_epsilon=asked.epsilon,
     )
     scores, lengths = play_test(config, learner, [asked.seed], games=asked.games)
-    error = np.std(scores) / math.sqrt(len(scores))
+    error = standard_error(scores)
+    told = "" if math.isnan(error) else f" +- {error:,.1f} (standard error)"
     limit = "at most 5 minutes each" if asked.protocol == "nature" else "without a time limit"
     print(f"{config.game}, {config.parameterization}, {found.path}")
-    print(f"score {np.mean(scores):,.1f} +- {error:,.1f} (standard error), {len(scores)} games")
+    count = "1 game" if len(scores) == 1 else f"{len(scores)} games"
+    print(f"score {np.mean(scores):,.1f}{told}, {count}")
     print(f"protocol {asked.protocol}: {limit}, epsilon {asked.epsilon:g}, raw rewards")
     print(f"lowest {min(scores):,.0f}, highest {max(scores):,.0f}, length {np.mean(lengths):,.0f}")
 

@@ -82,6 +82,17 @@ def mean_and_error(values: Sequence[Any] | np.ndarray) -> tuple[Any, Any]:
     return values.mean(axis=0), error
 
 
+def check_parameterizations(runs: Sequence[FinishedRun]) -> None:
+    """Refuses runs of a parameterization that no figure knows."""
+    for run in runs:
+        kind = run.config.get("parameterization")
+        if kind not in COLORS:
+            raise UserError(
+                f"{run.path}: its config.json has parameterization {kind!r}, which must be one of "
+                f"{', '.join(COLORS)}; leave this run out"
+            )
+
+
 def check_presets(runs: Sequence[FinishedRun], label: bool) -> None:
     """Refuses to put runs of different presets together, unless each is to be labelled."""
     presets = {run.config["preset"]: run.path for run in runs}
@@ -444,6 +455,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for program, some in by_program.items():
             if program not in FIGURES:
                 raise UserError(f"{some[0].path}: no figures for the program {program!r}")
+            check_parameterizations(some)
             check_presets(some, options.label_presets)
             FIGURES[program](some, output)
     except UserError as error:

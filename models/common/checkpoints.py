@@ -148,6 +148,11 @@ def open_run(path: str | Path, config_class: type) -> Found:
     """Returns the checkpoint that `find` finds, with the Config of its run."""
     found = find(path)
     folder = found.resolve().parent.parent
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"{path}: a checkpoint outside of its run, whose config.json says what it holds; put "
+            f"it back as RUN/checkpoints/NAME, or copy the run's config.json to {folder}"
+        )
     return Found(found, folder, run_folder.load_config(folder, config_class))
 
 

@@ -1,4 +1,8 @@
-"""The command line of every program, made from its Config: flags, presets, subcommands, errors."""
+"""The command line of every program, made from its Config: flags, presets, subcommands, errors.
+
+With argparse, not tyro, because of three things: errors of one line, the paper's value beside a
+preset's in --help, and knowing which flags were given, which --resume needs.
+"""
 
 import argparse
 import contextlib

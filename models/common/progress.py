@@ -10,7 +10,7 @@ import rich.progress
 from rich.markup import escape
 
 PLAIN_EVERY = 30.0  # Seconds between lines where the output is not a terminal.
-_BAR = 16  # Columns of the bar, the percentage and the gaps around them.
+_BAR = 18  # Columns of the spinner, the bar, the percentage and the gaps around them.
 
 
 class Progress:
@@ -50,6 +50,7 @@ class Progress:
         self._bar: rich.progress.Progress | None = None
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
+                rich.progress.SpinnerColumn(),  # Turns also while a test holds up the steps.
                 rich.progress.BarColumn(bar_width=10),
                 rich.progress.TaskProgressColumn(),
                 rich.progress.TextColumn("{task.fields[text]}"),

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -285,6 +286,17 @@ def test_a_run_without_a_checkpoint_has_nothing_to_evaluate(program, run, tmp_pa
         begun.begin({"w": tf.Variable(0.0)})
     status, _, err = run("evaluate", tmp_path / "a")
     assert (status, "the run has no checkpoint yet\n" in err) == (2, True)
+
+
+def test_a_checkpoint_moved_out_of_its_run_is_told(run, tmp_path):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    moved = tmp_path / "moved" / "best"
+    shutil.copytree(tmp_path / "a" / "checkpoints" / "step-000000000010", moved)
+    status, _, err = run("evaluate", moved)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert f"{moved}: a checkpoint outside of its run" in err
+    shutil.copy(tmp_path / "a" / "config.json", tmp_path)  # As the message proposes.
+    assert run("evaluate", moved)[0] == 0
 
 
 @pytest.mark.parametrize(("name", "value"), [("w", [0.0]), ("u", 0.0)])

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -385,6 +386,9 @@ def test_a_run_is_evaluated_and_watched(run, tmp_path):
     assert "protocol nature: at most 5 minutes each, epsilon 0.05, raw rewards" in out
     again = run("evaluate", tmp_path / "a", "--games", 3)
     assert again == (status, out, err)
+    assert re.search(
+        r"^score \d+\.\d, 1 game$", run("evaluate", tmp_path / "a", "--games", 1)[1], re.M
+    )
     status, out, err = run("watch", tmp_path / "a", "--seconds", 2)
     assert (status, err) == (0, "")
     import imageio.v3 as imageio
@@ -393,6 +397,13 @@ def test_a_run_is_evaluated_and_watched(run, tmp_path):
     assert 20 <= len(frames) <= 30
     assert frames.shape[1:] == (460, 320, 3)
     assert (frames[0] != frames[-1]).any()
+
+
+def test_a_score_has_its_standard_error():
+    scores = np.random.default_rng().normal(size=7)
+    spread = np.sqrt(((scores - scores.mean()) ** 2).sum() / 6)
+    np.testing.assert_allclose(dqn.standard_error(list(scores)), spread / np.sqrt(7), rtol=1e-12)
+    assert np.isnan(dqn.standard_error([5.0]))
 
 
 def test_natures_test_is_30_games_each_counted_once(catch, learner):

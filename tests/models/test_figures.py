@@ -96,6 +96,13 @@ def test_folders_without_runs(run, tmp_path):
     assert (status, f"{tmp_path / 'other'}: not a run folder" in err) == (2, True), err
 
 
+def test_a_run_of_an_unknown_parameterization_is_named(run, tmp_path):
+    folder = make_run(tmp_path / "runs" / "a", kind="spectral_norm")
+    status, _, err, _ = run(tmp_path / "runs")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert f"{folder}: its config.json has parameterization 'spectral_norm'" in err
+
+
 def test_a_run_counts_once(run, tmp_path):
     folder = make_run(tmp_path / "runs" / "a")
     assert "| 8.46 % | 1 |" in run(tmp_path / "runs", folder, f"{folder}/../a")[3]
