@@ -476,17 +476,20 @@ def make_train_step(config: Config, strategy, network, averaged, optimizer, per_
 
 
 def make_test_step(config: Config, strategy, network):
-    """Returns test_step(images, seed): log p(x, z) - log q(z|x) and the KL, [images, 2]."""
+    """Returns test_step(images, pixels, seed): log p(x, z) - log q(z|x) and the KL, [images, 2].
 
-    def replica_step(images, seed):
-        x = prepare(config, replicas.share(images), seed)
+    The seeds are of dynamic binarization's pixels and of z.
+    """
+
+    def replica_step(images, pixels, seed):
+        x = prepare(config, replicas.share(images), pixels)
         log_px, kl = network(x, seed)
         kl = tf.reduce_sum(kl, 1)
         return tf.stack([log_px - kl, kl], 1)
 
     @functools.partial(tf.function, jit_compile=config.jit_compile)
-    def test_step(images, seed):
-        return strategy.gather(strategy.run(replica_step, (images, seed)), axis=0)
+    def test_step(images, pixels, seed):
+        return strategy.gather(strategy.run(replica_step, (images, pixels, seed)), axis=0)
 
     return test_step
 
@@ -494,16 +497,17 @@ def make_test_step(config: Config, strategy, network):
 def measure(config: Config, test_step, images: np.ndarray, samples=1, between=lambda: None):
     """Returns means over the images, in nats: bound, kl and, of several samples, log_likelihood.
 
-    The latter is the importance-weighted bound, mean of log mean_k p(x, z_k) / q(z_k|x). All
-    draws are the same each time. between() is called between batches.
+    The latter is the importance-weighted bound, mean of log mean_k p(x, z_k) / q(z_k|x), of one x:
+    dynamic binarization draws it once. All draws are the same each time. between() is called
+    between batches.
     """
     parts, batch = [], 500
     seed = tf.constant([config.seed, -1], tf.int64)  # No step of training has it.
     for number, start in enumerate(range(0, len(images), batch)):
-        of_samples = []
+        of_samples, here = [], fold_in(seed, number)
         for k in range(samples):
             between()
-            part = test_step(images[start : start + batch], fold_in(fold_in(seed, number), k))
+            part = test_step(images[start : start + batch], fold_in(here, 0), fold_in(here, k))
             of_samples.append(part.numpy().astype(np.float64))
         parts.append(of_samples)
     log_w, kl = np.moveaxis(np.concatenate(parts, 1), -1, 0)  # [samples, images]

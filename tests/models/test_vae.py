@@ -283,6 +283,21 @@ def test_more_samples_tighten_the_bound(dataset):
     assert again == results[2]
 
 
+def test_dynamic_binarization_draws_one_x_for_all_importance_samples():
+    config = config_of(binarization="dynamic")
+    network = initialized(config)
+    step = vae.make_test_step(config, tf.distribute.get_strategy(), network)
+    images = vae.load(config).test_images  # Fewer than a batch, so that its number is 0.
+    seed = vae.fold_in(tf.constant([config.seed, -1], tf.int64), 0)
+    x = vae.prepare(config, images, vae.fold_in(seed, 0))
+    assert set(np.unique(x)) == {0, 1}
+    weights = [network(x, vae.fold_in(seed, k)) for k in range(5)]
+    log_w = np.array([log_px - tf.reduce_sum(kl, 1) for log_px, kl in weights], np.float64)
+    found = vae.measure(config, step, images, 5)
+    assert found["bound"] == pytest.approx(log_w.mean(), abs=1e-3)
+    assert found["log_likelihood"] == pytest.approx(log_mean_exp(log_w).mean(), abs=1e-3)
+
+
 def test_importance_weighting_is_the_log_of_the_mean_weight(rng):
     log_w = rng.normal(-1000, 3, (7, 4))
     expected = np.log(np.exp(log_w + 1000).mean(0)) - 1000
