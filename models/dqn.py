@@ -22,6 +22,7 @@ What differs from the paper, or where it is silent:
     of which the paper's code has one.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -399,19 +400,22 @@ class Actor:
 def train(config: Config) -> None:
     """Trains, tests after each epoch, and leaves the run folder with a learning curve."""
     check(config)
-    with Run(config) as run:
+    save_every = max(config.replay // 20, config.num_envs)
+    file = Path(config.replay_file or Path(config.out) / "replay.ring")
+    keeps = config.save_replay or bool(config.replay_file)
+    with Run(config) as run, contextlib.ExitStack() as stack:
         games = make_games(config, config.num_envs, config.seed)
-        save_every = max(config.replay // 20, config.num_envs)
-        file = Path(config.replay_file or run.path / "replay.ring")
         replay = Replay(
             config.replay,
             config.num_envs,
-            file=file if config.save_replay or config.replay_file else None,
+            file=file if keeps else None,
             in_memory=not config.replay_file,
+            new=not config.resume,
             spare=2 * save_every,
             whole_stacks=config.variant == "deep_q_rl",
             seed=config.seed,
         )
+        stack.callback(replay.close)
         learner = Learner(config, games.num_actions, run.dtype)
         actor = Actor(config, learner, games, replay)
         actor.begin()
@@ -429,7 +433,7 @@ def train(config: Config) -> None:
         loop = run.steps(
             config.steps,
             stride=config.num_envs,
-            save_every=save_every if config.save_replay or config.replay_file else None,
+            save_every=save_every if keeps else None,
             warm_up=config.learning_starts,
             steps_per_epoch=config.test_every,
         )
@@ -451,7 +455,7 @@ def train(config: Config) -> None:
         title = f"{config.game}, {config.parameterization.replace('_', ' ')}"
         plots.learning_curve(run.path, title, PAPER.get(config.game, {}).get("random"))
         run.say(f"learning curve: {run.path / 'learning_curve.png'}")
-        if config.save_replay or config.replay_file:
+        if keeps:
             size = file.stat().st_blocks * 512 / 1e6
             run.say(f"replay memory: {file}, {size:,.0f} MB, which only --resume needs")
 

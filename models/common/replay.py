@@ -9,6 +9,7 @@ slots that its window does not hold, so that one file serves the last two checkp
 of them needs only small arrays besides: see `spare`.
 """
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ from models.common.errors import UserError
 TERMINAL = 1  # Nothing follows step t: no value is bootstrapped.
 LAST = 2  # Slot t + 1 holds the first frame of another game.
 CUT = 4  # The game was stopped at t; what would have followed is not known.
-_HEADER = 4096  # Bytes before the frames in the file: how many slots have ever been written.
+# Bytes before the frames in the file. They hold two numbers: how many slots have ever been written,
+# and which memory wrote them.
+_HEADER = 4096
 
 
 class Batch(NamedTuple):
@@ -37,12 +40,16 @@ class Batch(NamedTuple):
 class Replay:
     """The replay memory of several environments, each with its own ring.
 
+    A file belongs to one memory, known by a random number in its state, and until close() to one
+    process. A memory that is not restored takes over what it finds, unless it is `new`.
+
     Args:
       capacity: transitions, over all environments.
       environments: how many.
       file: where the frames are saved by state_dict(), or live.
       in_memory: True: in memory, and copied to `file`, if given, at each save. False: in `file`,
         memory-mapped, and the operating system keeps in memory what it has room for.
+      new: refuse a file that holds a memory already.
       spare: slots of the file, over all environments, that may be written after a checkpoint
         without hurting it: twice the steps between saves protect the last two checkpoints.
       whole_stacks: sample only states whose 4 frames are of one game.
@@ -56,6 +63,7 @@ class Replay:
         *,
         file: Path | None = None,
         in_memory: bool = True,
+        new: bool = False,
         spare: int = 0,
         whole_stacks: bool = False,
         stack: int = 4,
@@ -70,13 +78,18 @@ class Replay:
         self._written = 0  # Slots ever written, per environment.
         self._saved = 0  # Of these, on disk.
         self._floor = 0  # Slots before this one are lost.
+        self._id: int | None = None  # The memory's number, None before it has slots in the file.
         shape = (environments, self._slots)
         slot = environments * FRAME_SHAPE[0] * FRAME_SHAPE[1]
         if in_memory:
             _check_memory(self._slots * slot, capacity)
         if file is not None:
             _make_file(file, self._file_slots * slot)
-            self._ever = np.memmap(file, np.uint64, "r+", 0, (1,))
+            self._header = _lock_header(file)
+            if new and self._header[0]:
+                raise UserError(
+                    f"{file}: holds another run's replay memory; name another file, or remove it"
+                )
         if in_memory:
             self._frames = np.zeros((*shape, *FRAME_SHAPE), np.uint8)
         else:
@@ -85,6 +98,11 @@ class Replay:
         self._actions = np.zeros(shape, np.uint8)
         self._rewards = np.zeros(shape, np.float32)
         self._ends = np.zeros(shape, np.uint8)
+
+    def close(self) -> None:
+        """Lets other processes have the file; this memory is of no use then."""
+        if self._file is not None:
+            del self._header
 
     def __len__(self) -> int:
         return (self._written - self._oldest()) * len(self._frames)
@@ -137,6 +155,7 @@ class Replay:
             self._frames.flush()  # type: ignore[attr-defined]
         slots = np.arange(self._oldest(), self._written) % self._slots
         return {
+            "id": self._id,
             "written": self._written,
             "floor": self._floor,
             "generator": self._generator.bit_generator.state,
@@ -153,16 +172,18 @@ class Replay:
         self._generator.bit_generator.state = state["generator"]
         if self._file is None:
             return
-        ever = int(self._ever[0])
+        ever, owner = map(int, self._header)
         if ever == 0:
             return
-        if len(state["actions"]) != len(self._frames) or ever < state["written"]:
+        # Runs from before memories had numbers have none, nor have their files.
+        if owner != state.get("id", 0) or ever < state["written"]:
             raise UserError(
                 f"{self._file}: does not hold the replay memory of this run; resume with the "
-                "--replay-file and --num-envs of the run"
+                "run's --replay-file, or remove this one to begin with an empty memory"
             )
+        self._id = owner
         self._written = self._saved = state["written"]
-        self._floor = max(state["floor"], ever - self._file_slots)
+        self._floor = min(max(state["floor"], ever - self._file_slots), self._written)
         slots = np.arange(self._written - state["actions"].shape[1], self._written) % self._slots
         self._actions[:, slots], self._rewards[:, slots] = state["actions"], state["rewards"]
         self._ends[:, slots] = state["ends"]
@@ -226,7 +247,10 @@ class Replay:
 
     def _mark(self, written: int) -> None:
         """Notes in the file, before they are written, how many slots ever were."""
-        self._ever[0] = max(int(self._ever[0]), written)
+        if self._id is None:
+            self._id = 1 + int.from_bytes(os.urandom(7), "little")
+            self._header[:] = 0, self._id
+        self._header[0] = max(int(self._header[0]), written)
 
 
 def _check_memory(needed: int, capacity: int) -> None:
@@ -277,3 +301,15 @@ def _make_file(path: Path, needed: int) -> None:
         raise UserError(
             f"{path}: cannot write the replay memory there ({error.strerror})"
         ) from None
+
+
+def _lock_header(path: Path) -> np.ndarray:
+    """Returns the numbers in the file's header; the file is locked as long as they are mapped."""
+    with open(path, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{path}: is in use by another process; wait for it, or name another file"
+            ) from None
+        return np.memmap(file, np.uint64, "r+", 0, (2,))  # With a duplicate of the descriptor.

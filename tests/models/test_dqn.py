@@ -308,6 +308,7 @@ def check_same_run(one, other):
     ]
     for state in states:
         state.pop("rows")
+        del state["extras"]["replay"]["id"]  # By chance.
     np.testing.assert_equal(states[0], states[1])
 
 
@@ -441,6 +442,21 @@ def test_a_users_mistake_is_told_in_one_line(run, tmp_path, argv, message):
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+    assert not (tmp_path / "a" / "config.json").exists()
+
+
+def test_a_replay_file_is_of_one_run_and_of_one_process(run, tmp_path):
+    memory = Replay(400, 4, file=tmp_path / "ring", in_memory=False, spare=40)
+    memory.add(np.zeros((4, 84, 84), np.uint8), *np.zeros((3, 4), int))
+    argv = ["--preset", "smoke", "--replay-file", tmp_path / "ring", "--out", tmp_path / "a"]
+    in_use = run(*argv)
+    memory.close()
+    for told, (status, out, err) in (
+        ("is in use by another process", in_use),
+        ("holds another run's replay memory", run(*argv)),
+    ):
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"{tmp_path / 'ring'}: {told}" in err
     assert not (tmp_path / "a" / "config.json").exists()
 
 

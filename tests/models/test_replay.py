@@ -193,12 +193,67 @@ def test_an_unwritable_or_foreign_file_is_told(tmp_path):
         Replay(10, file=other)
 
 
-def test_the_file_of_another_run_is_refused(rng, tmp_path):
-    made = filled(rng, 30, 2, 20, file=tmp_path / "ring")
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_the_file_of_another_run_is_refused(rng, tmp_path, in_memory):
+    options = {"file": tmp_path / "ring", "in_memory": in_memory}
+    made = filled(rng, 30, 2, 20, **options)
     state = made.state_dict()
-    other = Replay(31, 1, file=tmp_path / "ring")
+    made.close()
+    with pytest.raises(UserError, match=r"ring: holds another run's replay memory; .* remove it"):
+        Replay(30, 2, new=True, **options)
+    (tmp_path / "ring").unlink()
+    other = filled(rng, 30, 2, 25, new=True, **options)
+    other.state_dict()
     with pytest.raises(UserError, match="does not hold the replay memory of this run"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_memory_that_takes_over_a_file_forgets_what_was_there(rng, tmp_path, in_memory):
+    options = {"file": tmp_path / "ring", "in_memory": in_memory, "spare": 8}
+    filled(rng, 30, 2, 500, **options).state_dict()
+    made = filled(rng, 30, 2, 20, **options)
+    state = made.state_dict()
+    expected = samples(made, 0, 2)
+    made.close()
+    other = Replay(30, 2, **options)
+    other.load_state_dict(state)
+    assert (len(other), other.lost) == (30, 0)
+    for a, b in zip(samples(other, 0, 2), expected, strict=True):
+        for left, right in zip(a, b, strict=True):
+            np.testing.assert_array_equal(left, right)
+
+
+def test_a_memory_from_before_they_had_numbers_is_restored(rng, tmp_path):
+    made = filled(rng, 30, 2, 20, file=tmp_path / "ring")
+    state = made.state_dict()
+    made.close()
+    del state["id"]
+    other = Replay(30, 2, file=tmp_path / "ring")
+    with pytest.raises(UserError, match="does not hold the replay memory of this run"):
+        other.load_state_dict(state)
+    other._header[1] = 0
+    other.load_state_dict(state)
+    assert len(other) == 30
+
+
+def test_a_checkpoint_of_which_nothing_is_left_begins_empty(rng, tmp_path):
+    made = filled(rng, 30, 1, 20, file=tmp_path / "ring", in_memory=False, spare=4)
+    state = made.state_dict()
+    for _ in range(100):
+        made.add(*random_step(rng, 1))
+    made.close()
+    other = Replay(30, 1, file=tmp_path / "ring", in_memory=False, spare=4)
+    other.load_state_dict(state)
+    assert (len(other), other.lost) == (0, 20)
+
+
+def test_a_file_is_of_one_process(rng, tmp_path):
+    made = filled(rng, 30, 1, 20, file=tmp_path / "ring")
+    with pytest.raises(UserError, match="ring: is in use by another process"):
+        Replay(30, 1, file=tmp_path / "ring")
+    made.close()
+    Replay(30, 1, file=tmp_path / "ring")
 
 
 def test_a_memory_whose_file_was_removed_begins_empty(rng, tmp_path):
