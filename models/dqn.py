@@ -79,6 +79,9 @@ class Config(options.RunConfig):
     log_every: int = 1_000  # Steps between rows of metrics.csv.
 
     MAY_CHANGE: ClassVar[frozenset[str]] = options.RunConfig.MAY_CHANGE | {"replay_file"}
+    FIXED: ClassVar[frozenset[str]] = frozenset(
+        "game parameterization optimizer filters hidden num_envs mixed_precision".split()
+    )
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ("game",)
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--replay (or --replay-file FILE)")
     RANGES = options.ranges(

@@ -52,6 +52,8 @@ class RunConfig:
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
         {"out", "resume", "accept_changes", "data_dir", "checkpoint_every", "keep"}
     )
+    # Fields that may not, even with --accept-changes: the state would not fit them.
+    FIXED: ClassVar[frozenset[str]] = frozenset()
     # Fields whose values are in the default name of the run folder, after the program's.
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ()
     # Where numbers lie, made by ranges(); those not named are not negative.

@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,20 @@ def resumed_values(
         for name, value in explicit.items()
         if name not in config_class.MAY_CHANGE and name in saved and saved[name] != value
     }
-    if changed and not explicit.get("accept_changes"):
-        told = ", ".join(
-            f"--{n.replace('_', '-')} was {saved[n]} and is now {v}" for n, v in changed.items()
+
+    def told(names: Iterable[str]) -> str:
+        return ", ".join(
+            f"--{n.replace('_', '-')} was {saved[n]} and is now {changed[n]}" for n in names
         )
+
+    if fixed := [name for name in changed if name in config_class.FIXED]:
         raise UserError(
-            f"--resume: {told}; leave the option out to go on as before, "
+            f"--resume: {told(fixed)}, which the run's state does not fit; leave the option out, "
+            "or start a new run"
+        )
+    if changed and not explicit.get("accept_changes"):
+        raise UserError(
+            f"--resume: {told(changed)}; leave the option out to go on as before, "
             "or give --accept-changes to go on with the new value"
         )
     result = {**saved, **explicit, "out": path, "resume": True}

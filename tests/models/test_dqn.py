@@ -343,6 +343,28 @@ def test_without_its_replay_memory_a_resumed_run_fills_it_anew(run, tmp_path, sa
     assert (status, learns) == (0, [300, 400, 700, 800])
 
 
+def test_what_a_run_s_state_does_not_fit_is_refused_before_anything_is_written(run, tmp_path):
+    folder = tmp_path / "a"
+    run("--preset", "smoke", "--steps", 240, "--out", folder)
+    argv = ["--resume", "--accept-changes", "--steps", 400, "--out", folder]
+    (folder / "replay.ring").unlink()
+    for change in (
+        ("--num-envs", "2"),
+        ("--game", "Pong"),
+        ("--filters", "4", "4", "8"),
+        ("--hidden", "8"),
+        ("--optimizer", "rmsprop"),
+        ("--parameterization", "normal"),
+        ("--mixed-precision", "bfloat16"),
+    ):
+        status, out, err = run(*argv, *change)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert f"--resume: {change[0]} was " in err
+        assert "which the run's state does not fit; leave the option out" in err
+        assert not (folder / "replay.ring").exists()
+    assert run(*argv)[::2] == (0, "")
+
+
 @pytest.mark.parametrize("file", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_and_resumed_it_is_the_run_that_was_not(run, tmp_path, file):
     shared = ["--preset", "smoke", "--steps", "1200", "--checkpoint-every", "0.2"]
