@@ -80,7 +80,8 @@ class Config(options.RunConfig):
 
     MAY_CHANGE: ClassVar[frozenset[str]] = options.RunConfig.MAY_CHANGE | {"replay_file"}
     FIXED: ClassVar[frozenset[str]] = frozenset(
-        "game parameterization optimizer filters hidden num_envs mixed_precision".split()
+        {"game", "num_envs", "parameterization", "filters", "hidden", "optimizer"}
+        | {"mixed_precision"}
     )
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ("game",)
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--replay (or --replay-file FILE)")
