@@ -34,7 +34,7 @@ import tensorflow as tf
 
 import tfwn
 from models.common import checkpoints, command_line, options, plots, runtime, video
-from models.common.environments import Atari, Environments, FrameStack, Steps, rom_path
+from models.common.environments import Atari, Environments, FrameStack, Steps, game_name, rom_path
 from models.common.errors import UserError
 from models.common.optimizers import Adamax
 from models.common.replay import CUT, LAST, TERMINAL, Batch, Replay
@@ -47,7 +47,7 @@ LEARNING_RATES = {"weight_norm": 3e-4, "normal": 1e-4}  # The paper's choice fro
 class Config(options.RunConfig):
     """The hyper-parameters; steps are actions of the agent, each 4 frames of a game."""
 
-    game: str = "SpaceInvaders"  # Any of ale-py's games.
+    game: str = "SpaceInvaders"  # Any of ale-py's games, in any spelling.
     parameterization: Literal["weight_norm", "normal"] = "weight_norm"  # Of every layer.
     steps: int = 50_000_000  # Training: 200 epochs.
     replay: int = 1_000_000  # Transitions remembered.
@@ -90,6 +90,9 @@ class Config(options.RunConfig):
         "test_steps held_out num_envs log_every",
         "discount epsilon test_epsilon",
     ) | {"init_output": (1e-6, math.inf)}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "game", game_name(self.game))
 
 
 # Maximum test scores, figure 6; nature and random play: Mnih et al. 2015, extended data table 2.

@@ -170,6 +170,15 @@ def _taps(source: int, target: int) -> tuple[np.ndarray, ...]:
     return (*pixels, *weights.astype(np.uint32))
 
 
+def game_name(game: str) -> str:
+    """Returns a game's name as in SpaceInvaders, whatever its spelling; an unknown one as it is."""
+    try:
+        from ale_py import roms
+    except ImportError:
+        return game
+    return {_plain(name): _camel(name) for name in roms.get_all_rom_ids()}.get(_plain(game), game)
+
+
 def rom_path(game: str) -> str:
     """Returns the path of a game's ROM."""
     try:
@@ -180,10 +189,12 @@ def rom_path(game: str) -> str:
         ) from None
     known = {_plain(name): name for name in roms.get_all_rom_ids()}
     if _plain(game) not in known:
-        names = ["".join(part.capitalize() for part in name.split("_")) for name in known.values()]
         raise UserError(
             f"--game {game}: no such game among ale-py's {len(known)}"
-            + (nearest(game, names) or "; for example SpaceInvaders, Breakout, Enduro, Seaquest")
+            + (
+                nearest(game, [*map(_camel, known.values())])
+                or "; for example SpaceInvaders, Breakout, Enduro, Seaquest"
+            )
         )
     path = roms.get_rom_path(known[_plain(game)])
     if path is None or not path.exists():
@@ -192,6 +203,10 @@ def rom_path(game: str) -> str:
             "pip install --force-reinstall --no-deps ale-py"
         )
     return str(path)
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
 
 
 def _plain(name: str) -> str:

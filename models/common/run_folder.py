@@ -115,15 +115,17 @@ def resumed_values(
 ) -> dict[str, Any]:
     """Returns the values to resume with: the run's own, and those given now where allowed."""
     saved = _saved_values(path, config_class)
-    changed = {
-        name: value
-        for name, value in explicit.items()
-        if name not in config_class.MAY_CHANGE and name in saved and saved[name] != value
-    }
+    # As a Config has them: it may have one spelling for several.
+    before, now = (dataclasses.asdict(config_class(**values)) for values in (saved, explicit))
+    changed = [
+        name
+        for name in explicit
+        if name not in config_class.MAY_CHANGE and name in saved and before[name] != now[name]
+    ]
 
     def told(names: Iterable[str]) -> str:
         return ", ".join(
-            f"--{n.replace('_', '-')} was {saved[n]} and is now {changed[n]}" for n in names
+            f"--{n.replace('_', '-')} was {before[n]} and is now {now[n]}" for n in names
         )
 
     if fixed := [name for name in changed if name in config_class.FIXED]:

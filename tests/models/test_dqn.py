@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import tfwn
 from models import dqn
-from models.common import checkpoints, command_line, environments, metrics, replay
+from models.common import checkpoints, command_line, environments, metrics, replay, run_folder
 from models.common.environments import Environments, Step, Steps
 from models.common.errors import UserError
 from models.common.replay import Batch, Replay
@@ -341,6 +341,21 @@ def test_without_its_replay_memory_a_resumed_run_fills_it_anew(run, tmp_path, sa
         if not math.isnan(loss)
     ]
     assert (status, learns) == (0, [300, 400, 700, 800])
+
+
+def test_a_game_has_one_name_in_any_spelling(run, tmp_path, monkeypatch):
+    argv = ["--preset", "smoke", "--steps", 240, "--game", "space_invaders"]
+    monkeypatch.chdir(tmp_path)
+    assert run(*argv)[::2] == (0, "")
+    folder = Path("runs/dqn-SpaceInvaders-smoke-weight_norm-0")
+    assert run_folder.load(folder)["config"]["game"] == "SpaceInvaders"
+    assert run("--resume", "--game", "space-invaders", "--out", folder)[::2] == (0, "")
+    # As runs of before have it.
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"SpaceInvaders"', '"space_invaders"'))
+    assert run("--resume", "--game", "SpaceInvaders", "--out", folder)[::2] == (0, "")
+    told = "--game was SpaceInvaders and is now Pong"
+    assert told in run("--resume", "--game", "pong", "--out", folder)[2]
 
 
 def test_what_a_run_s_state_does_not_fit_is_refused_before_anything_is_written(run, tmp_path):
