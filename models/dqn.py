@@ -426,6 +426,7 @@ def train(config: Config) -> None:
         learner = Learner(config, games.num_actions, run.dtype)
         actor = Actor(config, learner, games, replay)
         actor.begin()
+        run.introduce(title_of(config), note(config))
         run.begin({"learner": learner}, {"actor": actor, "replay": replay})
         if replay.lost:
             run.say(f"the replay memory lacks its {replay.lost:,} oldest transitions")
@@ -459,8 +460,7 @@ def train(config: Config) -> None:
                 log(run, learner, actor, done, clock)
         test_epoch(config, learner, run, held_out)
         games.close()
-        title = f"{config.game}, {config.parameterization.replace('_', ' ')}"
-        plots.learning_curve(run.path, title, PAPER.get(config.game, {}).get("random"))
+        plots.learning_curve(run.path, title_of(config), PAPER.get(config.game, {}).get("random"))
         run.say(f"learning curve: {run.path / 'learning_curve.png'}")
         if keeps:
             size = file.stat().st_blocks * 512 / 1e6
@@ -556,6 +556,12 @@ def play_test(
     return (scores, lengths) if scores else made.unfinished()
 
 
+def test_of(test: str, test_steps: int) -> str:
+    """Returns what a test is, for people."""
+    told = {"paper": f"{test_steps:,} steps", "nature": "30 games of at most 5 minutes"}
+    return f"{test}: {told[test]}"
+
+
 def standard_error(scores: list[float]) -> float:
     """Returns the standard error of the mean score, nan for one game."""
     count = len(scores)
@@ -612,6 +618,16 @@ def crosses(before: int, after: int, period: int) -> bool:
 def states_of(batch: Batch) -> np.ndarray:
     """Returns a batch's states s_t, uint8 [batch, 84, 84, 4]."""
     return np.ascontiguousarray(batch.frames[:, :-1].transpose(0, 2, 3, 1))
+
+
+def title_of(config: Config) -> str:
+    """Returns what is played and by which network."""
+    return f"{config.game}, {config.parameterization.replace('_', ' ')}"
+
+
+def note(config: Config) -> str:
+    """Returns what to say beside a result."""
+    return options.note(PRESETS, config)
 
 
 def make_games(config: Config, count: int, seed: int, *, testing: bool = False) -> Environments:
@@ -706,9 +722,9 @@ def evaluate(asked: Evaluate) -> None:
     error = standard_error(scores)
     told = "" if math.isnan(error) else f" +- {error:,.1f} (standard error)"
     limit = "at most 5 minutes each" if asked.protocol == "nature" else "without a time limit"
-    print(f"{config.game}, {config.parameterization}, {found.path}")
+    print(f"{title_of(config)}, {found.path}")
     count = "1 game" if len(scores) == 1 else f"{len(scores)} games"
-    print(f"score {np.mean(scores):,.1f}{told}, {count}")
+    print(f"score {np.mean(scores):,.1f}{told}, {count}{note(config)}")
     print(f"protocol {asked.protocol}: {limit}, epsilon {asked.epsilon:g}, raw rewards")
     print(f"lowest {min(scores):,.0f}, highest {max(scores):,.0f}, length {np.mean(lengths):,.0f}")
 

@@ -366,14 +366,20 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
 
 def dqn(runs: list[FinishedRun], output: Output) -> None:
     """Figure 5 (test scores by epoch), one for each game, and figure 6 (the highest of each)."""
-    from models.dqn import PAPER
+    from models.dqn import PAPER, test_of
 
     runs = [run for run in runs if len(run.curve("epoch", "test_score")[0])]
     if not runs:
         raise UserError("none of the DQN runs has finished an epoch yet")
     rows = []
     for (game,), here in group(runs, "game").items():
-        y = "score per game in testing"
+        tests = {run.config["test"] for run in here}
+        if len(tests) > 1:
+            raise UserError(
+                f"some runs of {game} have --test paper and some nature: their scores are not "
+                "comparable; draw them apart"
+            )
+        y = f"score per game ({tests.pop()} test)"
         paper = PAPER.get(game, {})
         with output.figure(f"figure-5-{game}", f"DQN on {game}", here, "epochs", y) as figure:
             for (kind, _), seeds in sorted(group(here, "parameterization", "preset").items()):
@@ -381,13 +387,14 @@ def dqn(runs: list[FinishedRun], output: Output) -> None:
                 curves = [run.curve("epoch", "test_score") for run in seeds]
                 figure.line(seeds, "epoch", "test_score", "test_stderr")
                 mean, error = mean_and_error([scores.max() for _, scores in curves])
-                label = row_label(seeds[0].config, output)
+                config = seeds[0].config
                 rows.append(
                     [
-                        f"{game}, {label}",
+                        f"{game}, {row_label(config, output)}",
                         f"{mean:,.1f}" + ("" if math.isnan(error) else f" ± {error:,.1f}"),
                         f"{paper[kind]:,}" if paper else "",
                         f"{paper['nature']:,}" if paper else "",
+                        test_of(config["test"], config["test_steps"]),
                         f"{len(seeds)}",
                         f"{max(x[-1] for x, _ in curves):.0f}",
                     ]
@@ -395,14 +402,14 @@ def dqn(runs: list[FinishedRun], output: Output) -> None:
             if paper:
                 figure.axes.axhline(paper["random"], color="0.5", ls=":", label="random play")
             figure.axes.set_ylim(bottom=min(0, figure.axes.get_ylim()[0]))  # Pong's are negative.
-    columns = ["", "highest score", "paper, 200 epochs", "Mnih et al.", "seeds", "epochs"]
-    scaled = {
+    columns = ["", "highest score", "paper, 200 epochs", "Mnih et al.", "test", "seeds", "epochs"]
+    notes = {run.note for run in runs if run.note} | {
         f"{run.config['preset']}: epochs of {run.config['test_every']:,} steps, for the paper's "
         "250,000"
         for run in runs
         if run.config["test_every"] != 250_000
     }
-    output.table("DQN (figure 6)", columns, sorted(rows), "; ".join(sorted(scaled)))
+    output.table("DQN (figure 6)", columns, sorted(rows), "; ".join(sorted(notes)))
 
 
 def check_same_settings(seeds: Sequence[FinishedRun]) -> None:

@@ -420,12 +420,14 @@ def test_a_run_is_evaluated_and_watched(run, tmp_path):
     assert (tmp_path / "a" / "learning_curve.png").stat().st_size > 5000
     status, out, err = run("evaluate", tmp_path / "a", "--games", 3)
     assert (status, err) == (0, "")
-    assert "3 games" in out
+    about = dqn.PRESETS["smoke"].about
+    assert f"3 games ({about})" in out
+    assert (tmp_path / "a" / "note.txt").read_text() == f"({about})"
     assert "protocol nature: at most 5 minutes each, epsilon 0.05, raw rewards" in out
     again = run("evaluate", tmp_path / "a", "--games", 3)
     assert again == (status, out, err)
     assert re.search(
-        r"^score \d+\.\d, 1 game$", run("evaluate", tmp_path / "a", "--games", 1)[1], re.M
+        r"^score \d+\.\d, 1 game \(", run("evaluate", tmp_path / "a", "--games", 1)[1], re.M
     )
     status, out, err = run("watch", tmp_path / "a", "--seconds", 2)
     assert (status, err) == (0, "")

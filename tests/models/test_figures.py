@@ -179,7 +179,7 @@ def test_static_and_dynamic_binarization_are_not_mixed(run, tmp_path):
 
 def make_dqn_run(folder, scores, game="Breakout", kind="weight_norm", preset="paper", **config):
     folder.mkdir(parents=True)
-    config = {"test_every": 250_000, "learning_rate": None, **config}
+    config = {"test_every": 250_000, "test": "paper", "test_steps": 125_000, **config}
     config |= {"game": game, "parameterization": kind, "preset": preset}
     content = {"program": "models.dqn", "config": config, "differs_from_paper": {}}
     (folder / "config.json").write_text(json.dumps(content))
@@ -193,12 +193,18 @@ def test_figure_5_has_a_plot_for_each_game_and_figure_6_the_highest_scores(run, 
     make_dqn_run(tmp_path / "runs" / "0", [10, 300, 200])
     make_dqn_run(tmp_path / "runs" / "1", [10, 100, 310])
     make_dqn_run(tmp_path / "runs" / "2", [10, 20], kind="normal")
-    make_dqn_run(tmp_path / "runs" / "3", [500], game="Pong")
+    make_dqn_run(tmp_path / "runs" / "3", [500], game="Pong", test="nature")
     status, _, _, table = run(tmp_path / "runs")
     assert status == 0
-    assert "| Breakout, weight norm | 305.0 ± 5.0 | 403 | 401 | 2 | 3 |" in table
-    assert "| Breakout, normal | 20.0 | 410 | 401 | 1 | 2 |" in table
-    assert "| Pong, weight norm | 500.0 |  |  | 1 | 1 |" in table
+    assert (
+        "| Breakout, weight norm | 305.0 ± 5.0 | 403 | 401 | paper: 125,000 steps | 2 | 3 |"
+        in table
+    )
+    assert "| Breakout, normal | 20.0 | 410 | 401 | paper: 125,000 steps | 1 | 2 |" in table
+    assert (
+        "| Pong, weight norm | 500.0 |  |  | nature: 30 games of at most 5 minutes | 1 | 1 |"
+        in table
+    )
     for game in ("Breakout", "Pong"):
         path = tmp_path / "out" / f"figure-5-{game}.png"
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -212,6 +218,14 @@ def test_a_curves_error_may_be_missing(run, tmp_path, errors):
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     status, _, err, _ = run(folder)
     assert (status, err) == (0, "")
+
+
+def test_scores_of_different_tests_are_not_drawn_together(run, tmp_path):
+    make_dqn_run(tmp_path / "runs" / "0", [10])
+    make_dqn_run(tmp_path / "runs" / "1", [10], kind="normal", test="nature")
+    status, _, err, _ = run(tmp_path / "runs")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "some runs of Breakout have --test paper and some nature" in err
 
 
 def test_a_scaled_dqn_says_how_long_its_epochs_are(run, tmp_path):
