@@ -438,11 +438,15 @@ size_t ScratchFor(const Layout& layout, Type v, Type w, bool backward, int multi
 }
 
 template <class V, class W, int kVec, bool kBackward>
-cudaError_t Launch(Work* work, Phase phase, int64_t shared_bytes, cudaStream_t stream) {
+cudaError_t Launch(Work* work, Phase phase, int64_t shared_bytes, int64_t device_shared_memory,
+                   cudaStream_t stream) {
   const auto kernel = Kernel<V, W, kVec, kBackward>;
   if (shared_bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    // The limit is the kernel's, not the launch's. All ask for the device's own: with what this
+    // launch needs, another thread's launch could find a limit below its need.
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(device_shared_memory));
     if (error != cudaSuccess) return error;
   }
   work->phase = phase;
@@ -469,8 +473,9 @@ cudaError_t RunTyped(Work* work, Problem problem, cudaStream_t stream) {
   work->plan = MakePlan(problem);
   const int64_t bytes = SharedBytes(problem, work->plan);
   const auto launch = [&](Phase phase) {
-    return vectors ? Launch<V, W, kVec, kBackward>(work, phase, bytes, stream)
-                   : Launch<V, W, 1, kBackward>(work, phase, bytes, stream);
+    const int64_t most = problem.shared_memory;
+    return vectors ? Launch<V, W, kVec, kBackward>(work, phase, bytes, most, stream)
+                   : Launch<V, W, 1, kBackward>(work, phase, bytes, most, stream);
   };
   if (work->plan.fused) return launch(kBoth);
   const cudaError_t error = launch(kSum);

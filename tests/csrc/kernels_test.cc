@@ -459,6 +459,20 @@ void TestZeroUnits() {
   }
 }
 
+#ifdef TFWN_TEST_CUDA
+// Weights for which one kernel needs about 60 and 130 KiB of shared memory: see cuda_on_cpu.
+void TestSharedMemory() {
+  cuda_on_cpu::multiprocessors = 1;
+  for (const Layout layout : {Layout{864, 16, 1}, Layout{2048, 16, 1}}) {
+    Problem p(layout, Type::kFloat, Type::kFloat, Type::kFloat);
+    for (int64_t i = 0; i < p.v.size(); ++i) p.v.Set(i, i % 7 - 3.0);
+    for (int64_t i = 0; i < p.v.size(); ++i) p.grad_w.Set(i, i % 5 - 2.0);
+    for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, 1 + n % 3);
+    CheckAgainstReference(p, *RunBoth(p, Inline));
+  }
+}
+#endif
+
 // Where g / norm leaves the range of float, though w and grad_v are in it.
 void TestExtremes() {
   for (const Type type : {Type::kFloat, Type::kBfloat16}) {
@@ -540,6 +554,9 @@ int main(int argc, char** argv) {
   TestConversions();
   TestZeroUnits();
   TestExtremes();
+#ifdef TFWN_TEST_CUDA
+  TestSharedMemory();
+#endif
   TestManyCuts(seed);
   TestRandomProblems(cases, seed);
   std::printf(failures == 0 ? "passed\n" : "%d failures\n", failures);

@@ -55,7 +55,7 @@ size_t scheduler_stack_bytes = 0;
 std::vector<Fiber> fibers;
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
-std::map<const void*, int64_t> allowed;
+std::map<std::pair<const void*, int64_t>, int64_t> allowed;  // By kernel and device.
 
 [[noreturn]] void Fail(const char* what) {
   std::printf("FAILED: CUDA: %s\n", what);
@@ -145,13 +145,13 @@ void RunBlock(std::mt19937_64* random) {
 
 }  // namespace
 
-void* AllowSharedMemory(const void* kernel, int64_t bytes) {
-  allowed[kernel] = bytes;
-  return nullptr;
+void AllowSharedMemory(const void* kernel, int64_t bytes) {
+  const auto found = allowed.emplace(std::pair(kernel, shared_memory_per_block), bytes).first;
+  if (found->second != bytes) Fail("a kernel's limit of shared memory is changed");
 }
 
 int64_t SharedMemoryAllowed(const void* kernel) {
-  const auto found = allowed.find(kernel);
+  const auto found = allowed.find({kernel, shared_memory_per_block});
   return std::max<int64_t>(48 << 10, found == allowed.end() ? 0 : found->second);
 }
 

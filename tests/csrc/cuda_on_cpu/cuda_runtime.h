@@ -5,8 +5,9 @@
 // Blocks run one after another. The threads of a block are fibers that take turns at
 // __syncthreads() and shuffles, in an order that is drawn anew each time: where a barrier is
 // missing, results depend on it. A thread that misses a barrier which others wait at is an error,
-// as is a block that asks for more shared memory than the device has. What this cannot show: speed,
-// and what nvcc makes of it.
+// as is a block that asks for more shared memory than the device has, and a kernel whose limit of
+// it is set to different values: host threads that launch it would fall over each other. What this
+// cannot show: speed, and what nvcc makes of it.
 
 #ifndef TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_RUNTIME_H_
 #define TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_RUNTIME_H_
@@ -62,7 +63,7 @@ extern uint64_t schedule;  // seed of the order in which threads take turns
 extern int64_t launches;
 
 cudaError_t LaunchBlocks(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
-void* AllowSharedMemory(const void* kernel, int64_t bytes);
+void AllowSharedMemory(const void* kernel, int64_t bytes);
 int64_t SharedMemoryAllowed(const void* kernel);
 double ShuffleXor(double value, int lane_mask);
 
