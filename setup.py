@@ -35,7 +35,8 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import SUPPORTED, TensorFlow, find_tensorflow
 
-CXX = os.environ.get("CXX", "g++")
+CXX = shlex.split(os.environ.get("CXX", "")) or ["g++"]  # "ccache g++" is usual too.
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 CACHE = Path("build/objects")
 BUILD_INFO = "tfwn/_build_info.json"
 CPU_KERNELS = sorted(glob("csrc/weight_norm_cpu*.cc"))
@@ -140,7 +141,7 @@ class Cuda:
             "-O3",
             "-DNDEBUG",
             "--threads=0",
-            f"-ccbin={CXX}",
+            f"-ccbin={next((w for w in CXX if Path(w).name not in LAUNCHERS), CXX[0])}",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
             *codes,
         ]
@@ -204,7 +205,7 @@ def up_to_date(output: Path) -> bool:
 
 def link(objects: list[Path], flags: list[str]) -> Path:
     """Links a library, unless the same objects and flags have been linked since they changed."""
-    command = [CXX, "-shared", *map(str, objects), *flags]
+    command = [*CXX, "-shared", *map(str, objects), *flags]
     key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
     output = CACHE / f"library-{key}.so"
     if not (output.exists() and all(o.stat().st_mtime <= output.stat().st_mtime for o in objects)):
@@ -233,8 +234,8 @@ class Build(build_ext):
 
     def build_extensions(self) -> None:
         """Compiles and links the libraries, and writes down what they were built against."""
-        if not shutil.which(CXX):
-            raise SystemExit(f"tfwn: no C++ compiler: {CXX} not found. Install g++, or set CXX")
+        if not shutil.which(CXX[0]):
+            raise SystemExit(f"tfwn: no C++ compiler: {CXX[0]} not found. Install g++, or set CXX")
         cuda = Cuda.find()
         tensorflow = find_tensorflow() if wanted("TFWN_TENSORFLOW") else None
         if wanted("TFWN_TENSORFLOW") and tensorflow is None:
@@ -242,7 +243,7 @@ class Build(build_ext):
                 f"tfwn: TensorFlow is not installed. Install it first: pip install '{SUPPORTED}'. "
                 "TFWN_TENSORFLOW=0 builds the kernels without it"
             )
-        compiler = output_of(CXX, "--version").splitlines()[0]
+        compiler = output_of(*CXX, "--version").splitlines()[0]
         info = {
             "tensorflow": tensorflow.version if tensorflow else None,
             "cuda": cuda.version if cuda else None,
@@ -252,7 +253,7 @@ class Build(build_ext):
         print(f"tfwn: TensorFlow {info['tensorflow']}, {compiler},", end=" ")
         print(f"CUDA {cuda.version} {cuda.architectures}" if cuda else "no CUDA", flush=True)
 
-        base = [CXX, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+        base = [*CXX, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
         compile_commands = dict.fromkeys(CPU_KERNELS, base)
         if cuda:
             compile_commands |= dict.fromkeys(CUDA_KERNELS, cuda.compile_command)

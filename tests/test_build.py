@@ -99,11 +99,12 @@ def test_cuda_off(setup_module, nvcc, monkeypatch):
     assert setup_module.Cuda.find() is None
 
 
-def test_no_compiler():
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "no-such-compiler g++"])
+def test_no_compiler(compiler):
     done = subprocess.run(
         [sys.executable, "setup.py", "--quiet", "build_ext"],
         cwd=ROOT,
-        env=os.environ | {"CXX": "no-such-compiler"},
+        env=os.environ | {"CXX": compiler},
         capture_output=True,
         text=True,
     )
@@ -153,6 +154,23 @@ def test_an_interrupted_demo_says_how_to_go_on(tmp_path):
         assert process.returncode != 0
 
 
+def test_a_compiler_may_have_a_launcher_and_flags(tmp_path):
+    code = "import setup; print(setup.CXX, setup.Cuda('nvcc').compile_command)"
+    for name, text in (
+        ("nvcc", "echo Cuda compilation tools, release 12.9, V12.9.0; echo compute_90"),
+        ("ccache", 'exec "$@"'),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = os.environ | {"CXX": "ccache g++ -m64", "PATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("['ccache', 'g++', '-m64']"), done.stderr
+    assert "'-ccbin=g++'" in done.stdout
+
+
 def test_compiling_says_which_files_and_compiles_only_what_changed(
     setup_module, tmp_path, monkeypatch, capsys
 ):
@@ -160,11 +178,11 @@ def test_compiling_says_which_files_and_compiles_only_what_changed(
     sources = [tmp_path / name for name in ("a.cc", "b.cc")]
     for source in sources:
         source.write_text("int f() { return 1; }\n")
-    commands = {str(source): [setup_module.CXX] for source in sources}
+    commands = {str(source): setup_module.CXX for source in sources}
     objects = setup_module.compile_all(commands, "", 1)
     assert all(path.exists() for path in objects.values())
     lines = capsys.readouterr().out.splitlines()
-    compiler = pathlib.Path(setup_module.CXX).name
+    compiler = pathlib.Path(setup_module.CXX[0]).name
     assert lines[0] == f"Compiling 2 of 2 files with {compiler}: some minutes"
     assert [line.split(",")[0] for line in lines[1:]] == ["[1/2] a.cc", "[2/2] b.cc"]
     setup_module.compile_all(commands, "", 1)

@@ -22,13 +22,14 @@ def to_weight_norm(
     Arguments:
       weights: arrays by name.
       axis: the axis or axes that index units, as for `tfwn.weight_norm`, or a function of the name.
-      select: whether the array of this name is a weight. Default: those of rank 2 and more.
+      select: whether the array of this name is a weight. Default: those of rank 2 and more, of a
+        floating type.
 
     Returns:
       A new dict; what is no weight is in it unchanged. `to_normal` is the inverse.
 
     Raises:
-      ValueError: a bad axis.
+      ValueError: a bad axis; a weight that is not of a floating type.
 
     >>> parts = tfwn.convert.to_weight_norm({"w": [[3.0, 0.0], [4.0, 1.0]], "b": [0.0, 0.0]})
     >>> sorted(parts), parts["w/g"]
@@ -37,7 +38,8 @@ def to_weight_norm(
     converted = {}
     for name, value in weights.items():
         array = as_array(value)
-        if select(name) if select else array.ndim >= 2:
+        if select(name) if select else array.ndim >= 2 and _is_floating(array):
+            _check_floating(name, array)
             axes = check_axis(axis(name) if callable(axis) else axis, array.ndim)
             converted[f"{name}/v"] = array
             converted[f"{name}/g"] = array_norm(array, axes).reshape([array.shape[a] for a in axes])
@@ -60,7 +62,8 @@ def to_normal(
       A new dict; what belongs to no pair is in it unchanged.
 
     Raises:
-      ValueError: a bad axis; a g whose shape is not that of v along `axis`.
+      ValueError: a bad axis; a g whose shape is not that of v along `axis`; a v that is not of a
+        floating type.
 
     >>> tfwn.convert.to_normal({"w/v": [[3.0], [4.0]], "w/g": [10.0]})
     {'w': array([[6.],
@@ -71,6 +74,7 @@ def to_normal(
         base, _, letter = name.rpartition("/")
         if letter == "v" and f"{base}/g" in weights:
             v, g = as_array(value), as_array(weights[f"{base}/g"])
+            _check_floating(name, v)
             axes = check_axis(axis(base) if callable(axis) else axis, v.ndim)
             expected = tuple(v.shape[a] for a in axes)
             if g.shape != expected:
@@ -80,3 +84,12 @@ def to_normal(
         elif not (letter == "g" and f"{base}/v" in weights):
             converted[name] = as_array(value)
     return converted
+
+
+def _is_floating(array: np.ndarray) -> bool:
+    return array.dtype.kind in "fV"  # V: bfloat16, which NumPy itself does not have.
+
+
+def _check_floating(name: str, array: np.ndarray) -> None:
+    if not _is_floating(array):
+        raise ValueError(f"{name} must be of a floating type, got {array.dtype}: convert it first")

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,13 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
 
         t = v . x / ||v||,  g = 1 / sigma[t],  b = -mu[t] / sigma[t]       (paper, eq. 5 and 6)
 
-    Runs the model once, eagerly. Each layer of tfwn (Dense and the convolutions, in either
-    parameterization) and each `tfwn.keras.WeightNormalization` is set in the order of the calls, on
-    the output of the layers before it, which are set already. A layer called several times is set
-    at its first call. Only g (or w, by the same factor, with the normal parameterization), b and
-    the layer's mark `initialized` change: what else a forward pass moves, as running means and
-    random seeds, is put back.
+    Runs the model once, eagerly; meanwhile tf.functions are run eagerly in all threads. Each layer
+    of tfwn (Dense and the convolutions, in either parameterization) and each
+    `tfwn.keras.WeightNormalization` is set in the order of the calls, on the output of the layers
+    before it, which are set already. A layer called several times is set at its first call. Only g
+    (or w, by the same factor, with the normal parameterization), b and the layer's mark
+    `initialized` change: what else a forward pass moves, as running means and random seeds, is put
+    back.
 
     A layer without b gets g alone; that is what mean-only batch normalization needs, whose own b
     stays 0. A unit whose t does not vary keeps its g and gets b = -mu[t] * g.
@@ -272,12 +274,17 @@ def _training_argument(model, training) -> dict:
     return {}
 
 
+_eager_lock = threading.RLock()
+
+
 @contextlib.contextmanager
 def _eager_functions():
     """A tf.function runs as Python: one traced earlier would pass by the initialization."""
-    eager = tf.config.functions_run_eagerly()
-    tf.config.run_functions_eagerly(True)
-    try:
-        yield
-    finally:
-        tf.config.run_functions_eagerly(eager)
+    # The switch is the process's: initializations in several threads take turns.
+    with _eager_lock:
+        eager = tf.config.functions_run_eagerly()
+        tf.config.run_functions_eagerly(True)
+        try:
+            yield
+        finally:
+            tf.config.run_functions_eagerly(eager)

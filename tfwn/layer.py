@@ -11,7 +11,9 @@ import contextlib
 import contextvars
 import numbers
 import re
+import sys
 import threading
+import warnings
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -70,6 +72,7 @@ class Layer(tf.Module):
         """
         if self._built:
             return
+        self._warn_in_keras()
         with _lock:
             if not self._built:
                 with tf.init_scope(), self.name_scope:
@@ -78,6 +81,17 @@ class Layer(tf.Module):
 
     def _initialize(self, input_shape: tf.TensorShape) -> None:
         raise NotImplementedError
+
+    def _warn_in_keras(self) -> None:
+        # Keras is not imported to find out, and has no public way to ask.
+        state = sys.modules.get("keras.src.backend.common.global_state")
+        if state and state.get_global_attribute("current_call_ctx"):
+            warnings.warn(
+                f"{self.name!r} makes its variables in the call of a Keras layer or model. Keras "
+                "does not see those of a tf.Module: it neither trains nor saves them. There, take "
+                "Keras' layers in tfwn.keras.WeightNormalization",
+                stacklevel=2,
+            )
 
 
 def _snake_case(name: str) -> str:

@@ -156,16 +156,21 @@ def _call(op, *inputs, **attributes):
         raise tf.errors.InvalidArgumentError(None, None, str(error)) from None
 
 
-def _units_last(v: tf.Tensor, axis: list[int]) -> list[int] | None:
+def _units_last(v: tf.Tensor, axis: list[int]) -> list[int] | tf.Tensor | None:
     """Returns the transpose of v that puts its `axis` last, None if the op can do without."""
     rank = v.shape.rank
     if rank is None:
         if all(b == a + 1 for a, b in itertools.pairwise(axis)) and 0 not in axis[1:]:
             return None
-        raise _invalid(
-            f"axis must be consecutive and ascending for a v of unknown rank, but is {axis}; "
-            "tf.ensure_shape can make the rank known"
+        units = tf.stack([a if a >= 0 else a + tf.rank(v) for a in axis])
+        others = tf.raw_ops.ListDiff(x=tf.range(tf.rank(v)), y=units).out
+        valid = tf.debugging.assert_equal(
+            tf.size(others) + len(axis),
+            tf.rank(v),
+            f"weight_norm: axis must name axes of v, each once, but is {axis}",
         )
+        with tf.control_dependencies([valid]):
+            return tf.concat([others, units], 0)
     kept = [a + rank if a < 0 else a for a in axis]
     consecutive = kept == list(range(kept[0], kept[0] + len(kept))) if kept else True
     valid = len(set(kept)) == len(kept) and set(kept) <= set(range(rank))
@@ -174,7 +179,9 @@ def _units_last(v: tf.Tensor, axis: list[int]) -> list[int] | None:
     return [a for a in range(rank) if a not in kept] + kept
 
 
-def _inverse(permutation: list[int]) -> list[int]:
+def _inverse(permutation: list[int] | tf.Tensor) -> list[int] | tf.Tensor:
+    if isinstance(permutation, tf.Tensor):
+        return tf.math.invert_permutation(permutation)
     return sorted(range(len(permutation)), key=permutation.__getitem__)
 
 

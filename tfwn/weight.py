@@ -1,5 +1,8 @@
 """Weight: one weight tensor, as (v, g) or as w itself. Every layer holds its weights in this."""
 
+import operator
+from collections.abc import Iterable
+
 import numpy as np
 import tensorflow as tf
 
@@ -48,7 +51,11 @@ def check_weight_options(
 
 def check_axis(axis, rank: int) -> tuple[int, ...]:
     """The axes that index the units, as a sorted tuple of non-negative numbers."""
-    axes = () if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = () if axis is None else tuple(axis) if isinstance(axis, Iterable) else (axis,)
+    try:
+        axes = tuple(operator.index(a) for a in axes)
+    except TypeError:
+        raise ValueError(f"axis must be an int, a sequence of ints or None, got {axis!r}") from None
     for a in axes:
         if not -rank <= a < rank:
             raise ValueError(

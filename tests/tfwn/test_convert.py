@@ -297,3 +297,18 @@ def test_plain_array_errors():
         tfwn.convert.to_weight_norm({"w": np.ones([2, 2])}, axis=2)
     with pytest.raises(ValueError, match=r"w/g must have shape \(3,\), got \(2,\)"):
         tfwn.convert.to_normal({"w/v": np.ones([2, 3]), "w/g": np.ones(2)})
+    integers = np.ones([2, 2], np.int32)
+    with pytest.raises(ValueError, match="w must be of a floating type, got int32"):
+        tfwn.convert.to_weight_norm({"w": integers}, select=lambda name: True)
+    with pytest.raises(ValueError, match="w/v must be of a floating type, got int32"):
+        tfwn.convert.to_normal({"w/v": integers, "w/g": np.ones(2)})
+
+
+def test_tables_of_integers_are_no_weights():
+    weights = {"ids": np.arange(6).reshape(2, 3), "w": tf.ones([2, 3], tf.bfloat16)}
+    parts = tfwn.convert.to_weight_norm(weights)
+    assert sorted(parts) == ["ids", "w/g", "w/v"]
+    back = tfwn.convert.to_normal(parts)
+    np.testing.assert_array_equal(back["ids"], weights["ids"])
+    assert back["ids"].dtype == weights["ids"].dtype
+    np.testing.assert_allclose(back["w"].astype(float), 1, rtol=2e-2)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import tfwn
 from tfwn.keras import WeightNormalization
 
 # Keras 3 with NumPy 2: a variable's __array__ knows no `copy`.
@@ -432,6 +433,48 @@ def test_errors():
         WeightNormalization(inner).build((4, 3, 2))
     with pytest.raises(ValueError, match=r"axis must lie in \[-2, 2\)"):
         WeightNormalization(keras.layers.Dense(3), axis=2).build((4, 3))
+
+
+def test_names_that_no_variable_has_are_refused():
+    lstm = dict(weight_names=["kernel", "recurent_kernel"])
+    with pytest.raises(ValueError, match=r"weight_names names recurent_kernel.*normalizes kernel$"):
+        WeightNormalization(keras.layers.LSTM(3), **lstm).build((2, 4, 3))
+    with pytest.raises(ValueError, match=r"axis names kernal, which.*kernel, recurrent_kernel$"):
+        WeightNormalization(keras.layers.LSTM(3), axis={"kernal": 0}).build((2, 4, 3))
+
+
+def test_a_replaced_kernel_is_told():
+    wrapper = WeightNormalization(keras.layers.Dense(3))
+    x = sequence(4, 8)
+    wrapper(x)
+    wrapper.g.assign(wrapper.g * 3)
+    wrapper.layer.quantize("int8")
+    with pytest.raises(RuntimeError, match=r"another variable than the .*kernel.*tfwn\.fold"):
+        wrapper(x)
+
+
+def test_a_folded_layer_can_be_quantized():
+    wrapper = WeightNormalization(keras.layers.Dense(3))
+    x = sequence(4, 8)
+    wrapper(x)
+    wrapper.g.assign(wrapper.g * 3)
+    expected = wrapper(x)
+    folded = wrapper.fold()
+    folded.quantize("int8")
+    np.testing.assert_allclose(folded(x), expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_a_tf_module_in_a_keras_model_is_warned_of():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.one = tfwn.Dense(4, name="one")
+
+        def call(self, x):
+            return self.one(x)
+
+    with pytest.warns(UserWarning, match=r"'one' makes its variables in the call of a Keras layer"):
+        Model()(sequence(4, 8))
 
 
 def test_data_init_false_is_accepted_where_addons_had_it():

@@ -307,6 +307,8 @@ def test_gradient_of_a_gather(rng):
         ([None, None, None], [2, 3], (2, 0), [3, None, 2]),
         (None, [4], -1, None),
         (None, None, (-2, -1), None),
+        (None, None, (0, -1), None),
+        (None, [4, 3], (-1, 0), None),
         ([3, None], [], None, [3, None]),
     ],
 )
@@ -332,6 +334,27 @@ def test_unknown_shapes(v_shape, g_shape, axis, w_shape, rng):
     ones = np.ones(sizes)
     expected = reference.weight_norm_gradient(ones, v, g, axis)
     assert_close(outputs, [reference.weight_norm(v, g, axis), *expected], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axis", [-1, (-2, -1), 0, None])
+def test_vectorized_map_and_jacobian_of_unknown_rank(axis, rng):
+    v, g, _ = arguments(rng, (6, 3, 2, 4), axis)
+    _, g, _ = arguments(rng, (3, 2, 4), axis)
+    vs, gs = v, tf.stack([g] * 6)
+
+    def run(one):
+        with tf.GradientTape() as tape:
+            tape.watch(one)
+            w = tfwn.weight_norm(*one, axis)
+        return w, *tape.jacobian(w, one)
+
+    spec = tf.TensorSpec(None, tf.float64)
+    unknown = tf.function(
+        lambda v, g: tf.vectorized_map(run, (v, g), fallback_to_while_loop=False),
+        input_signature=[spec, spec],
+    )
+    one_by_one = [run((vs[i], gs[i])) for i in range(6)]
+    assert_close(unknown(vs, gs), [tf.stack(x) for x in zip(*one_by_one, strict=True)])
 
 
 def test_gradient_of_the_gradient_of_unknown_rank(rng):

@@ -321,6 +321,33 @@ def test_functional_keras_model(tmp_path):
     check_serves_without_tfwn(tmp_path / "export", x, y)
 
 
+def test_keras_models_with_operations():
+    """A residual connection is an operation in the graph, and no layer."""
+    kernel = keras.Input([6])
+    hidden = keras.ops.relu(keras.layers.Dense(6)(kernel)) + kernel
+    plain = keras.Model(kernel, hidden * keras.layers.Dense(6)(hidden))
+    x = inputs(4, 6)
+    model = tfwn.reparameterize(plain)
+    np.testing.assert_allclose(model(x), plain(x), rtol=1e-5, atol=1e-6)
+    assert len(model.trainable_variables) == len(plain.trainable_variables) + 2
+    folded = tfwn.fold(model)
+    np.testing.assert_allclose(folded(x), plain(x), rtol=1e-5, atol=1e-6)
+    assert len(folded.trainable_variables) == len(plain.trainable_variables)
+
+
+def test_folding_a_keras_model_leaves_it_the_same_function():
+    """Also with g < 0, and so that it can be folded again after more training."""
+    model = keras.Sequential([WeightNormalization(keras.layers.Dense(3))])
+    x = inputs(5, 4)
+    model(x)
+    model.layers[0].g.assign([1.0, -2.0, 0.0])
+    y = model(x)
+    for _ in range(2):
+        folded = tfwn.fold(model)
+        np.testing.assert_allclose(folded(x), y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(model(x), y, rtol=1e-5, atol=1e-6)
+
+
 def test_subclassed_keras_model_in_place():
     class Model(keras.Model):
         def __init__(self):

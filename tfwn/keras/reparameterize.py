@@ -41,6 +41,8 @@ def _unwrapped(layer):
 
 def _replaced(model, replace, replaced=None):
     """The model with `replace` done to each layer in it; in place, where it is no graph."""
+    if not isinstance(model, keras.layers.Layer):
+        return model  # An operation of a functional model's graph, as of x + y.
     replaced = {} if replaced is None else replaced
     if id(model) not in replaced:
         if isinstance(model, keras.Sequential | Functional):

@@ -97,6 +97,15 @@ class WeightNormalization(keras.layers.Wrapper):
         self._build_shapes = [list(shapes), dict(named_shapes)]
         # Keras' tracker would make a layer's list of variables of this one.
         normalized = [self._normalize(*found) for found in self._find()]
+        names = sorted({one.v.name for one in normalized})
+        for argument, given in (("weight_names", self.weight_names), ("axis", self.axis)):
+            given = given if isinstance(given, list | Mapping) else []
+            unknown = sorted(set(given) - set(names)) if normalized else []
+            if unknown:
+                raise ValueError(
+                    f"{argument} names {', '.join(unknown)}, which layer {self.layer.name!r} does "
+                    f"not have or does not normalize; it normalizes {', '.join(names)}"
+                )
         if not normalized:
             paths = [variable.path for variable in self.layer.variables]
             raise ValueError(
@@ -156,6 +165,13 @@ class WeightNormalization(keras.layers.Wrapper):
     def _call(self, *args, **kwargs):
         if is_initializing():
             return self._initialize_and_call(*args, **kwargs)
+        for n in self.normalized:
+            if not any(value is n.v for value in vars(n.owner).values()):
+                raise RuntimeError(
+                    f"{n.owner.name!r} has another variable than the {n.v.path} that it was "
+                    "weight-normalized with, as quantize() makes it: do that to what tfwn.fold "
+                    "returns"
+                )
         # A type the layer computes in, w comes out in it: no cast, no copy in the variable's type.
         with Substitution([(n.v, n.w(n.v.dtype)) for n in self.normalized]) as scope:
             outputs = self.layer(*args, **kwargs)
@@ -187,6 +203,8 @@ class WeightNormalization(keras.layers.Wrapper):
         """
         for normalized in self.normalized:
             normalized.v.assign(normalized.w())
+            # With v = w the wrapper is what it was: also where g was negative.
+            normalized.g.assign(norm(exact(normalized.v), normalized.axis))
             if isinstance(normalized.v.regularizer, _OfWeight):
                 normalized.v.regularizer = normalized.v.regularizer.regularizer
         return self.layer
