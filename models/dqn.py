@@ -435,7 +435,11 @@ def train(config: Config) -> None:
                 f"the replay memory holds {len(replay):,} transitions; learning goes on when it "
                 f"holds {config.learning_starts:,}"
             )
-        held_out = run.path / "held_out.npy"
+        held_out_file = run.path / "held_out.npy"
+        known = bool(learner.initialized) and held_out_file.exists()
+        held_out = np.load(held_out_file) if known else None
+        if learner.initialized and held_out is None:
+            run.say(f"{held_out_file} is missing: other states are held out from here on")
         clock = Clock()
 
         loop = run.steps(
@@ -446,10 +450,12 @@ def train(config: Config) -> None:
             steps_per_epoch=config.test_every,
         )
         for step in loop:
-            if len(replay) >= config.learning_starts and not learner.initialized:
-                run.say(f"{step:,} random steps are remembered; learning begins")
-                learner.initialize(states_of(replay.sample(config.init_batch)))
-                np.save(held_out, states_of(replay.sample(config.held_out)))
+            if held_out is None and len(replay) >= config.learning_starts:
+                if not learner.initialized:
+                    run.say(f"{step:,} random steps are remembered; learning begins")
+                    learner.initialize(states_of(replay.sample(config.init_batch)))
+                held_out = states_of(replay.sample(config.held_out))
+                np.save(held_out_file, held_out)
             if step % config.test_every == 0 and learner.initialized:
                 test_epoch(config, learner, run, held_out)
                 clock.skip()
@@ -493,11 +499,11 @@ def learn(config: Config, learner: Learner, actor: Actor, step: int) -> None:
         learner.update(tuple(actor.replay.sample(config.batch_size) for _ in range(updates)))
 
 
-def test_epoch(config: Config, learner: Learner, run: Run, held_out: Path) -> None:
-    """Tests, logs the score and the held-out Q, and keeps the best network."""
+def test_epoch(config: Config, learner: Learner, run: Run, held_out: np.ndarray | None) -> None:
+    """Tests, logs the score and, of states held out, the Q, and keeps the best network."""
     seed = [config.seed, run.step, 4]
     scores, lengths = play_test(config, learner, seed, run=run)
-    q = mean_max_q(learner, np.load(held_out))
+    q = {} if held_out is None else {"held_out_q": mean_max_q(learner, held_out)}
     score = float(np.mean(scores))
     run.log(
         epoch=run.step / config.test_every,
@@ -505,9 +511,10 @@ def test_epoch(config: Config, learner: Learner, run: Run, held_out: Path) -> No
         test_stderr=standard_error(scores),
         test_games=len(scores),
         test_length=np.mean(lengths),
-        held_out_q=q,
+        **q,
     )
-    run.say(f"step {run.step:,}: test score {score:,.1f} ({len(scores)} games), held-out Q {q:.3f}")
+    told = "".join(f", held-out Q {value:.3f}" for value in q.values())
+    run.say(f"step {run.step:,}: test score {score:,.1f} ({len(scores)} games){told}")
     run.show(test=score)
     run.keep_best(score)
 

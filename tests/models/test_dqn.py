@@ -343,6 +343,27 @@ def test_without_its_replay_memory_a_resumed_run_fills_it_anew(run, tmp_path, sa
     assert (status, learns) == (0, [300, 400, 700, 800])
 
 
+def test_without_its_held_out_states_a_resumed_run_holds_out_others(run, tmp_path):
+    folder = tmp_path / "a"
+    run("--preset", "smoke", "--steps", 400, "--out", folder)
+    states = np.load(folder / "held_out.npy")
+    (folder / "held_out.npy").unlink()
+    told = f"{folder / 'held_out.npy'} is missing: other states are held out from here on"
+    for _ in range(2):
+        status, out, err = run("--resume", "--out", folder)
+        assert (status, err, told in out) == (0, "", True)  # Over: there is nothing to do but test.
+    argv = ["--resume", "--accept-changes", "--out", folder, "--steps"]
+    status, out, err = run(*argv, 600)
+    assert (status, err, told in out) == (0, "", True)
+    assert np.load(folder / "held_out.npy").shape == states.shape
+    status, out, err = run(*argv, 800)
+    assert (status, err, told in out) == (0, "", False)
+    there = np.isfinite(metrics.read(folder)["held_out_q"])
+    np.testing.assert_array_equal(
+        np.array(metrics.read(folder)["step"])[there], [200, 400, 600, 800]
+    )
+
+
 def test_a_game_has_one_name_in_any_spelling(run, tmp_path, monkeypatch):
     argv = ["--preset", "smoke", "--steps", 240, "--game", "space_invaders"]
     monkeypatch.chdir(tmp_path)
