@@ -260,7 +260,9 @@ class Learner(tf.Module):
         # Effective weights, in the compute type: w is computed when they are copied, not when used.
         self.target = Network(config, actions, dtype, dtype)
         self.acting = Network(config, actions, dtype, dtype)
-        rate = config.learning_rate or LEARNING_RATES[config.parameterization]
+        rate = config.learning_rate
+        if rate is None:
+            rate = LEARNING_RATES[config.parameterization]
         variables = self.online.trainable_variables
         self.optimizer: Adamax | RMSProp = (
             Adamax(variables, rate, beta_1=0.5, epsilon=1e-6)  # As the paper's code.
@@ -506,6 +508,7 @@ def test_epoch(config: Config, learner: Learner, run: Run, held_out: np.ndarray 
     q = {} if held_out is None else {"held_out_q": mean_max_q(learner, held_out)}
     score = float(np.mean(scores))
     run.log(
+        run.step,
         epoch=run.step / config.test_every,
         test_score=score,
         test_stderr=standard_error(scores),
@@ -687,12 +690,13 @@ class Evaluate:
     checkpoint: str  # A run folder (its best network is taken), or one of its checkpoints.
     # nature: 30 games of at most 5 minutes; paper: --test-steps actions, games of any length.
     protocol: Literal["nature", "paper"] = "nature"
+    test_steps: int | None = None  # Actions of --protocol paper (default: the run's).
     games: int | None = None  # This many games instead of the protocol's.
     epsilon: float = 0.05  # Probability of a random action.
     num_envs: int = 8  # Games side by side.
     seed: int = 1  # Of games and actions.
 
-    RANGES = options.ranges("games num_envs", "epsilon")
+    RANGES = options.ranges("test_steps games num_envs", "epsilon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -719,16 +723,24 @@ def restore(path: str, **changes: Any) -> tuple[Config, Learner, checkpoints.Fou
 
 def evaluate(asked: Evaluate) -> None:
     """Prints mean, standard error and each score."""
+    if asked.test_steps and (asked.protocol != "paper" or asked.games):
+        raise UserError(
+            "--test-steps is of --protocol paper without --games: leave one of them out"
+        )
     config, learner, found = restore(
         asked.checkpoint,
         num_envs=asked.num_envs,
         test=asked.protocol,
         test_epsilon=asked.epsilon,
+        **({"test_steps": asked.test_steps} if asked.test_steps else {}),
     )
     scores, lengths = play_test(config, learner, [asked.seed], games=asked.games)
     error = standard_error(scores)
     told = "" if math.isnan(error) else f" +- {error:,.1f} (standard error)"
-    limit = "at most 5 minutes each" if asked.protocol == "nature" else "without a time limit"
+    limit = "at most 5 minutes each"
+    if asked.protocol == "paper":
+        limit = "without a time limit"
+        limit += "" if asked.games else f", {config.test_steps:,} steps in all"
     print(f"{title_of(config)}, {found.path}")
     count = "1 game" if len(scores) == 1 else f"{len(scores)} games"
     print(f"score {np.mean(scores):,.1f}{told}, {count}{note(config)}")

@@ -436,7 +436,7 @@ def test_killed_at_random_moments_and_resumed_it_is_the_run_that_was_not(run, tm
     check_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_run_is_evaluated_and_watched(run, tmp_path):
+def test_a_run_is_evaluated_and_watched(run, tmp_path, monkeypatch):
     run("--preset", "smoke", "--game", "Breakout", "--out", tmp_path / "a")
     assert (tmp_path / "a" / "learning_curve.png").stat().st_size > 5000
     status, out, err = run("evaluate", tmp_path / "a", "--games", 3)
@@ -450,6 +450,15 @@ def test_a_run_is_evaluated_and_watched(run, tmp_path):
     assert re.search(
         r"^score \d+\.\d, 1 game \(", run("evaluate", tmp_path / "a", "--games", 1)[1], re.M
     )
+    seen = []
+    whole = dqn.play_test
+    monkeypatch.setattr(dqn, "play_test", lambda c, *a, **k: (seen.append(c), whole(c, *a, **k))[1])
+    paper = ["evaluate", tmp_path / "a", "--protocol", "paper"]
+    assert "without a time limit, 200 steps in all, epsilon" in run(*paper)[1]
+    assert "limit, 80 steps in all, epsilon" in run(*paper, "--test-steps", 80)[1]
+    assert [(c.test, c.test_steps) for c in seen] == [("paper", 200), ("paper", 80)]
+    told = "--test-steps is of --protocol paper without --games"
+    assert told in run("evaluate", tmp_path / "a", "--test-steps", 80)[2]
     status, out, err = run("watch", tmp_path / "a", "--seconds", 2)
     assert (status, err) == (0, "")
     import imageio.v3 as imageio
@@ -537,6 +546,8 @@ def test_the_papers_preset_is_the_table_of_the_paper():
     assert learner.optimizer._learning_rate == 3e-4
     normal = dqn.Learner(dataclasses.replace(config, parameterization="normal"), 6, tf.float32)
     assert normal.optimizer._learning_rate == 1e-4
+    frozen = dqn.Learner(dataclasses.replace(config, learning_rate=0.0), 6, tf.float32)
+    assert frozen.optimizer._learning_rate == 0.0
 
 
 def test_environments_do_not_import_tensorflow():
