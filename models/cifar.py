@@ -85,6 +85,11 @@ class Config(options.RunConfig):
     learning_rates: tuple[float, ...] = (0.0003, 0.001, 0.003, 0.01)  # The sweep's grid.
     seeds: tuple[int, ...] = (0, 1, 2)  # The sweep's seeds.
 
+    MAY_CHANGE: ClassVar[frozenset[str]] = options.RunConfig.MAY_CHANGE | {
+        "learning_rates",
+        "seeds",
+    }
+    NAMED: ClassVar[frozenset[str]] = options.RunConfig.NAMED | {"learning_rate"}
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--width")
     RANGES = options.ranges(
         "width init_examples epochs batch_size",
@@ -344,11 +349,16 @@ def make_optimizer(config: Config, variables) -> tf.keras.optimizers.Adam:
     return adam
 
 
+def default_rate(parameterization: str) -> float:
+    """Returns the learning rate where none is given."""
+    return 0.0003 if parameterization == "normal" else 0.003
+
+
 def schedule(config: Config, epoch: int) -> tuple[float, float]:
     """Returns (learning rate, beta_1) of an epoch, counted from 0."""
     first, half = config.learning_rate, config.epochs / 2
     if first is None:
-        first = 0.0003 if config.parameterization == "normal" else 0.003
+        first = default_rate(config.parameterization)
     beta_1 = config.beta_1 if epoch < half else config.beta_1_late
     return first * min(2 - epoch / half, 1.0), beta_1
 

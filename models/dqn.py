@@ -83,6 +83,9 @@ class Config(options.RunConfig):
         {"game", "num_envs", "parameterization", "filters", "hidden", "optimizer"}
         | {"mixed_precision"}
     )
+    NAMED: ClassVar[frozenset[str]] = options.RunConfig.NAMED | {
+        "test", "test_steps", "save_replay", "log_every",
+    }  # fmt: skip
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ("game",)
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--replay (or --replay-file FILE)")
     RANGES = options.ranges(

@@ -9,9 +9,11 @@ Every figure is a function in FIGURES, by program; it gets that program's runs a
 import argparse
 import collections
 import dataclasses
+import importlib
 import math
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,22 @@ import rich.console
 import rich.table
 from rich.markup import escape
 
-from models.common import metrics, run_folder
+from models.common import metrics, options, run_folder
 from models.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """One run folder: its Config as a dict, metrics.csv by column, and what to say beside it."""
+    """One run folder: its Config as a dict, metrics.csv by column, and what to say beside it.
+
+    Where flags changed the preset, config["preset"] says how: "cpu, changed: width 4, epochs 1" is
+    a preset of its own.
+    """
 
     path: Path
     program: str
     config: dict[str, Any]
-    differs_from_paper: dict[str, Any]
+    differs_from_paper: Mapping[str, Any]
     metrics: dict[str, list[float]]
     note: str
 
@@ -53,13 +59,19 @@ def find_runs(paths: Sequence[str]) -> list[FinishedRun]:
         if not folders:
             raise UserError(f"{path}: no run there (no config.json and metrics.csv, nor below)")
         for folder in folders:
-            content = run_folder.load(folder)
+            program = run_folder.load(folder)["program"].removeprefix("models.")
+            if program not in FIGURES:
+                raise UserError(f"{folder}: no figures for the program {program!r}")
+            module = importlib.import_module(f"models.{program}")
+            config = run_folder.load_config(folder, module.Config)
+            changed = options.changes(module.PRESETS, config)
+            preset = config.preset + (f", {changed}" if changed else "")
             note = folder / "note.txt"
             found[folder.resolve()] = FinishedRun(  # Once, also where two of `paths` hold it.
                 folder,
-                content["program"].removeprefix("models."),
-                content["config"],
-                content["differs_from_paper"],
+                program,
+                dataclasses.asdict(config) | {"preset": preset},
+                options.differences(config),
                 metrics.read(folder),
                 note.read_text().strip() if note.exists() else "",
             )
@@ -97,9 +109,11 @@ def check_presets(runs: Sequence[FinishedRun], label: bool) -> None:
     """Refuses to put runs of different presets together, unless each is to be labelled."""
     presets = {run.config["preset"]: run.path for run in runs}
     if len(presets) > 1 and not label:
-        told = ", ".join(f"{path} is --preset {name}" for name, path in presets.items())
+        told = "; ".join(
+            f"{path} is --preset {options.shorten(name)}" for name, path in presets.items()
+        )
         raise UserError(
-            f"{told}: scaled runs and the paper's are not comparable. Draw them apart, or give "
+            f"{told}. Scaled runs and the paper's are not comparable. Draw them apart, or give "
             "--label-presets to have each line and row named"
         )
 
@@ -124,7 +138,8 @@ class Output:
         self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: str = ""
     ) -> None:
         """Prints a table, and adds it to TABLES.md."""
-        shown = rich.table.Table(*columns, title=title, caption=notes or None)
+        heads = (rich.table.Column(name, overflow="fold") for name in columns)
+        shown = rich.table.Table(*heads, title=title, caption=notes or None)
         for row in rows:
             shown.add_row(*map(escape, row))  # "[cpu preset]" is no markup.
         self._console.print(shown)
@@ -149,10 +164,10 @@ class Axes:
         self._path = path
         self._presets = sorted({run.config["preset"] for run in runs})
         if self._presets != ["paper"] and len(self._presets) == 1:
-            title += f" [{self._presets[0]} preset]"
+            title += f" [{preset_name(self._presets[0])}]"
         self._figure = matplotlib.figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
         self.axes = self._figure.subplots()
-        self.axes.set(xlabel=x, ylabel=y, title=title)
+        self.axes.set(xlabel=x, ylabel=y, title=textwrap.fill(title, 56))
         self.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))  # Epochs.
 
     def __enter__(self) -> "Axes":
@@ -183,11 +198,11 @@ class Axes:
         if len(runs) == 1:
             spread = curves[0][2]
         label = parameterization(config)
-        label += f" [{config['preset']} preset]" if len(self._presets) > 1 else ""
+        label += f" [{preset_name(config['preset'])}]" if len(self._presets) > 1 else ""
         label += f", {len(runs)} seeds" if len(runs) > 1 else ""
         color = COLORS[config["parameterization"]]
         style = ["-", "--", ":", "-."][self._presets.index(config["preset"]) % 4]
-        self.axes.plot(at, mean, style, color=color, label=label)
+        self.axes.plot(at, mean, style, color=color, label=textwrap.fill(label, 40))
         self.axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.25, lw=0)
 
 
@@ -205,24 +220,33 @@ def parameterization(config: dict[str, Any]) -> str:
     return config["parameterization"].replace("_", " ").replace("bn", "BN")
 
 
+def preset_name(name: str) -> str:
+    """Returns the name of a run's preset, for people."""
+    return options.shorten(name) if "changed: " in name else f"{name} preset"
+
+
 def row_label(config: dict[str, Any], output: Output) -> str:
     """Returns a table row's name: parameterization, and preset; scaled presets are named always."""
-    preset = config["preset"]
-    shown = preset != "paper" or output.label_presets
-    return parameterization(config) + (f" [{preset} preset]" if shown else "")
+    shown = config["preset"] != "paper" or output.label_presets
+    return parameterization(config) + (f" [{preset_name(config['preset'])}]" if shown else "")
 
 
 def cifar(runs: list[FinishedRun], output: Output) -> None:
     """Figure 1 (training error) and figure 2 (test error) of section 5.1."""
-    from models.cifar import PAPER
+    from models.cifar import PAPER, default_rate
 
     runs = [run for run in runs if len(run.curve("epoch", "test_error")[0])]
+    for run in runs:
+        if run.config["learning_rate"] is None:
+            run.config["learning_rate"] = default_rate(run.config["parameterization"])
     if not runs:
         raise UserError("none of the CIFAR-10 runs has finished an epoch yet")
     chosen = {}
     for (preset, kind), candidates in group(runs, "preset", "parameterization").items():
         # "For each case we pick the optimal learning rate": here by the error in training.
         rates = group(candidates, "learning_rate")
+        for seeds in rates.values():
+            check_same_settings(seeds)
         finals = {
             rate: np.mean([run.curve("epoch", "train_error")[1][-1] for run in some])
             for rate, some in rates.items()
@@ -242,7 +266,6 @@ def cifar(runs: list[FinishedRun], output: Output) -> None:
             mean_and_error([100 * run.curve("epoch", name)[1][ends[0] - 1] for run in seeds])
             for name in ("train_error", "test_error")
         )
-        rate = config["learning_rate"] or (0.0003 if kind == "normal" else 0.003)
         rows.append(
             [
                 row_label(config, output),
@@ -250,7 +273,7 @@ def cifar(runs: list[FinishedRun], output: Output) -> None:
                 percent(*test),
                 f"{PAPER[kind]} %",
                 f"{len(seeds)}",
-                f"{rate:g}",
+                f"{config['learning_rate']:g}",
                 "{} of {}".format(*ends),
             ]
         )
@@ -413,8 +436,8 @@ def dqn(runs: list[FinishedRun], output: Output) -> None:
 
 
 def check_same_settings(seeds: Sequence[FinishedRun]) -> None:
-    """Refuses to average runs that differ in more than their seed."""
-    first = seeds[0]
+    """Refuses to average runs that differ in more than their seed, or do not differ in it."""
+    first, by_seed = seeds[0], dict[int, Path]()
     for run in seeds:
         names = first.differs_from_paper.keys() | run.differs_from_paper.keys()
         for name in sorted(names - {"parameterization"}):
@@ -424,6 +447,12 @@ def check_same_settings(seeds: Sequence[FinishedRun]) -> None:
                     f"{first.path} has --{name.replace('_', '-')} {values[0]} and {run.path} "
                     f"{values[1]}: they are not seeds of one experiment. Draw them apart"
                 )
+        other = by_seed.setdefault(run.config["seed"], run.path)
+        if other != run.path:
+            raise UserError(
+                f"{other} and {run.path} both have --seed {run.config['seed']}: the same run would "
+                "count twice. Leave one of them out"
+            )
 
 
 def first_reached(x: np.ndarray, y: np.ndarray, level: float) -> float:
@@ -452,18 +481,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--label-presets", action="store_true", help="allow several presets, each labelled"
     )
-    options = parser.parse_args(argv)
+    asked = parser.parse_args(argv)
     try:
-        runs = find_runs(options.runs)
-        output = Output(Path(options.out), options.label_presets)
+        runs = find_runs(asked.runs)
+        output = Output(Path(asked.out), asked.label_presets)
         by_program = collections.defaultdict(list)
         for run in runs:
             by_program[run.program].append(run)
         for program, some in by_program.items():
-            if program not in FIGURES:
-                raise UserError(f"{some[0].path}: no figures for the program {program!r}")
             check_parameterizations(some)
-            check_presets(some, options.label_presets)
+            check_presets(some, asked.label_presets)
             FIGURES[program](some, output)
     except UserError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)

@@ -92,6 +92,7 @@ class Config(options.RunConfig):
     average_epochs: float = 10.0  # Epochs over which the parameters are averaged.
     eval_samples: int = 100  # Importance samples of the log-likelihood reported at the end.
 
+    NAMED: ClassVar[frozenset[str]] = options.RunConfig.NAMED | {"binarization", "eval_samples"}
     MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size", "--features", "--init-examples")
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ("dataset",)
     RANGES = options.ranges(

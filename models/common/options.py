@@ -54,6 +54,9 @@ class RunConfig:
     )
     # Fields that may not, even with --accept-changes: the state would not fit them.
     FIXED: ClassVar[frozenset[str]] = frozenset()
+    # Fields that are named beside each result anyway: a flag that sets one does not count as a
+    # change of the preset, except to synthetic data.
+    NAMED: ClassVar[frozenset[str]] = frozenset({"parameterization", "dataset", "game"})
     # Fields whose values are in the default name of the run folder, after the program's.
     FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ()
     # Where numbers lie, made by ranges(); those not named are not negative.
@@ -123,21 +126,51 @@ def check_ranges(values: Any) -> None:
 
 
 def note(presets: Mapping[str, Preset], config: RunConfig, *caveats: str) -> str:
-    """Returns what to say beside a run's results, " (...)": that it is scaled, and the caveats."""
+    """Returns what to say beside a run's results, " (...)": what is scaled, and the caveats."""
     scaled = presets[config.preset].about if config.preset != "paper" else ""
-    told = "; ".join(text for text in (scaled, *caveats) if text)
+    changed = shorten(changes(presets, config))
+    told = "; ".join(text for text in (scaled, changed, *caveats) if text)
     return told and f" ({told})"
 
 
-def differences(config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Returns {hyper-parameter: (the paper's value, this configuration's)} where they differ."""
+def changes(presets: Mapping[str, Preset], config: RunConfig) -> str:
+    """Returns what differs from the run's preset, "changed: width 4, no-whiten"; "" for nothing."""
+    preset = presets[config.preset].values if config.preset in presets else {}
+    told = []
+    for name, (_, value) in differences(config, preset).items():
+        if name in config.NAMED and not str(value).startswith("synthetic"):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            told.append(flag if value else f"no-{flag}")
+        else:
+            several = value if isinstance(value, tuple) else (value,)
+            shown = (f"{v:g}" if isinstance(v, float) else str(v).lower() for v in several)
+            told.append(" ".join([flag, *shown]))
+    return f"changed: {', '.join(told)}" if told else ""
+
+
+def shorten(changed: str) -> str:
+    """Returns a text with `changes` in it, of which all but the first two are counted."""
+    before, mark, told = changed.partition("changed: ")
+    parts = told.split(", ")
+    more = f" and {len(parts) - 2} more" if len(parts) > 2 else ""
+    return before + mark + ", ".join(parts[:2]) + more
+
+
+def differences(
+    config: RunConfig, preset: dict[str, Any] | None = None
+) -> dict[str, tuple[Any, Any]]:
+    """Returns {hyper-parameter: (the paper's value, this configuration's)} where they differ.
+
+    With the values of a preset: {hyper-parameter: (the preset's value, this configuration's)}.
+    """
     shared = {field.name for field in dataclasses.fields(RunConfig)} - {"mixed_precision"}
+    values = {field.name: field.default for field in dataclasses.fields(config)} | (preset or {})
     return {
-        field.name: (field.default, getattr(config, field.name))
-        for field in dataclasses.fields(config)
-        if field.name not in shared
-        and field.name not in config.MAY_CHANGE
-        and getattr(config, field.name) != field.default
+        name: (value, getattr(config, name))
+        for name, value in values.items()
+        if name not in shared | config.MAY_CHANGE and getattr(config, name) != value
     }
 
 

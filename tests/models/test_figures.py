@@ -5,22 +5,25 @@ import json
 import numpy as np
 import pytest
 
-from models import figures
+from models import cifar, dqn, draw, figures, vae
+from models.common import data
 
 
-def make_run(folder, preset="paper", kind="weight_norm", rate=None, seed=0, ends=0.05, epochs=4):
+def write_config(folder, module, preset, **values):
+    """A config.json with a preset's values and these."""
     folder.mkdir(parents=True)
-    config = {"preset": preset, "parameterization": kind, "learning_rate": rate, "seed": seed}
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "program": "models.cifar",
-                "config": {**config, "epochs": epochs},
-                "differs_from_paper": {},
-            }
-        )
+    config = {**module.PRESETS[preset].values, "preset": preset, **values}
+    content = {"program": module.__name__, "config": config}
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def make_run(
+    folder, preset="paper", kind="weight_norm", rate=None, seed=0, ends=0.05, done=4, **config
+):
+    write_config(
+        folder, cifar, preset, parameterization=kind, learning_rate=rate, seed=seed, **config
     )
-    rows = [f"{500 * e},1,{e},{ends * epochs / e:.6g},{ends * 2}" for e in range(1, epochs + 1)]
+    rows = [f"{500 * e},1,{e},{ends * done / e:.6g},{ends * 2}" for e in range(1, done + 1)]
     header = "step,time,epoch,train_error,test_error"
     (folder / "metrics.csv").write_text("\n".join([header, *rows]) + "\n")
     return folder
@@ -59,7 +62,7 @@ def test_of_a_grid_the_learning_rate_with_the_least_training_error_is_shown(run,
     for rate, ends in ((0.001, 0.05), (0.003, 0.03), (0.01, 0.9)):
         make_run(tmp_path / "runs" / f"{rate}", rate=rate, ends=ends)
     table = run(tmp_path / "runs")[3]
-    assert "| weight norm | 3.00 % | 6.00 % | 8.46 % | 1 | 0.003 | 4 of 4 |" in table
+    assert "| weight norm | 3.00 % | 6.00 % | 8.46 % | 1 | 0.003 | 4 of 200 |" in table
     assert table.count("weight norm") == 1
 
 
@@ -110,7 +113,7 @@ def test_a_run_counts_once(run, tmp_path):
 
 def test_runs_without_an_epoch_are_left_out(run, tmp_path):
     make_run(tmp_path / "a", seed=0)
-    make_run(tmp_path / "b", seed=1, epochs=0)
+    make_run(tmp_path / "b", seed=1, done=0)
     assert "| 8.46 % | 1 |" in run(tmp_path / "a", tmp_path / "b")[3]
     status, _, err, _ = run(tmp_path / "b")
     assert status == 2
@@ -118,12 +121,7 @@ def test_runs_without_an_epoch_are_left_out(run, tmp_path):
 
 
 def make_vae_run(folder, dataset="mnist", kind="weight_norm", ends=-90.0, epochs=4, **config):
-    folder.mkdir(parents=True)
-    differs = {name: {"paper": 0, "here": value} for name, value in config.items()}
-    config = {"dataset": dataset, "parameterization": kind, "preset": "cpu", **config}
-    config.setdefault("binarization", "static")
-    content = {"program": "models.vae", "config": config, "differs_from_paper": differs}
-    (folder / "config.json").write_text(json.dumps(content))
+    write_config(folder, vae, "cpu", dataset=dataset, parameterization=kind, **config)
     rows = ["step,time,epoch,test_bound,test_paper_axis,test_bits_per_dim,test_log_likelihood"]
     for e in range(1, epochs + 1):
         likelihood = ends + 3 if e == epochs else ""
@@ -134,7 +132,7 @@ def make_vae_run(folder, dataset="mnist", kind="weight_norm", ends=-90.0, epochs
 
 def test_figure_3_has_both_data_sets_and_averages_seeds(run, tmp_path):
     for seed, ends in enumerate((-91.0, -90.0, -89.0)):
-        make_vae_run(tmp_path / "runs" / f"mnist-{seed}", ends=ends)
+        make_vae_run(tmp_path / "runs" / f"mnist-{seed}", ends=ends, seed=seed)
     make_vae_run(tmp_path / "runs" / "normal", kind="normal", ends=-92.0)
     make_vae_run(tmp_path / "runs" / "cifar", dataset="cifar10", ends=10.0)
     status, _, _, table = run(tmp_path / "runs")
@@ -155,18 +153,90 @@ def test_there_is_no_figure_of_synthetic_images(run, tmp_path):
 
 def test_seeds_of_different_length_are_compared_where_all_have_been(run, tmp_path):
     make_vae_run(tmp_path / "runs" / "0", epochs=4, ends=-90.0)
-    make_vae_run(tmp_path / "runs" / "1", epochs=2, ends=-94.0)
+    make_vae_run(tmp_path / "runs" / "1", epochs=2, ends=-94.0, seed=1)
     table = run(tmp_path / "runs")[3]
     assert "| -93.00 ± 1.00 |  | 2 | 2 |" in table
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(run, tmp_path):
-    make_vae_run(tmp_path / "runs" / "0")
-    make_vae_run(tmp_path / "runs" / "1", learning_rate=0.1)
+    a, b = tmp_path / "runs" / "0", tmp_path / "runs" / "1"
+    make_run(a, preset="smoke")
+    make_run(b, preset="smoke", width=8, seed=1)
     status, _, err, _ = run(tmp_path / "runs")
+    assert (status, f"{b} is --preset smoke, changed: width 8. Scaled runs" in err) == (2, True)
+    table = run(tmp_path / "runs", "--label-presets")[3]
+    assert "| weight norm [smoke preset] | 5.00 % | 10.00 % | 8.46 % | 1 |" in table
+    assert "| weight norm [smoke, changed: width 8] | 5.00 % | 10.00 % | 8.46 % | 1 |" in table
+
+
+def test_what_is_named_beside_a_result_may_not_differ_within_one_either(run, tmp_path):
+    a = make_vae_run(tmp_path / "a", dataset="cifar10", binarization="dynamic")
+    b = make_vae_run(tmp_path / "b", dataset="cifar10", seed=1)
+    status, _, err, _ = run(a, b)
     assert status == 2
-    assert "has --learning-rate None" in err
-    assert "they are not seeds of one experiment" in err
+    assert f"{a} has --binarization dynamic and {b} static: they are not seeds of one" in err
+
+
+def test_a_seed_counts_once(run, tmp_path):
+    makers = {"cifar": make_run, "vae": make_vae_run}
+    makers["draw"] = lambda folder: make_draw_run(folder, "normal", [-100])
+    makers["dqn"] = lambda folder: make_dqn_run(folder, [1, 2])
+    for name, make in makers.items():
+        one, other = make(tmp_path / name / "a"), make(tmp_path / name / "b")
+        status, _, err, _ = run(tmp_path / name)
+        assert status == 2
+        assert f"{one} and {other} both have --seed 0: the same run would count twice" in err
+
+
+def test_a_learning_rate_is_the_same_whether_given_or_not(run, tmp_path):
+    make_run(tmp_path / "runs" / "0", rate=0.003)
+    make_run(tmp_path / "runs" / "1", seed=1)
+    assert "| 8.46 % | 2 | 0.003 |" in run(tmp_path / "runs")[3]
+
+
+def axes_of(monkeypatch, tmp_path, *argv):
+    """The axes of the figures that a command line draws."""
+    seen, leave = [], figures.Axes.__exit__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            figures.Axes, "__exit__", lambda self, *e: (seen.append(self.axes), leave(self, *e))[1]
+        )
+        figures.main([*map(str, argv), "--out", str(tmp_path / "out")])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("changes", "label"),
+    [
+        ({"width": 4, "epochs": 1}, "paper, changed: width 4, epochs 1"),
+        ({"dataset": "synthetic_cifar10"}, "paper, changed: dataset synthetic_cifar10"),
+        ({"dropout": 0.25, "whiten": False}, "paper, changed: no-whiten, dropout 0.25"),
+        (
+            {
+                "mixed_precision": "bfloat16",
+                "dataset": "synthetic_cifar10",
+                "epochs": 1,
+                "leak": 0.0,
+            },
+            "paper, changed: mixed-precision bfloat16, dataset synthetic_cifar10 and 2 more",
+        ),
+    ],
+)
+def test_a_run_scaled_by_flags_does_not_pass_as_the_papers(
+    run, tmp_path, monkeypatch, changes, label
+):
+    folder = make_run(tmp_path / "changed", **changes)
+    assert f"| weight norm [{label}] |" in run(folder)[3]
+    (axes,) = axes_of(monkeypatch, tmp_path, folder)
+    assert axes.get_title().replace("\n", " ") == f"CIFAR-10 [{label}]"
+    assert axes.get_xlim() != (0, 200)
+    paper = make_run(tmp_path / "paper", kind="normal", seeds=[0])
+    status, _, err, _ = run(folder, paper)
+    assert (status, f"{folder} is --preset {label}" in err) == (2, True)
+    (axes,) = axes_of(monkeypatch, tmp_path, paper)
+    assert (axes.get_title(), axes.get_xlim()) == ("CIFAR-10", (0, 200))
+    config = cifar.Config(**changes)
+    assert cifar.note(config, data.Images(*[None] * 4)) == f" ({label.removeprefix('paper, ')})"
 
 
 def test_static_and_dynamic_binarization_are_not_mixed(run, tmp_path):
@@ -178,11 +248,7 @@ def test_static_and_dynamic_binarization_are_not_mixed(run, tmp_path):
 
 
 def make_dqn_run(folder, scores, game="Breakout", kind="weight_norm", preset="paper", **config):
-    folder.mkdir(parents=True)
-    config = {"test_every": 250_000, "test": "paper", "test_steps": 125_000, **config}
-    config |= {"game": game, "parameterization": kind, "preset": preset}
-    content = {"program": "models.dqn", "config": config, "differs_from_paper": {}}
-    (folder / "config.json").write_text(json.dumps(content))
+    write_config(folder, dqn, preset, game=game, parameterization=kind, **config)
     rows = ["step,time,loss,epoch,test_score", "1000,1,0.5,,"]  # Most rows are not of tests.
     rows += [f"{e},1,,{e},{score}" for e, score in enumerate(scores, 1)]
     (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
@@ -191,7 +257,7 @@ def make_dqn_run(folder, scores, game="Breakout", kind="weight_norm", preset="pa
 
 def test_figure_5_has_a_plot_for_each_game_and_figure_6_the_highest_scores(run, tmp_path):
     make_dqn_run(tmp_path / "runs" / "0", [10, 300, 200])
-    make_dqn_run(tmp_path / "runs" / "1", [10, 100, 310])
+    make_dqn_run(tmp_path / "runs" / "1", [10, 100, 310], seed=1)
     make_dqn_run(tmp_path / "runs" / "2", [10, 20], kind="normal")
     make_dqn_run(tmp_path / "runs" / "3", [500], game="Pong", test="nature")
     status, _, _, table = run(tmp_path / "runs")
@@ -235,12 +301,8 @@ def test_a_scaled_dqn_says_how_long_its_epochs_are(run, tmp_path):
     assert "cpu: epochs of 50,000 steps, for the paper's 250,000" in table
 
 
-def make_draw_run(folder, kind, bounds, preset="paper", **differs):
-    folder.mkdir(parents=True)
-    config = {"preset": preset, "parameterization": kind, "epochs": 100, **differs}
-    different = {name: [None, value] for name, value in differs.items()}
-    content = {"program": "models.draw", "config": config, "differs_from_paper": different}
-    (folder / "config.json").write_text(json.dumps(content))
+def make_draw_run(folder, kind, bounds, preset="paper", **config):
+    write_config(folder, draw, preset, parameterization=kind, **config)
     rows = [f"{500 * e},1,{e},{bound}" for e, bound in enumerate(bounds, 1)]
     (folder / "metrics.csv").write_text("\n".join(["step,time,epoch,test_bound", *rows]) + "\n")
     return folder
@@ -249,8 +311,8 @@ def make_draw_run(folder, kind, bounds, preset="paper", **differs):
 def test_figure_4_averages_seeds_and_says_who_reaches_the_same_bound_when(run, tmp_path):
     for seed, shift in enumerate((-1, 0, 1)):
         normal = np.array([-200, -150, -120, -110]) + shift
-        make_draw_run(tmp_path / "runs" / f"n{seed}", "normal", normal)
-        make_draw_run(tmp_path / "runs" / f"w{seed}", "weight_norm", [-150, -100, -95])
+        make_draw_run(tmp_path / "runs" / f"n{seed}", "normal", normal, seed=seed)
+        make_draw_run(tmp_path / "runs" / f"w{seed}", "weight_norm", [-150, -100, -95], seed=seed)
     status, _, _, table = run(tmp_path / "runs")
     assert status == 0
     error = 1 / np.sqrt(3)
@@ -261,24 +323,10 @@ def test_figure_4_averages_seeds_and_says_who_reaches_the_same_bound_when(run, t
 
 
 def test_figure_4_has_the_papers_axes_and_its_curves_the_runs_points(tmp_path, monkeypatch):
-    seen = []
-    leave = figures.Axes.__exit__
-    monkeypatch.setattr(
-        figures.Axes, "__exit__", lambda self, *e: (seen.append(self.axes), leave(self, *e))[1]
-    )
     make_draw_run(tmp_path / "a", "weight_norm", [-110, -100])
-    figures.main([str(tmp_path / "a"), "--out", str(tmp_path / "out")])
-    (axes,) = seen
+    (axes,) = axes_of(monkeypatch, tmp_path, tmp_path / "a")
     assert (axes.get_xlim(), axes.get_ylim()) == ((0, 100), (-120, -80))
     np.testing.assert_array_equal(axes.lines[0].get_xydata(), [[1, -110], [2, -100]])
-
-
-def test_figure_4_does_not_average_different_experiments(run, tmp_path):
-    a = make_draw_run(tmp_path / "a", "normal", [-100], preset="cpu", learning_rate=1e-3)
-    b = make_draw_run(tmp_path / "b", "normal", [-110], preset="cpu", learning_rate=1e-4)
-    status, _, err, _ = run(a, b)
-    assert status == 2
-    assert f"{a} has --learning-rate 0.001 and {b} 0.0001" in err
 
 
 def test_figure_4_without_an_epoch(run, tmp_path):
