@@ -20,18 +20,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import tfwn.weight
-from benchmarks import timing
+from benchmarks import plain, timing
 from models import cifar
 from models.common import runtime
 
-PLAIN, LAST, FIRST = "weight_norm in plain TF", "PyTorch channels-last", "PyTorch as it comes"
-
-
-def plain_weight_norm(v, g, axis=-1, *, out_dtype=None, name=None):
-    """Eq. 2 as TensorFlow users write it; these layers' units are the last axis."""
-    w = tf.math.l2_normalize(v, list(range(v.shape.rank - 1)), epsilon=0.0) * g
-    return tf.cast(w, out_dtype or v.dtype)
+LAST, FIRST = "PyTorch channels-last", "PyTorch as it comes"
 
 
 def tensorflow_step(config: cifar.Config, images, labels):
@@ -131,9 +124,8 @@ def main() -> None:
     contenders = {"weight_norm": ours("weight_norm")}
     if options.only != "peers":
         contenders |= {kind: ours(kind) for kind in cifar.PAPER if kind != "weight_norm"}
-        compiled, tfwn.weight.weight_norm = tfwn.weight.weight_norm, plain_weight_norm
-        contenders[PLAIN] = ours("weight_norm")  # It traces here.
-        tfwn.weight.weight_norm = compiled
+        with plain.weight_norm():
+            contenders[plain.NAME] = ours("weight_norm")
     if options.only != "parameterizations":
         for name, memory_format in (
             (LAST, torch.channels_last),

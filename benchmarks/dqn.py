@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import dqn_peers, timing
+from benchmarks import dqn_peers, plain, timing
 from models import dqn
 from models.common.environments import Environments
 from models.common.replay import Replay
@@ -38,6 +38,7 @@ OURS = {
     "tfwn, weight norm, bfloat16": ("weight_norm", tf.bfloat16, 8),
     "tfwn, weight norm, strict": ("weight_norm", tf.float32, 1),
 }
+PLAIN = "weight norm in plain TensorFlow"
 
 
 def ours(parameterization: Any, dtype: tf.DType, num_envs: int) -> Callable[[], object]:
@@ -66,7 +67,14 @@ def ours(parameterization: Any, dtype: tf.DType, num_envs: int) -> Callable[[], 
             dqn.advance(config, learner, actor, step)
             step += num_envs
 
+    play()  # Traces the updates.
     return play
+
+
+def in_plain_tensorflow(*options: Any) -> Callable[[], object]:
+    """The program with weight norm in plain TensorFlow."""
+    with plain.weight_norm():
+        return ours(*options)
 
 
 def contenders(only: list[str]) -> dict[str, Callable[[], object]]:
@@ -78,6 +86,7 @@ def contenders(only: list[str]) -> dict[str, Callable[[], object]]:
 
     made: dict[str, Callable[[], Callable[[], object]]] = {
         **{name: functools.partial(ours, *options) for name, options in OURS.items()},
+        PLAIN: functools.partial(in_plain_tensorflow, *OURS["tfwn, weight norm"]),
         CLEANRL: functools.partial(peer, dqn_peers.cleanrl, WARM_UP),
         SB3: functools.partial(peer, dqn_peers.stable_baselines3, 1),
         SB3_8: functools.partial(peer, dqn_peers.stable_baselines3, 8),

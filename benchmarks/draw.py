@@ -23,12 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
-import tfwn.weight
-from benchmarks import timing
-from benchmarks.cifar import plain_weight_norm
+from benchmarks import plain, timing
 from models import draw
 
-OURS, PLAIN = "weight_norm", "weight_norm in plain TF"
+OURS = "weight_norm"
 PEER, COMPILED = "PyTorch", "PyTorch, torch.compile"
 
 
@@ -168,9 +166,8 @@ def main() -> None:
 
     ours(OURS, parameterization="weight_norm")
     ours("normal", parameterization="normal")
-    compiled, tfwn.weight.weight_norm = tfwn.weight.weight_norm, plain_weight_norm
-    ours(PLAIN, parameterization="weight_norm")  # It traces here.
-    tfwn.weight.weight_norm = compiled
+    with plain.weight_norm():
+        ours(plain.NAME, parameterization="weight_norm")
     contenders[PEER], seconds = torch_step(config, images)
     first[PEER] = f"{seconds:.1f}"
     if not options.no_compile:

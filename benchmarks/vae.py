@@ -18,22 +18,10 @@ import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
 
-import tfwn.weight
-from benchmarks import timing
+from benchmarks import plain, timing
 from models import vae
 from models.common import runtime
 from models.common.optimizers import Adamax
-
-PLAIN = "weight_norm in plain TF"
-
-
-def plain_weight_norm(v, g, axis=-1, *, out_dtype=None, name=None):
-    """Eq. 2 as TensorFlow users write it; these layers' units are the last axis.
-
-    Its epsilon matters here: some units of the flow are masked in full.
-    """
-    w = tf.math.l2_normalize(v, list(range(v.shape.rank - 1))) * g
-    return tf.cast(w, out_dtype or v.dtype)
 
 
 def training_step(config: vae.Config, images: np.ndarray):
@@ -79,9 +67,8 @@ def main() -> None:
         return training_step(dataclasses.replace(config, parameterization=kind), images)
 
     contenders = {kind: ours(kind) for kind in ("normal", "weight_norm")}
-    compiled, tfwn.weight.weight_norm = tfwn.weight.weight_norm, plain_weight_norm
-    contenders[PLAIN] = ours("weight_norm")  # It traces here.
-    tfwn.weight.weight_norm = compiled
+    with plain.weight_norm():
+        contenders[plain.NAME] = ours("weight_norm")
 
     times = timing.interleave(contenders, rounds=options.rounds)
     title = (
