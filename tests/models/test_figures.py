@@ -61,8 +61,10 @@ def test_seeds_are_averaged_with_their_standard_error_beside_the_papers(run, tmp
 def test_of_a_grid_the_learning_rate_with_the_least_training_error_is_shown(run, tmp_path):
     for rate, ends in ((0.001, 0.05), (0.003, 0.03), (0.01, 0.9)):
         make_run(tmp_path / "runs" / f"{rate}", rate=rate, ends=ends)
+    make_run(tmp_path / "runs" / "0", rate=0.0, kind="normal")
     table = run(tmp_path / "runs")[3]
     assert "| weight norm | 3.00 % | 6.00 % | 8.46 % | 1 | 0.003 | 4 of 200 |" in table
+    assert "| normal | 5.00 % | 10.00 % | 8.43 % | 1 | 0 | 4 of 200 |" in table
     assert table.count("weight norm") == 1
 
 
