@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,41 +106,57 @@ def load(path: str | Path) -> dict[str, Any]:
 
 def load_config(path: str | Path, config_class: type) -> Any:
     """Returns the Config of a run; a field that is newer than the run keeps its default."""
-    return config_class(**_saved_values(path, config_class))
+    return config_class(**saved_values(path, config_class))
+
+
+def saved_values(path: str | Path, config_class: type) -> dict[str, Any]:
+    """Returns what config.json has for the fields of a Config, which must be of its program."""
+    content = load(path)
+    if content["program"] != program_of(config_class):
+        raise UserError(
+            f"{path} is a run of {content['program']}, not of {program_of(config_class)}"
+        )
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in content["config"].items()
+        if name in names
+    }
 
 
 def resumed_values(
     path: str, config_class: type[options.RunConfig], explicit: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the values to resume with: the run's own, and those given now where allowed."""
-    saved = _saved_values(path, config_class)
-    # As a Config has them: it may have one spelling for several.
-    before, now = (dataclasses.asdict(config_class(**values)) for values in (saved, explicit))
-    changed = [
-        name
-        for name in explicit
-        if name not in config_class.MAY_CHANGE and name in saved and before[name] != now[name]
-    ]
-
-    def told(names: Iterable[str]) -> str:
-        return ", ".join(
-            f"--{n.replace('_', '-')} was {before[n]} and is now {now[n]}" for n in names
-        )
-
-    if fixed := [name for name in changed if name in config_class.FIXED]:
+    saved = saved_values(path, config_class)
+    changed = changes(saved, explicit, config_class)
+    if fixed := [told for name, told in changed.items() if name in config_class.FIXED]:
         raise UserError(
-            f"--resume: {told(fixed)}, which the run's state does not fit; leave the option out, "
-            "or start a new run"
+            f"--resume: {', '.join(fixed)}, which the run's state does not fit; leave the option "
+            "out, or start a new run"
         )
     if changed and not explicit.get("accept_changes"):
         raise UserError(
-            f"--resume: {told(changed)}; leave the option out to go on as before, "
+            f"--resume: {', '.join(changed.values())}; leave the option out to go on as before, "
             "or give --accept-changes to go on with the new value"
         )
     result = {**saved, **explicit, "out": path, "resume": True}
     result["preset"] = saved.get("preset", "paper")
     result["accept_changes"] = bool(explicit.get("accept_changes"))
     return result
+
+
+def changes(
+    saved: dict[str, Any], given: dict[str, Any], config_class: type[options.RunConfig]
+) -> dict[str, str]:
+    """Returns {hyper-parameter: "--steps was 1 and is now 2"} where the given value is another."""
+    # As a Config has them: it may have one spelling for several.
+    before, now = (dataclasses.asdict(config_class(**values)) for values in (saved, given))
+    return {
+        name: f"--{name.replace('_', '-')} was {before[name]} and is now {now[name]}"
+        for name in given
+        if name not in config_class.MAY_CHANGE and name in saved and before[name] != now[name]
+    }
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -204,18 +219,3 @@ def hardware() -> dict[str, Any]:
             for gpu in tf.config.list_physical_devices("GPU")
         ]
     return found
-
-
-def _saved_values(path: str | Path, config_class: type) -> dict[str, Any]:
-    """Returns what config.json has for the fields of a Config, which must be of its program."""
-    content = load(path)
-    if content["program"] != program_of(config_class):
-        raise UserError(
-            f"{path} is a run of {content['program']}, not of {program_of(config_class)}"
-        )
-    names = {field.name for field in dataclasses.fields(config_class)}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in content["config"].items()
-        if name in names
-    }

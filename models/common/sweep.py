@@ -17,7 +17,8 @@ def run(config: Any, train: Callable[[Any], None], **axes: tuple[Any, ...]) -> N
     """Trains every combination of `config.seeds`, `config.learning_rates` and `axes`.
 
     Each has its folder below `config.out`; OUT/sweep.json says which are finished or diverged (a
-    result of a grid, not tried again). Any other error ends the sweep.
+    result of a grid, not tried again). Any other error ends the sweep. One that goes on with other
+    hyper-parameters than those of its runs is refused, as a run is.
 
     Args:
       config: the template of every run, with the fields sweep, seeds and learning_rates.
@@ -32,9 +33,21 @@ def run(config: Any, train: Callable[[Any], None], **axes: tuple[Any, ...]) -> N
     record = root / "sweep.json"
     ended: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
     axes = {"seed": config.seeds, **axes, "learning_rate": config.learning_rates}
+    given = dataclasses.asdict(dataclasses.replace(config, sweep=False))
+    fixed = {name: value for name, value in given.items() if name not in axes}
+    for path in sorted(file.parent for file in root.glob("*/config.json")):
+        changed = run_folder.changes(
+            run_folder.saved_values(path, type(config)), fixed, type(config)
+        )
+        if changed and not config.accept_changes:
+            raise UserError(
+                f"--sweep: in {path} {', '.join(changed.values())}; give the options of before, "
+                "name another --out, or give --accept-changes to go on with the new value in the "
+                "runs that are not finished"
+            )
     grid = [dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values())]
-    for number, values in enumerate(grid, 1):
-        name = "-".join(str(value) for value in [*values.values()][1:]) + f"-{values['seed']}"
+    names = ["-".join(map(str, [*v.values()][1:])) + f"-{v['seed']}" for v in grid]
+    for number, (name, values) in enumerate(zip(names, grid, strict=True), 1):
         if name in ended:
             continue
         print(f"run {number} of {len(grid)}: {name}", flush=True)
@@ -49,3 +62,9 @@ def run(config: Any, train: Callable[[Any], None], **axes: tuple[Any, ...]) -> N
             print(ended[name], flush=True)
         run_folder.write_atomically(record, json.dumps(ended, indent=2) + "\n")
         tf.keras.backend.clear_session()
+    diverged = sum(ended[name] != "finished" for name in names)
+    print(
+        f"all {len(names)} runs are finished"
+        + (f", {diverged} of them diverged" if diverged else "")
+        + f"; they are in {root}"
+    )

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 from models import cifar
-from models.common import checkpoints, command_line, data, metrics, runtime, sweep
+from models.common import checkpoints, command_line, data, metrics, run_folder, runtime, sweep
 from models.common.batch_norm import BatchNormalization
 from models.common.errors import NotFinite
 
@@ -495,8 +495,9 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     def train(one):
         name = Path(one.out).name
         seen.append((name, one.resume))
-        Path(one.out).mkdir(exist_ok=True)
-        (Path(one.out) / "config.json").touch()
+        folder = run_folder.RunFolder(one)
+        folder.write_config(one, "models.cifar")
+        folder.close()
         assert name == f"{one.parameterization}-{one.learning_rate:g}-{one.seed}"
         assert not one.sweep
         if name in fail:
@@ -519,8 +520,28 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     assert len(ended) == 8
     assert ended["normal-0.003-0"] == "diverged: loss is nan"
     del seen[:]
+    capsys.readouterr()
     sweep.run(config, train, parameterization=kinds)
     assert seen == []
+    told = capsys.readouterr().out
+    assert told == f"all 8 runs are finished, 1 of them diverged; they are in {tmp_path}\n"
+
+
+def test_a_sweep_does_not_go_on_with_other_hyper_parameters_unless_accepted(run, tmp_path):
+    argv = ["--preset", "smoke", "--sweep", "--learning-rates", 0.003, "--out", tmp_path]
+    config = config_of(out=str(tmp_path / "normal-0.003-0"), parameterization="normal", epochs=1)
+    folder = run_folder.RunFolder(config)
+    folder.write_config(config, "models.cifar")
+    folder.close()
+    names = [f"{kind}-0.003-{seed}" for kind in cifar.PAPER for seed in (0, 1)]
+    (tmp_path / "sweep.json").write_text(json.dumps(dict.fromkeys(names, "finished")))
+    status, _, err = run(*argv, "--epochs", 2, "--noise", 0, "--seeds", 1)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"in {config.out} --noise was 0.15 and is now 0.0, --epochs was 1 and is now 2" in err
+    status, out, _ = run(*argv, "--epochs", 2, "--seeds", 1, "--accept-changes")
+    assert (status, out) == (0, f"all 5 runs are finished; they are in {tmp_path}\n")
+    status, out, _ = run(*argv, "--epochs", 1, "--seeds", 0, 1)  # The grid may grow.
+    assert (status, out) == (0, f"all 10 runs are finished; they are in {tmp_path}\n")
 
 
 def test_a_sweep_trains_all_five(run, tmp_path):
