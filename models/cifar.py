@@ -43,6 +43,7 @@ from models.common import (
     sweep,
 )
 from models.common.batch_norm import BatchNormalization
+from models.common.errors import UserError
 from models.common.run import Run
 
 PAPER = {  # Test error in percent, figure 2.
@@ -431,6 +432,11 @@ def train(config: Config) -> None:
         sweep.run(config, train, parameterization=tuple(PAPER))
     else:
         images = load(config)  # First: where they are missing, there is no run yet.
+        if len(images.train_images) < config.batch_size:
+            raise UserError(
+                f"--batch-size {config.batch_size} is more than the "
+                f"{len(images.train_images)} training images"
+            )
         with Run(config) as run:
             train_one(config, images, run)
 

@@ -16,6 +16,7 @@ from models.common.errors import UserError
 def ranges(positive: str = "", probability: str = "") -> dict[str, tuple[float, float]]:
     """Returns the RANGES of a Config: names of numbers from 1 on, and of those from 0 to 1."""
     found = dict.fromkeys(["keep", *positive.split()], (1.0, math.inf))
+    found |= dict.fromkeys(["seed", "seeds"], (0, 2**32 - 1))  # NumPy's.
     return found | dict.fromkeys(probability.split(), (0.0, 1.0))
 
 
@@ -116,13 +117,16 @@ def check_ranges(values: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if option.kind not in (int, float) or number is None:
                 continue
+            shown = [f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (low, high, number)]
             if not math.isfinite(number):
                 rule = "a finite number"
             elif not low <= number <= high:
-                rule = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+                rule = (
+                    f"at least {shown[0]}" if high == math.inf else "from {} to {}".format(*shown)
+                )
             else:
                 continue
-            raise UserError(f"{option.flag} must be {rule}, got {number:g}")
+            raise UserError(f"{option.flag} must be {rule}, got {shown[2]}")
 
 
 def note(presets: Mapping[str, Preset], config: RunConfig, *caveats: str) -> str:

@@ -569,6 +569,8 @@ def test_a_learning_rate_that_is_too_high_ends_with_its_step(run, tmp_path):
         (["--parameterization", "weightnorm"], "weight_norm"),
         (["--data-dir", "no/such/folder"], "--data-dir no/such/folder: there is no such folder"),
         (["--strategy", "multi_worker", "--sweep"], "--sweep is for one machine"),
+        (["--preset", "smoke", "--batch-size", "2000"], "more than the 1000 training images"),
+        (["--sweep", "--seeds", "0", "1e12"], "--seeds must be from 0 to 4,294,967,295"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(run, tmp_path, argv, message):

@@ -134,6 +134,7 @@ def test_help_shows_each_option_with_the_papers_value(run):
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--steps", "-1"], "--steps must be at least 0, got -1"),
         (["--keep", "0"], "--keep must be at least 1, got 0"),
+        (["--seed", "1e12"], "--seed must be from 0 to 4,294,967,295, got 1,000,000,000,000\n"),
         (["--learning-rate", "nan"], "--learning-rate must be a finite number, got nan"),
     ],
 )
