@@ -179,7 +179,7 @@ class Replay:
         if owner != state.get("id", 0) or ever < state["written"]:
             raise UserError(
                 f"{self._file}: does not hold the replay memory of this run; resume with the "
-                "run's --replay-file, or remove this one to begin with an empty memory"
+                "run's own --replay-file, or name a new one to begin with an empty memory"
             )
         self._id = owner
         self._written = self._saved = state["written"]
