@@ -38,6 +38,7 @@ from models.common import (
     command_line,
     data,
     options,
+    progress,
     replicas,
     runtime,
     sweep,
@@ -406,11 +407,11 @@ def make_steps(config: Config, strategy, network: Network, optimizer=None):
     return train_step, test_step
 
 
-def error_rate(test_step, images: data.Images, between=lambda: None) -> float:
-    """Returns the test error with running moments, in [0, 1]; calls between() between batches."""
+def error_rate(test_step, images: data.Images, tell=lambda done, total: None) -> float:
+    """Returns the test error with running moments, in [0, 1]; calls tell(done, total) meanwhile."""
     errors, batch = 0.0, 500
     for start in range(0, len(images.test_labels), batch):
-        between()
+        tell(start, len(images.test_labels))
         part = slice(start, start + batch)
         errors += float(test_step(images.test_images[part], images.test_labels[part])[1])
     return errors / len(images.test_labels)
@@ -466,7 +467,7 @@ def train_one(config: Config, images: data.Images, run: Run) -> None:
             "epoch": step // per_epoch,
             "loss": totals[0] / (per_epoch * config.batch_size),
             "train_error": totals[1] / (per_epoch * config.batch_size),
-            "test_error": error_rate(test_step, images, run.leave_if_asked),
+            "test_error": error_rate(test_step, images, run.testing),
             "learning_rate": schedule(config, step // per_epoch - 1)[0],
         }
         run.log(step, **values, **({"epoch_seconds": seconds} if seconds else {}))
@@ -513,7 +514,9 @@ def evaluate(options: Evaluate) -> None:
     network(images.test_images[:1])
     found.restore(network=network)
     _, test_step = make_steps(config, tf.distribute.get_strategy(), network)
-    print(f"test error {error_rate(test_step, images):.2%}" + note(config, images))
+    with progress.Test() as tell:
+        error = error_rate(test_step, images, tell)
+    print(f"test error {error:.2%}" + note(config, images))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from models.common import (
     data,
     options,
     plots,
+    progress,
     replicas,
     runtime,
     video,
@@ -380,20 +381,20 @@ def make_optimizer(config: Config, variables) -> tf.keras.optimizers.Adam:
 
 
 def mean_losses(
-    config: Config, test_step, images, between=lambda: None, draws: int = 1
+    config: Config, test_step, images, tell=lambda done, total: None, draws: int = 1
 ) -> np.ndarray:
     """Returns the images' mean cross-entropy and KL_t, float64 [1 + T], in nats.
 
     Arguments:
       config, test_step: of the network.
       images: uint8 [examples, side, side].
-      between: called between batches.
+      tell: called as tell(done, total) meanwhile.
       draws: of the noise for each image; the same ones each time.
     """
     sums, batch = np.zeros(1 + config.glimpses), config.batch_size
     starts = range(0, len(images), batch)
     for index, (_, start) in enumerate(itertools.product(range(draws), starts)):
-        between()
+        tell(index, draws * len(starts))
         seed = tf.constant([config.seed, -1 - index], tf.int64)
         sums += test_step(images[start : start + batch], seed).numpy()
     return sums / (draws * len(images))
@@ -434,7 +435,7 @@ def train_one(config: Config, images: data.Images, run: Run) -> None:
         """Reports the epoch that ends before `step`; changes nothing."""
         steps = step - began[1]
         seconds = (time.monotonic() - began[0]) / steps * per_epoch if steps else None
-        losses = mean_losses(config, test_step, images.test_images, run.leave_if_asked)
+        losses = mean_losses(config, test_step, images.test_images, run.testing)
         values = {
             "epoch": step // per_epoch,
             "loss": float(tf.reduce_sum(totals)) / (per_epoch * config.batch_size),
@@ -550,7 +551,8 @@ def evaluate(asked: Evaluate) -> None:
     config, network, _ = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     _, test_step = make_steps(config, tf.distribute.get_strategy(), network)
-    losses = mean_losses(config, test_step, images.test_images, draws=asked.draws)
+    with progress.Test() as tell:
+        losses = mean_losses(config, test_step, images.test_images, tell, asked.draws)
     print(f"test {describe(losses)}{note(config, images)}")
 
 

@@ -47,6 +47,7 @@ from models.common import (
     data,
     options,
     plots,
+    progress,
     replicas,
     runtime,
 )
@@ -495,19 +496,22 @@ def make_test_step(config: Config, strategy, network):
     return test_step
 
 
-def measure(config: Config, test_step, images: np.ndarray, samples=1, between=lambda: None):
+def measure(
+    config: Config, test_step, images: np.ndarray, samples=1, tell=lambda done, total: None
+):
     """Returns means over the images, in nats: bound, kl and, of several samples, log_likelihood.
 
     The latter is the importance-weighted bound, mean of log mean_k p(x, z_k) / q(z_k|x), of one x:
-    dynamic binarization draws it once. All draws are the same each time. between() is called
-    between batches.
+    dynamic binarization draws it once. All draws are the same each time. Calls tell(done, total)
+    meanwhile.
     """
     parts, batch = [], 500
+    starts = range(0, len(images), batch)
     seed = tf.constant([config.seed, -1], tf.int64)  # No step of training has it.
-    for number, start in enumerate(range(0, len(images), batch)):
+    for number, start in enumerate(starts):
         of_samples, here = [], fold_in(seed, number)
         for k in range(samples):
-            between()
+            tell(number * samples + k, len(starts) * samples)
             part = test_step(images[start : start + batch], fold_in(here, 0), fold_in(here, k))
             of_samples.append(part.numpy().astype(np.float64))
         parts.append(of_samples)
@@ -598,7 +602,7 @@ def train_in(run: Run, config: Config, images: data.Images) -> None:
         loss, bound, kl = (totals / (per_epoch * config.batch_size)).numpy()
         last = step == total
         samples = config.eval_samples if last else 1
-        result = measure(config, test_step, images.test_images, samples, run.leave_if_asked)
+        result = measure(config, test_step, images.test_images, samples, run.testing)
         values = {"epoch": epoch, "loss": loss, "train_bound": bound, "train_kl": kl}
         values |= {f"test_{name}": value for name, value in result.items()}
         run.log(step, **values, **({"epoch_seconds": seconds} if seconds else {}))
@@ -703,7 +707,8 @@ def evaluate(asked: Evaluate) -> None:
     config, network, _ = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     test_step = make_test_step(config, tf.distribute.get_strategy(), network)
-    result = measure(config, test_step, images.test_images, asked.eval_samples)
+    with progress.Test() as tell:
+        result = measure(config, test_step, images.test_images, asked.eval_samples, tell)
     print(f"test {describe(result)}{note(config, images)}")
 
 

@@ -1,6 +1,7 @@
 """How far a long piece of work is: a live line in a terminal, an occasional plain one elsewhere."""
 
 import collections
+import contextlib
 import statistics
 import time
 from typing import Any
@@ -26,6 +27,8 @@ class Progress:
       unit: what a step is called in the rate ("frames", "images", ...).
       per_step: how many units a step is.
       steps_per_epoch: shows the epoch where given.
+      console: where to print.
+      delay: seconds before a terminal shows anything.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class Progress:
         per_step: float = 1,
         steps_per_epoch: int | None = None,
         console: rich.console.Console | None = None,
+        delay: float = 0,
     ):
         self._total, self._unit, self._per_step = total, unit, per_step
+        self._step = start
         self._steps_per_epoch = steps_per_epoch
         self._console = console or rich.console.Console()
         self._values: dict[str, Any] = {}
@@ -47,6 +52,7 @@ class Progress:
         self._paces: collections.deque[float] = collections.deque(maxlen=100)  # Seconds per step.
         self._pace: float | None = None
         self._printed = time.monotonic() - PLAIN_EVERY / 2
+        self._shown_from = time.monotonic() + delay
         self._bar: rich.progress.Progress | None = None
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
@@ -61,7 +67,7 @@ class Progress:
             self._task = self._bar.add_task("", total=total, completed=start, text="")
 
     def __enter__(self) -> "Progress":
-        if self._bar:
+        if self._bar and time.monotonic() >= self._shown_from:
             self._bar.start()
         return self
 
@@ -70,8 +76,9 @@ class Progress:
             self._bar.stop()
 
     def show(self, **values: Any) -> None:
-        """Sets values of the line; the latest come first."""
-        self._values = values | {n: v for n, v in self._values.items() if n not in values}
+        """Sets values of the line, None for not; the latest come first."""
+        values |= {n: v for n, v in self._values.items() if n not in values}
+        self._values = {n: v for n, v in values.items() if v is not None}
 
     def update(self, step: int) -> None:
         """Moves to a step."""
@@ -83,9 +90,17 @@ class Progress:
             self._paces.append((now - self._since[0]) / (step - self._since[1]))
             self._pace = statistics.median(self._paces)
             self._since = now, step
+        self._step = step
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Shows the line as it now is."""
+        now, step = time.monotonic(), self._step
         if self._bar:
             room = self._console.width - _BAR
             self._bar.update(self._task, completed=step, text=escape(self.line(step, room)))
+            if now >= self._shown_from:
+                self._bar.start()
         elif now - self._printed >= PLAIN_EVERY:
             self._printed = now
             self.say(self.line(step))
@@ -99,7 +114,9 @@ class Progress:
         line = f"step {step:,}/{self._total:,}"
         if self._pace is not None:
             rate = f"{_short(self._per_step / self._pace)} {self._unit}/s"
-            line += f"  {rate}  {duration((self._total - step) * self._pace)} left"
+            line += f"  {rate}"
+            if step < self._total:
+                line += f"  {duration((self._total - step) * self._pace)} left"
         values = [f"{name} {_short(value)}" for name, value in self._values.items()]
         if self._steps_per_epoch:
             values.append(f"epoch {step / self._steps_per_epoch:.1f}")
@@ -108,6 +125,29 @@ class Progress:
                 break
             line += f"  {value}"
         return line
+
+
+class Test:
+    """Shows how far a test is, if it takes long: called with what is done, and of how much.
+
+    A context manager, for a command; in a run it is `Run.testing` that is called.
+    """
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._line: Progress | None = None
+
+    def __enter__(self) -> "Test":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows it."""
+        if self._line is None:
+            self._line = self._stack.enter_context(Progress(total, delay=3))
+        self._line.update(done)
 
 
 def duration(seconds: float) -> str:

@@ -42,11 +42,14 @@ class Run:
         self._done = ""  # What to say at the end.
         self._metrics: metrics.Metrics | None = None
         self._progress: progress.Progress | None = None
+        self._open = contextlib.ExitStack()  # From the first step on: signals, the progress line.
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._progress = None
+        self._open.close()
         if self._metrics:
             self._metrics.close()
         if self._folder:
@@ -101,7 +104,8 @@ class Run:
         """Yields the number of completed steps until `total`, while the program trains.
 
         Between the bodies it saves (every `--checkpoint-every` seconds, every `save_every`
-        steps, at the end, and before leaving on SIGTERM or Ctrl-C) and shows progress.
+        steps, at the end, and before leaving on SIGTERM or Ctrl-C) and shows progress. Signals and
+        the progress line stay as they are until the run ends, for a last test after the steps.
 
         Args:
           total: the last step.
@@ -112,28 +116,26 @@ class Run:
           per_step: how many units a step is.
           steps_per_epoch: shows the epoch where given.
         """
-        line = progress.Progress(total, self.step, warm_up, unit, per_step, steps_per_epoch)
-        quiet = contextlib.nullcontext() if not self.chief else line
         saved_at, saved_step = time.monotonic(), self.step
-        with self._signals(), quiet:
-            self._progress = line if self.chief else None
-            try:
-                while self.step < total:
-                    yield self.step
-                    self.step += stride
-                    if self.chief:
-                        line.update(self.step)
-                    due = time.monotonic() - saved_at >= self.config.checkpoint_every or (
-                        save_every is not None and self.step - saved_step >= save_every
-                    )
-                    due, leave = self._agree(due, stride)
-                    if leave:
-                        self._leave()
-                    if due:
-                        self.save()
-                        saved_at, saved_step = time.monotonic(), self.step
-            finally:
-                self._progress = None
+        self._open.enter_context(self._signals())
+        if self.chief:
+            line = progress.Progress(total, self.step, warm_up, unit, per_step, steps_per_epoch)
+            self._progress = self._open.enter_context(line)
+        while self.step < total:
+            yield self.step
+            self.step += stride
+            if self._progress:
+                self._progress.show(tested=None)
+                self._progress.update(self.step)
+            due = time.monotonic() - saved_at >= self.config.checkpoint_every or (
+                save_every is not None and self.step - saved_step >= save_every
+            )
+            due, leave = self._agree(due, stride)
+            if leave:
+                self._leave()
+            if due:
+                self.save()
+                saved_at, saved_step = time.monotonic(), self.step
         if saved_step != self.step or not self._checkpoints.all():
             self.save()
         self._done = f"{self.step:,} {unit if per_step == 1 else 'steps'} done"
@@ -194,12 +196,20 @@ class Run:
             print(text, flush=True)
 
     def leave_if_asked(self) -> None:
-        """Saves and leaves when SIGTERM or Ctrl-C has come: for long work inside a body.
-
-        Call it only where the state is that of `step`: before the body has changed anything.
-        """
+        """Saves and leaves when SIGTERM or Ctrl-C has come, where `testing` may be called."""
         if self._stop is not None and self.config.strategy != "multi_worker":
             self._leave()
+
+    def testing(self, done: int, total: int) -> None:
+        """Shows how far a test is, and saves and leaves when SIGTERM or Ctrl-C has come.
+
+        Call it now and then in a test inside a body, or after the steps, and only where the state
+        is that of `step`: before the body has changed anything.
+        """
+        if self._progress:
+            self._progress.show(tested=f"{done / total:.0%}")
+            self._progress.refresh()
+        self.leave_if_asked()
 
     def _leave(self) -> None:
         self.save()

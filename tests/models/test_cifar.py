@@ -375,8 +375,8 @@ def test_a_run_learns_logs_and_evaluates(run, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["batch_norm", "weight_norm_mean_only_bn"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, kind):
-    """Stopped in an epoch, between two, and after the last step but before it is reported."""
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys, kind):
+    """Stopped in an epoch, between two, after the last step, and in the test after that."""
     whole = config_of(parameterization=kind, out=str(tmp_path / "whole"))
     cifar.train(whole)
     broken = dataclasses.replace(whole, out=str(tmp_path / "broken"), checkpoint_every=0.0)
@@ -395,6 +395,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, kind):
             cifar.train(broken)
         broken = dataclasses.replace(broken, resume=True)
     monkeypatch.setattr(cifar.Run, "steps", steps)
+    testing = cifar.Run.testing
+
+    def ask(self, done, total):
+        os.kill(os.getpid(), signal.SIGTERM)
+        testing(self, done, total)
+
+    monkeypatch.setattr(cifar.Run, "testing", ask)
+    with pytest.raises(SystemExit, match="143"):
+        cifar.train(broken)
+    monkeypatch.setattr(cifar.Run, "testing", testing)
+    assert f"stopped at step 20, saved; go on with --resume --out {broken.out}" in (
+        capsys.readouterr().out
+    )
     cifar.train(broken)
     assert_same_run(whole.out, broken.out)
 

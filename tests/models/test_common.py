@@ -200,6 +200,41 @@ def test_a_signal_saves_and_the_resumed_run_ends_as_if_never_stopped(
     assert (cut["step"], cut["loss"]) == (whole["step"], whole["loss"])
 
 
+def test_a_signal_in_a_test_after_the_steps_leaves_it_to_the_resumed_run(
+    program, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(progress, "PLAIN_EVERY", 0)  # A line each time.
+    before, bodies, tested = signal.getsignal(signal.SIGTERM), [], []
+
+    def train(resume, leave):
+        with Run(program.Config(out=str(tmp_path / "a"), resume=resume)) as run:
+            run.begin({"w": tf.Variable(0.0)})
+            for step in run.steps(3):
+                if step == 1:
+                    run.testing(1, 8)
+                bodies.append(step)
+            for part in range(4):
+                if leave and part == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                run.testing(part, 4)
+                tested.append(part)
+
+    with pytest.raises(SystemExit) as error:
+        train(False, True)
+    assert error.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    told = capsys.readouterr().out.splitlines()
+    assert [re.sub("  .*/s  (0s left)?", "", line) for line in told] == [
+        "step 1/3", "step 1/3  tested 12%", "step 2/3", "step 3/3", "step 3/3  tested 0%",
+        "step 3/3  tested 25%", "SIGTERM: saving, then leaving (once more to leave at once)",
+        "step 3/3  tested 50%",
+        f"stopped at step 3, saved; go on with --resume --out {tmp_path / 'a'}",
+    ]  # fmt: skip
+    train(True, False)
+    assert (bodies, tested) == ([0, 1, 2], [0, 1, 0, 1, 2, 3])
+    assert capsys.readouterr().out.endswith(f"3 steps done; the run is in {tmp_path / 'a'}\n")
+
+
 def test_rows_after_the_checkpoint_are_dropped(run, tmp_path, monkeypatch):
     class Crash(Exception):
         pass
@@ -560,6 +595,31 @@ def test_progress_is_a_few_plain_lines_without_a_terminal(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[-1] == "step 375/1,000  5 steps/s  2m05s left  loss 0.5  epoch 3.8"
+
+
+@pytest.mark.parametrize("pause", [0.1, 1])
+def test_a_test_is_shown_if_it_takes_long(capsys, monkeypatch, pause):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.Test() as tell:
+        for done in range(100):
+            tell(done, 100)
+            clock[0] += pause
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"step {done}/100  1 steps/s  {progress.duration(100 - done)} left"
+        for done in ((15, 45, 75) if pause == 1 else ())
+    ]
+
+
+def test_a_terminal_shows_nothing_of_what_is_short(clock):
+    terminal = rich.console.Console(file=io.StringIO(), force_terminal=True, color_system=None)
+    with progress.Progress(100, console=terminal, delay=3) as line:
+        clock(line, 1, 1)
+        clock(line, 2, 1)
+        assert terminal.file.getvalue() == ""
+        clock(line, 3, 1)
+        assert "step 3/100" in terminal.file.getvalue()
 
 
 def test_a_terminal_shows_that_tensorflow_is_loaded_and_then_no_more():

@@ -438,8 +438,8 @@ def test_the_same_seed_gives_the_same_run(trained, tmp_path):
     assert metrics.read(tmp_path / "other")["loss"][0] != metrics.read(trained)["loss"][0]
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch):
-    """Stopped in an epoch, between two, and after the last step but before it is reported."""
+def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, capsys):
+    """Stopped in an epoch, between two, after the last step, and in the test after that."""
     broken = config_of(out=str(tmp_path / "broken"), checkpoint_every=0.0)
     steps = draw.Run.steps
     for stop in (1, 10, 13, 20):
@@ -456,6 +456,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch):
             draw.train(broken)
         broken = dataclasses.replace(broken, resume=True)
     monkeypatch.setattr(draw.Run, "steps", steps)
+    testing = draw.Run.testing
+
+    def ask(self, done, total):
+        os.kill(os.getpid(), signal.SIGTERM)
+        testing(self, done, total)
+
+    monkeypatch.setattr(draw.Run, "testing", ask)
+    with pytest.raises(SystemExit, match="143"):
+        draw.train(broken)
+    monkeypatch.setattr(draw.Run, "testing", testing)
+    assert f"stopped at step 20, saved; go on with --resume --out {broken.out}" in (
+        capsys.readouterr().out
+    )
     draw.train(broken)
     assert_same_run(trained, broken.out)
 

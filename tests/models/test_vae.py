@@ -587,8 +587,8 @@ def test_a_run_learns_logs_and_its_commands_use_the_averaged_weights(run, tmp_pa
 @pytest.mark.parametrize(
     ("dataset", "kind"), [("synthetic_mnist", "normal"), ("synthetic_cifar10", "weight_norm")]
 )
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, dataset, kind):
-    """Stopped in an epoch, between two, and after the last step but before it is reported."""
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys, dataset, kind):
+    """Stopped in an epoch, between two, after the last step, and in the test after that."""
     whole = config_of(dataset=dataset, parameterization=kind, out=str(tmp_path / "whole"))
     vae.train(whole)
     broken = dataclasses.replace(whole, out=str(tmp_path / "broken"), checkpoint_every=0.0)
@@ -607,6 +607,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, dataset, 
             vae.train(broken)
         broken = dataclasses.replace(broken, resume=True)
     monkeypatch.setattr(vae.Run, "steps", steps)
+    testing = vae.Run.testing
+
+    def ask(self, done, total):
+        os.kill(os.getpid(), signal.SIGTERM)
+        testing(self, done, total)
+
+    monkeypatch.setattr(vae.Run, "testing", ask)
+    with pytest.raises(SystemExit, match="143"):
+        vae.train(broken)
+    monkeypatch.setattr(vae.Run, "testing", testing)
+    assert f"stopped at step 20, saved; go on with --resume --out {broken.out}" in (
+        capsys.readouterr().out
+    )
     vae.train(broken)
     assert_same_run(whole.out, broken.out)
 
