@@ -301,6 +301,13 @@ def vae(runs: list[FinishedRun], output: Output) -> None:
                 "some MNIST runs have --binarization static and some dynamic: their bounds are "
                 "not comparable; draw them apart"
             )
+        measured = [run for run in here if len(run.curve("epoch", "test_log_likelihood")[0])]
+        samples = sorted({run.config["eval_samples"] for run in measured})
+        if len(samples) > 1:
+            raise UserError(
+                f"some {title} runs have --eval-samples {samples[0]} and some {samples[1]}: their "
+                "log-likelihoods are not comparable; draw them apart"
+            )
         rows = []
         y = "bound on marginal likelihood, nats"
         with output.figure(
@@ -312,7 +319,8 @@ def vae(runs: list[FinishedRun], output: Output) -> None:
                 rows.append([row_label(seeds[0].config, output), *vae_row(seeds, column)])
             if all(run.config["preset"] == "paper" for run in here):
                 figure.axes.set(xlim=limits[0], ylim=limits[1])
-        columns = ["", "bound, nats", "log-likelihood, nats", "seeds", "epochs"]
+        likelihood = "log-likelihood, nats" + "".join(f" ({n} samples)" for n in samples)
+        columns = ["", "bound, nats", likelihood, "seeds", "epochs"]
         if name == "cifar10":
             columns[2:2] = ["in figure 3", "bits/dim"]
         notes = {run.note for run in here if run.note}

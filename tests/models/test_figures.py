@@ -249,6 +249,19 @@ def test_static_and_dynamic_binarization_are_not_mixed(run, tmp_path):
     assert "some MNIST runs have --binarization static and some dynamic" in err
 
 
+def test_the_log_likelihoods_number_of_samples_is_told_and_not_mixed(run, tmp_path):
+    make_vae_run(tmp_path / "runs" / "0", eval_samples=20)
+    make_vae_run(tmp_path / "runs" / "1", kind="normal", eval_samples=20)
+    table = run(tmp_path / "runs")[3]
+    assert "| bound, nats | log-likelihood, nats (20 samples) | seeds |" in table
+    without = make_vae_run(tmp_path / "runs" / "2", kind="normal", eval_samples=1, seed=1, epochs=0)
+    assert run(tmp_path / "runs", without)[0] == 0
+    make_vae_run(tmp_path / "runs" / "3", kind="normal", eval_samples=100, seed=2)
+    status, _, err, _ = run(tmp_path / "runs")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "some MNIST runs have --eval-samples 20 and some 100" in err
+
+
 def make_dqn_run(folder, scores, game="Breakout", kind="weight_norm", preset="paper", **config):
     write_config(folder, dqn, preset, game=game, parameterization=kind, **config)
     rows = ["step,time,loss,epoch,test_score", "1000,1,0.5,,"]  # Most rows are not of tests.
