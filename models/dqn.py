@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -33,7 +34,7 @@ import numpy as np
 import tensorflow as tf
 
 import tfwn
-from models.common import checkpoints, command_line, options, plots, runtime, video
+from models.common import checkpoints, command_line, options, plots, progress, runtime, video
 from models.common.environments import Atari, Environments, FrameStack, Steps, game_name, rom_path
 from models.common.errors import UserError
 from models.common.optimizers import Adamax
@@ -507,7 +508,7 @@ def learn(config: Config, learner: Learner, actor: Actor, step: int) -> None:
 def test_epoch(config: Config, learner: Learner, run: Run, held_out: np.ndarray | None) -> None:
     """Tests, logs the score and, of states held out, the Q, and keeps the best network."""
     seed = [config.seed, run.step, 4]
-    scores, lengths = play_test(config, learner, seed, run=run)
+    scores, lengths = play_test(config, learner, seed, tell=run.testing)
     q = {} if held_out is None else {"held_out_q": mean_max_q(learner, held_out)}
     score = float(np.mean(scores))
     run.log(
@@ -531,13 +532,14 @@ def play_test(
     seed: Any,
     *,
     games: int | None = None,
-    run: Run | None = None,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[float], list[int]]:
     """Plays full games without learning; returns their scores (not clipped) and lengths.
 
     "paper": `test_steps` actions without limit of a game's length, and the games that end within
     them; where none does, those unfinished.
     "nature": 30 games of at most 5 minutes, 18,000 frames.
+    Calls tell(done, total) meanwhile: steps, or games.
     """
     count = max(config.num_envs, 1)
     wanted = np.zeros(count, np.int64)
@@ -550,8 +552,10 @@ def play_test(
     scores: list[float] = []
     lengths: list[int] = []
     for step in range(0, 10**12 if wanted.any() else config.test_steps, count):
-        if run and step // count % 64 == 0:
-            run.leave_if_asked()
+        if step // count % 64 == 0 and wanted.any():
+            tell(int(np.minimum(played, wanted).sum()), int(wanted.sum()))
+        elif step // count % 64 == 0:
+            tell(step, config.test_steps)
         actions = generator.integers(0, made.num_actions, count)
         greedy = generator.random(count) >= config.test_epsilon
         actions[greedy] = learner.act(tf.constant(stack.frames)).numpy().argmax(1)[greedy]
@@ -737,7 +741,8 @@ def evaluate(asked: Evaluate) -> None:
         test_epsilon=asked.epsilon,
         **({"test_steps": asked.test_steps} if asked.test_steps else {}),
     )
-    scores, lengths = play_test(config, learner, [asked.seed], games=asked.games)
+    with progress.Test() as tell:
+        scores, lengths = play_test(config, learner, [asked.seed], games=asked.games, tell=tell)
     error = standard_error(scores)
     told = "" if math.isnan(error) else f" +- {error:,.1f} (standard error)"
     limit = "at most 5 minutes each"

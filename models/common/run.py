@@ -195,11 +195,6 @@ class Run:
         else:
             print(text, flush=True)
 
-    def leave_if_asked(self) -> None:
-        """Saves and leaves when SIGTERM or Ctrl-C has come, where `testing` may be called."""
-        if self._stop is not None and self.config.strategy != "multi_worker":
-            self._leave()
-
     def testing(self, done: int, total: int) -> None:
         """Shows how far a test is, and saves and leaves when SIGTERM or Ctrl-C has come.
 
@@ -209,7 +204,8 @@ class Run:
         if self._progress:
             self._progress.show(tested=f"{done / total:.0%}")
             self._progress.refresh()
-        self.leave_if_asked()
+        if self._stop is not None and self.config.strategy != "multi_worker":
+            self._leave()
 
     def _leave(self) -> None:
         self.save()

@@ -469,6 +469,28 @@ def test_a_run_is_evaluated_and_watched(run, tmp_path, monkeypatch):
     assert (frames[0] != frames[-1]).any()
 
 
+def test_a_signal_in_the_last_test_leaves_it_to_the_resumed_run(run, tmp_path, monkeypatch):
+    testing, told = dqn.Run.testing, []
+
+    def ask(self, done, total):
+        told.append((self.step, done, total))
+        if self.step == 600 and done:
+            os.kill(os.getpid(), signal.SIGTERM)
+        testing(self, done, total)
+
+    monkeypatch.setattr(dqn.Run, "testing", ask)
+    argv = ["--out", tmp_path / "a", "--test-steps", 400, "--game", "Breakout"]
+    status, out, _ = run("--preset", "smoke", *argv)
+    assert status == 128 + signal.SIGTERM
+    assert f"stopped at step 600, saved; go on with --resume --out {tmp_path / 'a'}" in out
+    assert told == [(step, done, 400) for step in (200, 400, 600) for done in (0, 256)]
+    assert metrics.read(tmp_path / "a")["epoch"][-1] != 3
+    monkeypatch.setattr(dqn.Run, "testing", testing)
+    status, out, _ = run("--resume", "--out", tmp_path / "a")
+    assert (status, out.count("test score")) == (0, 1)
+    assert metrics.read(tmp_path / "a")["epoch"][-1] == 3
+
+
 def test_a_score_has_its_standard_error():
     scores = np.random.default_rng().normal(size=7)
     spread = np.sqrt(((scores - scores.mean()) ** 2).sum() / 6)
