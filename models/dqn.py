@@ -442,10 +442,14 @@ def train(config: Config) -> None:
                 f"holds {config.learning_starts:,}"
             )
         held_out_file = run.path / "held_out.npy"
-        known = bool(learner.initialized) and held_out_file.exists()
-        held_out = np.load(held_out_file) if known else None
-        if learner.initialized and held_out is None:
-            run.say(f"{held_out_file} is missing: other states are held out from here on")
+        held_out = None
+        if learner.initialized:
+            try:
+                held_out = np.load(held_out_file)
+            except (OSError, ValueError, EOFError):
+                run.say(
+                    f"{held_out_file} is missing or damaged: other states are held out from here on"
+                )
         clock = Clock()
 
         loop = run.steps(

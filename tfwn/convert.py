@@ -87,7 +87,7 @@ def to_normal(
 
 
 def _is_floating(array: np.ndarray) -> bool:
-    return array.dtype.kind in "fV"  # V: bfloat16, which NumPy itself does not have.
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"  # Which NumPy has from others.
 
 
 def _check_floating(name: str, array: np.ndarray) -> None:

@@ -90,7 +90,7 @@ class Layer(tf.Module):
                 f"{self.name!r} makes its variables in the call of a Keras layer or model. Keras "
                 "does not see those of a tf.Module: it neither trains nor saves them. There, take "
                 "Keras' layers in tfwn.keras.WeightNormalization",
-                stacklevel=2,
+                stacklevel=5,  # The caller of a feed-forward layer.
             )
 
 

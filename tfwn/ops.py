@@ -98,8 +98,7 @@ def weight_norm(
       g: the length, of shape [v.shape[a] for a in axis]. Any of the same types, not necessarily
         v's. Its gradient has its type.
       axis: an int, a sequence of ints, or None for one norm over the whole tensor. Negative axes
-        count from the end. Axes that are not consecutive and ascending cost a transpose, for which
-        the rank of v must be known when the graph is built.
+        count from the end. Axes that are not consecutive and ascending cost a transpose.
       out_dtype: the type of w, v's by default. Half precision weights come straight from float32
         parameters this way, without a cast. Sums are in float32 at least, whatever the types.
       name: a name for the operation.

@@ -23,8 +23,8 @@ from models.common.errors import UserError
 TERMINAL = 1  # Nothing follows step t: no value is bootstrapped.
 LAST = 2  # Slot t + 1 holds the first frame of another game.
 CUT = 4  # The game was stopped at t; what would have followed is not known.
-# Bytes before the frames in the file. They hold two numbers: how many slots have ever been written,
-# and which memory wrote them.
+# Bytes before the frames in the file. They hold three numbers: how many slots have ever been
+# written, which memory wrote them, and of which memory, lost with its file, that took the place.
 _HEADER = 4096
 
 
@@ -79,6 +79,7 @@ class Replay:
         self._saved = 0  # Of these, on disk.
         self._floor = 0  # Slots before this one are lost.
         self._id: int | None = None  # The memory's number, None before it has slots in the file.
+        self._before = 0  # The number of the memory whose place it took.
         shape = (environments, self._slots)
         slot = environments * FRAME_SHAPE[0] * FRAME_SHAPE[1]
         if in_memory:
@@ -172,8 +173,10 @@ class Replay:
         self._generator.bit_generator.state = state["generator"]
         if self._file is None:
             return
-        ever, owner = map(int, self._header)
-        if ever == 0:
+        ever, owner, before = map(int, self._header)
+        if ever == 0 or (before and before == state.get("id")):
+            # Empty, or begun empty from this very state, by a process that did not get to save.
+            self._before = state.get("id") or 0
             return
         # Runs from before memories had numbers have none, nor have their files.
         if owner != state.get("id", 0) or ever < state["written"]:
@@ -249,7 +252,7 @@ class Replay:
         """Notes in the file, before they are written, how many slots ever were."""
         if self._id is None:
             self._id = 1 + int.from_bytes(os.urandom(7), "little")
-            self._header[:] = 0, self._id
+            self._header[:] = 0, self._id, self._before
         self._header[0] = max(int(self._header[0]), written)
 
 
@@ -312,4 +315,4 @@ def _lock_header(path: Path) -> np.ndarray:
             raise UserError(
                 f"{path}: is in use by another process; wait for it, or name another file"
             ) from None
-        return np.memmap(file, np.uint64, "r+", 0, (2,))  # With a duplicate of the descriptor.
+        return np.memmap(file, np.uint64, "r+", 0, (3,))  # With a duplicate of the descriptor.

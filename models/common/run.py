@@ -56,6 +56,8 @@ class Run:
             self._folder.close()
         if kind is None and self._done:
             self.say(f"{self._done}; the run is in {self.path}")
+        if kind is None and self._stop is not None:  # It came too late to stop this run.
+            sys.exit(128 + self._stop)
 
     def begin(
         self,

@@ -235,6 +235,21 @@ def test_a_signal_in_a_test_after_the_steps_leaves_it_to_the_resumed_run(
     assert capsys.readouterr().out.endswith(f"3 steps done; the run is in {tmp_path / 'a'}\n")
 
 
+def test_a_signal_after_the_last_test_still_ends_the_process(program, tmp_path, capsys):
+    """A sweep would go on with its next run."""
+
+    def train():
+        with Run(program.Config(out=str(tmp_path / "a"))) as run:
+            run.begin({"w": tf.Variable(0.0)})
+            list(run.steps(3))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as error:
+        train()
+    assert error.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().out.endswith(f"3 steps done; the run is in {tmp_path / 'a'}\n")
+
+
 def test_rows_after_the_checkpoint_are_dropped(run, tmp_path, monkeypatch):
     class Crash(Exception):
         pass

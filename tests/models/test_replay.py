@@ -265,6 +265,23 @@ def test_a_memory_whose_file_was_removed_begins_empty(rng, tmp_path):
     assert (len(other), other.lost) == (0, 0)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_memory_that_began_empty_and_was_killed_begins_empty_again(rng, tmp_path, in_memory):
+    made = filled(rng, 30, 2, 20, file=tmp_path / "ring", in_memory=in_memory)
+    state = made.state_dict()
+    (tmp_path / "ring").unlink()
+    for _ in range(2):
+        again = Replay(30, 2, file=tmp_path / "ring", in_memory=in_memory)
+        again.load_state_dict(state)
+        assert len(again) == 0
+        again.add(*random_step(rng, 2))
+        later = again.state_dict()  # Of a checkpoint that is not finished.
+        again.close()
+    again = Replay(30, 2, file=tmp_path / "ring", in_memory=in_memory)
+    again.load_state_dict(later)
+    assert again._written == 1
+
+
 def test_a_memory_saved_from_memory_goes_on_in_its_file(rng, tmp_path):
     made = filled(rng, 30, 2, 40, file=tmp_path / "ring", spare=8)
     state = made.state_dict()

@@ -437,10 +437,14 @@ def test_errors():
 
 def test_names_that_no_variable_has_are_refused():
     lstm = dict(weight_names=["kernel", "recurent_kernel"])
-    with pytest.raises(ValueError, match=r"weight_names names recurent_kernel.*normalizes kernel$"):
+    with pytest.raises(ValueError, match=r"weight_names names recurent_kernel, which.*recurrent_kernel"):
         WeightNormalization(keras.layers.LSTM(3), **lstm).build((2, 4, 3))
-    with pytest.raises(ValueError, match=r"axis names kernal, which.*kernel, recurrent_kernel$"):
+    with pytest.raises(ValueError, match=r"axis names kernal, which.*kernel, recurrent_kernel"):
         WeightNormalization(keras.layers.LSTM(3), axis={"kernal": 0}).build((2, 4, 3))
+    axis = {"kernel": -1, "recurrent_kernel": -1}  # One table for several selections is no mistake.
+    wrapper = WeightNormalization(keras.layers.LSTM(3), weight_names=["kernel"], axis=axis)
+    wrapper.build((2, 4, 3))
+    assert [one.v.name for one in wrapper.normalized] == ["kernel"]
 
 
 def test_a_replaced_kernel_is_told():

@@ -96,16 +96,10 @@ class WeightNormalization(keras.layers.Wrapper):
             self.layer.built = True
         self._build_shapes = [list(shapes), dict(named_shapes)]
         # Keras' tracker would make a layer's list of variables of this one.
-        normalized = [self._normalize(*found) for found in self._find()]
-        names = sorted({one.v.name for one in normalized})
-        for argument, given in (("weight_names", self.weight_names), ("axis", self.axis)):
-            given = given if isinstance(given, list | Mapping) else []
-            unknown = sorted(set(given) - set(names)) if normalized else []
-            if unknown:
-                raise ValueError(
-                    f"{argument} names {', '.join(unknown)}, which layer {self.layer.name!r} does "
-                    f"not have or does not normalize; it normalizes {', '.join(names)}"
-                )
+        found = list(self._find())
+        if found:
+            self._check_names([v.name for _, v in found])
+        normalized = [self._normalize(*one) for one in found]
         if not normalized:
             paths = [variable.path for variable in self.layer.variables]
             raise ValueError(
@@ -134,6 +128,18 @@ class WeightNormalization(keras.layers.Wrapper):
                 if isinstance(v, keras.Variable) and id(v) not in seen and self._is_weight(v):
                     seen.add(id(v))
                     yield owner, v
+
+    def _check_names(self, selected):
+        """Refuses names of `weight_names` and `axis` that no variable has."""
+        there = {"weight_names": selected, "axis": [v.name for v in self.layer.variables]}
+        for argument, given in (("weight_names", self.weight_names), ("axis", self.axis)):
+            given = given if isinstance(given, list | Mapping) else []
+            unknown = sorted(set(given) - set(there[argument]))
+            if unknown:
+                raise ValueError(
+                    f"{argument} names {', '.join(unknown)}, which layer {self.layer.name!r} does "
+                    f"not have; it has {', '.join(sorted({v.name for v in self.layer.variables}))}"
+                )
 
     def _is_weight(self, variable) -> bool:
         if self.weight_names is not None:
