@@ -437,7 +437,7 @@ def test_errors():
 
 def test_names_that_no_variable_has_are_refused():
     lstm = dict(weight_names=["kernel", "recurent_kernel"])
-    with pytest.raises(ValueError, match=r"weight_names names recurent_kernel, which.*recurrent_kernel"):
+    with pytest.raises(ValueError, match=r"names recurent_kernel, which.*recurrent_kernel"):
         WeightNormalization(keras.layers.LSTM(3), **lstm).build((2, 4, 3))
     with pytest.raises(ValueError, match=r"axis names kernal, which.*kernel, recurrent_kernel"):
         WeightNormalization(keras.layers.LSTM(3), axis={"kernal": 0}).build((2, 4, 3))
