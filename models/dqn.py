@@ -80,10 +80,9 @@ class Config(options.RunConfig):
     log_every: int = 1_000  # Steps between rows of metrics.csv.
 
     MAY_CHANGE: ClassVar[frozenset[str]] = options.RunConfig.MAY_CHANGE | {"replay_file"}
-    FIXED: ClassVar[frozenset[str]] = frozenset(
-        {"game", "num_envs", "parameterization", "filters", "hidden", "optimizer"}
-        | {"mixed_precision"}
-    )
+    FIXED: ClassVar[frozenset[str]] = frozenset({
+        "game", "num_envs", "parameterization", "filters", "hidden", "optimizer", "mixed_precision",
+    })  # fmt: skip
     NAMED: ClassVar[frozenset[str]] = options.RunConfig.NAMED | {
         "test", "test_steps", "save_replay", "log_every",
     }  # fmt: skip
@@ -556,10 +555,11 @@ def play_test(
     scores: list[float] = []
     lengths: list[int] = []
     for step in range(0, 10**12 if wanted.any() else config.test_steps, count):
-        if step // count % 64 == 0 and wanted.any():
-            tell(int(np.minimum(played, wanted).sum()), int(wanted.sum()))
-        elif step // count % 64 == 0:
-            tell(step, config.test_steps)
+        if step // count % 64 == 0:
+            if wanted.any():
+                tell(int(np.minimum(played, wanted).sum()), int(wanted.sum()))
+            else:
+                tell(step, config.test_steps)
         actions = generator.integers(0, made.num_actions, count)
         greedy = generator.random(count) >= config.test_epsilon
         actions[greedy] = learner.act(tf.constant(stack.frames)).numpy().argmax(1)[greedy]

@@ -192,7 +192,7 @@ def rom_path(game: str) -> str:
         raise UserError(
             f"--game {game}: no such game among ale-py's {len(known)}"
             + (
-                nearest(game, [*map(_camel, known.values())])
+                nearest(game, map(_camel, known.values()))
                 or "; for example SpaceInvaders, Breakout, Enduro, Seaquest"
             )
         )

@@ -95,22 +95,20 @@ class WeightNormalization(keras.layers.Wrapper):
             self.layer.build(*shapes, **named_shapes)
             self.layer.built = True
         self._build_shapes = [list(shapes), dict(named_shapes)]
-        # Keras' tracker would make a layer's list of variables of this one.
         found = list(self._find())
-        if found:
-            self._check_names([v.name for _, v in found])
-        normalized = [self._normalize(*one) for one in found]
-        if not normalized:
+        if not found:
             paths = [variable.path for variable in self.layer.variables]
             raise ValueError(
                 f"layer {self.layer.name!r} has no variable to normalize, its variables after "
                 f"build() are {paths}: name those to normalize in weight_names, and if there are "
                 "none yet, call the layer once before it is wrapped"
             )
-        self.normalized = tuple(normalized)
+        self._check_names({v.name for _, v in found})
+        # A tuple: Keras' tracker would make a layer's list of variables of a list.
+        self.normalized = tuple(self._normalize(*one) for one in found)
         # tf.train.Checkpoint saves what is an attribute.
-        for i, one in enumerate(normalized):
-            setattr(self, "g" if len(normalized) == 1 else f"g_{i}", one.g)
+        for i, one in enumerate(self.normalized):
+            setattr(self, "g" if len(found) == 1 else f"g_{i}", one.g)
         # Where data-dependent initialization marks that it has been here; saved with the model.
         self.initialized = None
         if self.can_initialize():
@@ -131,14 +129,16 @@ class WeightNormalization(keras.layers.Wrapper):
 
     def _check_names(self, selected):
         """Refuses names of `weight_names` and `axis` that no variable has."""
-        there = {"weight_names": selected, "axis": [v.name for v in self.layer.variables]}
-        for argument, given in (("weight_names", self.weight_names), ("axis", self.axis)):
-            given = given if isinstance(given, list | Mapping) else []
-            unknown = sorted(set(given) - set(there[argument]))
+        names = {v.name for v in self.layer.variables}
+        axis = self.axis if isinstance(self.axis, Mapping) else ()
+        for argument, unknown in (
+            ("weight_names", set(self.weight_names or ()) - selected),
+            ("axis", set(axis) - names),
+        ):
             if unknown:
                 raise ValueError(
-                    f"{argument} names {', '.join(unknown)}, which layer {self.layer.name!r} does "
-                    f"not have; it has {', '.join(sorted({v.name for v in self.layer.variables}))}"
+                    f"{argument} names {', '.join(sorted(unknown))}, which layer "
+                    f"{self.layer.name!r} does not have; it has {', '.join(sorted(names))}"
                 )
 
     def _is_weight(self, variable) -> bool:
