@@ -143,7 +143,7 @@ def test_the_ops_themselves_refuse(mode):
     types = dict(Tw=tf.float32, Tnorm=tf.float32)
     forward, backward = ops._library.tfwn_weight_norm, ops._library.tfwn_weight_norm_grad
     for run, message in [
-        (lambda: forward(v, g, axis=[0, 2], **types), "the op needs consecutive axes in ascending"),
+        (lambda: forward(v, g, axis=[0, 2], **types), "axis must name consecutive axes in ascending order, but is [0, 2]"),
         (lambda: forward(v, g[0], axis=[2], **types | {"Tnorm": tf.float64}), "norm must be float"),
         (lambda: backward(v[0], v, g[0], g[0], axis=[2]), "grad_w must have v's shape [3, 4, 5]"),
         (lambda: backward(v, v, g[0], g[1, :4], axis=[2]), "norm must have g's shape [5]"),
