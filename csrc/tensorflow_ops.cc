@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -23,6 +24,7 @@
 #include "tensorflow/core/platform/threadpool.h"
 #ifdef TFWN_CUDA
 #include "xla/stream_executor/device_description.h"
+#include "xla/stream_executor/platform.h"
 #include "xla/stream_executor/stream.h"
 #include "xla/stream_executor/stream_executor.h"
 #endif
@@ -194,6 +196,12 @@ struct Run<Processor::kGpu> {
   template <typename Arguments>
   static absl::Status Call(OpKernelContext* context, const Arguments& arguments) {
     auto* stream = context->op_device_context()->stream();
+    const std::string& platform = stream->parent()->GetPlatform()->Name();
+    if (platform != "CUDA") {
+      return absl::UnimplementedError(absl::StrCat(
+          "weight_norm: its kernels for GPUs need CUDA, but this device's platform is ", platform,
+          ". Place the operation on a CPU"));
+    }
     const int multiprocessors = stream->parent()->GetDeviceDescription().core_count();
     Tensor scratch;
     TF_RETURN_IF_ERROR(

@@ -291,7 +291,11 @@ FORWARD_ERRORS = {
     "out_dtype 3": ((V, G, -1, 3), {}, "out_dtype must be a type.*but is 3"),
     "threads": ((V, G), {"threads": -1}, "threads must be positive, or 0.*but is -1"),
     "out one": ((V, G), {"out": (V,)}, r"out must be a tuple of two arrays, \(w, norm\)"),
-    "out shape": ((V, G), {"out": (G, G)}, r"w in out must have shape \[4, 3\], but has shape \[3\]"),
+    "out shape": (
+        (V, G),
+        {"out": (G, G)},
+        r"w in out must have shape \[4, 3\], but has shape \[3\]",
+    ),
     "out norm": ((V, G), {"out": (V.copy(), np.ones(3))}, "norm must be float32.*but is float64"),
     "out strided": ((V, G), {"out": (np.ones((3, 4), FLOAT).T, G)}, "w in out must be contiguous"),
     "out read-only": ((V, G), {"out": (READ_ONLY, G)}, "w in out must be writable"),
