@@ -88,10 +88,11 @@ def reference(v, g, grad_w, axis):
     norm = np.sqrt((v * v).sum(reduced))
     inverse = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
     grad_g = (grad_w * v).sum(reduced) * inverse
-    scale, tilt = np.expand_dims(inverse, reduced), np.expand_dims(grad_g * inverse, reduced)
-    w = spread(g) * (v * scale)
-    first = spread(g) * (scale * grad_w)
-    grad_v = first - spread(g) * (scale * (tilt * v))
+    projection = np.expand_dims(grad_g * inverse, reduced)
+    inverse = np.expand_dims(inverse, reduced)
+    w = spread(g) * (v * inverse)
+    first = spread(g) * (inverse * grad_w)
+    grad_v = first - spread(g) * (inverse * (projection * v))
     return w, gather(norm), grad_v, gather(grad_g), first
 
 

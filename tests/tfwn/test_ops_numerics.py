@@ -316,14 +316,14 @@ def test_random_problems(mode, shape_and_axis, types, seed):
         return reference.norm(x, axis)
 
     # Per unit, and relative to what eq. 3 subtracts from, since that may cancel.
-    factor = np.abs(np.asarray(g, np.float64)) * reference.inverse_norm(v, axis)
-    for name, error, scale, tolerance, step in zip(
+    scale = np.abs(np.asarray(g, np.float64)) * reference.inverse_norm(v, axis)
+    for name, error, size, tolerance, step in zip(
         ("w", "grad_v", "grad_g"),
         (length(w - true_w), length(grad_v - true_grad_v), np.abs(grad_g - true_grad_g)),
-        (length(true_w), factor * length(grad_w), length(grad_w)),
+        (length(true_w), scale * length(grad_w), length(grad_w)),
         tolerances,
         steps,
         strict=True,
     ):
-        excess = error / (tolerance * scale + step * np.sqrt(max(1, w.size) / max(1, factor.size)))
+        excess = error / (tolerance * size + step * np.sqrt(max(1, w.size) / max(1, scale.size)))
         assert np.max(excess, initial=0) <= 1, name
