@@ -1,4 +1,4 @@
-"""What a model is made of: tf.Modules, Keras layers, random generators, and their variables."""
+"""The parts of a model: tf.Modules, Keras layers, random generators, and their variables."""
 
 import sys
 from collections.abc import Iterator
@@ -8,20 +8,38 @@ import tensorflow as tf
 
 
 def is_keras_layer(value) -> bool:
-    """Whether it is a Keras layer or model; Keras is not imported to find out."""
+    """Whether `value` is a layer or model of Keras 3, which is not imported for this."""
     keras = sys.modules.get("keras")
     return keras is not None and isinstance(value, keras.layers.Layer)
 
 
+def is_keras_2_layer(value) -> bool:
+    """Whether `value` is a layer or model of Keras 2 (tf_keras), which is not imported for this."""
+    keras_2 = sys.modules.get("tf_keras")
+    return keras_2 is not None and isinstance(value, keras_2.layers.Layer)
+
+
+def keras_2_advice(model) -> str:
+    """Returns what to do with a model that holds layers of Keras 2, or "" if it holds none."""
+    layers = [module for module in submodules(model) if is_keras_2_layer(module)]
+    if not layers:
+        return ""
+    return (
+        f"; {layers[0].name!r} is a layer of Keras 2 (tf_keras), which tfwn cannot normalize: make "
+        "the model with Keras 3 (import keras) and tfwn.keras.WeightNormalization, or with tfwn's "
+        "own layers, which layers and models of Keras 2 can have as attributes"
+    )
+
+
 def attributes(module) -> Iterator[tuple[str, Any]]:
-    """The attributes that `module` itself set, without those that TensorFlow keeps in it."""
+    """Yields the attributes that `module` itself set, without those that TensorFlow added."""
     for name, value in list(vars(module).items()):
         if not name.startswith("_self_"):
             yield name, value
 
 
 def submodules(root) -> list:
-    """`root` and all tf.Modules, Keras layers and generators in it; lists and dicts too."""
+    """Returns `root` and the tf.Modules, Keras layers and generators in it; lists and dicts too."""
     found: dict[int, Any] = {}
     stack = [root]
     while stack:
@@ -44,7 +62,7 @@ def submodules(root) -> list:
 
 
 def variables(root) -> list[tf.Variable]:
-    """All variables in `root`, Keras' as the tf.Variables that they hold."""
+    """Returns all variables in `root`; those of Keras as the tf.Variables that they hold."""
     found = {}
     for module in submodules(root):
         generator = isinstance(module, tf.random.Generator)

@@ -8,7 +8,8 @@ import numpy as np
 from tfwn.conv import DepthwiseConv2D, _ConvND, _ConvNDTranspose
 from tfwn.dense import Dense
 from tfwn.embedding import Embedding
-from tfwn.recurrent import RNN, GRUCell, _Cell
+from tfwn.recurrent import RNN
+from tfwn.recurrent_cells import Cell, GRUCell
 
 GENERATIONS = ("parametrizations", "weight_g", "normal")
 
@@ -142,7 +143,7 @@ def _describe(prefix: str, layer) -> tuple[str, Any, list[_Matrix], _Biases]:
     """The prefix of the names, the module with the variables, its weights, its biases."""
     module, _, suffix = prefix.partition("@")
     module = f"{module}." if module else ""
-    if isinstance(layer, RNN | _Cell):
+    if isinstance(layer, RNN | Cell):
         return _describe_recurrent(module, suffix, layer)
 
     def matrix(to_torch, from_torch, torch_axis, channels):
