@@ -32,7 +32,8 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     back.
 
     A layer without b gets g alone; that is what mean-only batch normalization needs, whose own b
-    stays 0. A unit whose t does not vary keeps its g and gets b = -mu[t] * g.
+    stays 0. A unit whose t does not vary keeps its g and gets b = -mu[t] * g; so does a unit with
+    w = 0, which gets a random direction v where it has none, and g = 0.
 
     With variables of tf.distribute.MirroredStrategy, `batch` may be what the strategy's
     distributed data set yields: moments are then those of the global batch, on all replicas.
@@ -159,8 +160,9 @@ class _FirstPass:
                 "set layer.initialized.assign(False) for the layers to set again"
             )
         mean, stddev = _moments(t, layer.name)
-        zero = stddev <= _ZERO_STDDEV * tf.abs(mean)
         old_g = tf.reshape(tf.cast(layer.weight.get_g(), mean.dtype), [-1])
+        # A unit with g = 0 is meant to start with w = 0, as the last layer of a residual branch.
+        zero = (stddev <= _ZERO_STDDEV * tf.abs(mean)) | (old_g == 0)
         scale = self._init_scale
         if callable(scale):
             scale = _check_scale(scale(layer), f" for {layer.name!r}")
