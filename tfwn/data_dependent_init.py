@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfwn.layer import FeedForward, initializing
-from tfwn.modules import keras_2_advice, submodules, variables
+from tfwn.modules import refuse_keras_2, submodules, variables
 
 InitScale = float | Callable[[Any], float]
 
@@ -93,10 +93,10 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
         with _eager_functions():
             outputs = strategy.run(forward, (batch,)) if strategy else forward(batch)
         if not first_pass.changed:
+            refuse_keras_2(model)
             raise ValueError(
                 "data_dependent_init reached no layer that it could set: the model must call "
                 "tfwn's Dense or convolutions, or Keras layers in tfwn.keras.WeightNormalization"
-                + keras_2_advice(model)
             )
     except BaseException:
         before.restore()
@@ -163,6 +163,7 @@ class _FirstPass:
             )
         mean, stddev = _moments(t, layer.name)
         old_g = tf.reshape(tf.cast(layer.weight.get_g(), mean.dtype), [-1])
+        # A unit with g = 0 is meant to start with w = 0, as the last layer of a residual branch.
         zero = (stddev <= _ZERO_STDDEV * tf.abs(mean)) | (old_g == 0)
         scale = self._init_scale
         if callable(scale):

@@ -13,22 +13,17 @@ def is_keras_layer(value) -> bool:
     return keras is not None and isinstance(value, keras.layers.Layer)
 
 
-def is_keras_2_layer(value) -> bool:
-    """Whether `value` is a layer or model of Keras 2 (tf_keras), which is not imported for this."""
+def refuse_keras_2(model) -> None:
+    """Raises an error for layers and models of Keras 2, which are tf.Modules of their own kind."""
     keras_2 = sys.modules.get("tf_keras")
-    return keras_2 is not None and isinstance(value, keras_2.layers.Layer)
-
-
-def keras_2_advice(model) -> str:
-    """Returns what to do with a model that holds layers of Keras 2, or "" if it holds none."""
-    layers = [module for module in submodules(model) if is_keras_2_layer(module)]
-    if not layers:
-        return ""
-    return (
-        f"; {layers[0].name!r} is a layer of Keras 2 (tf_keras), which tfwn cannot normalize: make "
-        "the model with Keras 3 (import keras) and tfwn.keras.WeightNormalization, or with tfwn's "
-        "own layers, which layers and models of Keras 2 can have as attributes"
-    )
+    layers = [m for m in submodules(model) if keras_2 and isinstance(m, keras_2.layers.Layer)]
+    if layers:
+        raise TypeError(
+            f"{layers[0].name!r} is a {type(layers[0]).__name__} of Keras 2 (tf_keras), which tfwn "
+            "cannot normalize: make the model with Keras 3 (import keras, without "
+            "TF_USE_LEGACY_KERAS), or with tfwn's own layers, which layers and models of Keras 2 "
+            "can have as attributes"
+        )
 
 
 def attributes(module) -> Iterator[tuple[str, Any]]:

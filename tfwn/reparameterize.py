@@ -8,9 +8,8 @@ import tensorflow as tf
 from tfwn.layer import Layer
 from tfwn.modules import (
     attributes,
-    is_keras_2_layer,
     is_keras_layer,
-    keras_2_advice,
+    refuse_keras_2,
     submodules,
 )
 from tfwn.normalized_variable import NormalizedVariable
@@ -61,8 +60,8 @@ def reparameterize(
 
     Raises:
       ValueError: no weight was found; an invalid axis; a Keras model that is not built, or `select`
-        or `axis` for one; layers of Keras 2; a tf.function in an attribute of the model that was
-        traced before.
+        or `axis` for one; a tf.function in an attribute of the model that was traced before.
+      TypeError: layers of Keras 2.
 
     >>> class Linear(tf.Module):
     ...     def __init__(self):
@@ -86,8 +85,7 @@ def reparameterize(
             )
         return _keras_module().reparameterize(model)
     _check_module("reparameterize", model)
-    if advice := keras_2_advice(model):
-        raise ValueError(f"reparameterize found no weight in {type(model).__name__}{advice}")
+    refuse_keras_2(model)
     walk = _Walk(lambda owner, value: _normalized(owner, value, select, axis))
     walk.find(model)
     weights = [m for m in walk.modules if isinstance(m, Weight) and m.parameterization == "normal"]
@@ -140,9 +138,8 @@ def fold(model):
         m for m in walk.modules if isinstance(m, Weight) and m.parameterization == "weight_norm"
     ]
     if not weights and not walk.changes:
-        raise ValueError(
-            f"fold found nothing weight-normalized in {type(model).__name__}{keras_2_advice(model)}"
-        )
+        refuse_keras_2(model)
+        raise ValueError(f"fold found nothing weight-normalized in {type(model).__name__}")
     walk.change()
     for weight in weights:
         _set_normal(weight)
@@ -170,7 +167,7 @@ class _Walk:
         self.modules = [m for m in submodules(model) if isinstance(m, tf.Module)]
         for module in self.modules:
             # The parameters of tfwn's own layers are in their Weights.
-            if isinstance(module, Layer | Weight | NormalizedVariable) or is_keras_2_layer(module):
+            if isinstance(module, Layer | Weight | NormalizedVariable):
                 continue
             for name, value in attributes(module):
                 new = self._new(module, value)
@@ -205,7 +202,7 @@ class _Walk:
 def _normalized(owner, value, select, axis):
     """Returns what replaces the value of an attribute."""
     if is_keras_layer(value):
-        return _keras_module().reparameterize(value)
+        return _keras_module().reparameterize(value, required=False)
     if not isinstance(value, tf.Variable) or not (select or _is_weight)(value):
         return value
     if callable(axis):
@@ -216,16 +213,12 @@ def _normalized(owner, value, select, axis):
 
 
 def _folded(owner, value):
-    if is_keras_layer(value) and any(_has_wrapper(layer) for layer in submodules(value)):
-        return _keras_module().fold(value)
+    if is_keras_layer(value):
+        return _keras_module().fold(value, required=False)
     if not isinstance(value, NormalizedVariable):
         return value
     value.v.assign(value.value())
     return value.v
-
-
-def _has_wrapper(layer) -> bool:
-    return isinstance(layer, _keras_module().WeightNormalization)
 
 
 def _is_weight(variable: tf.Variable) -> bool:

@@ -304,7 +304,7 @@ def _read(arrays, prefix, layer, used) -> list[tuple[Any, np.ndarray, np.ndarray
     values = []
     for matrix in matrices:
         v, g = _read_matrix(arrays, matrix, used)
-        _refuse_groups(matrix, layer, v)
+        _refuse_groups(matrix, cell, v)
         w = matrix.from_torch(v)
         if not hasattr(cell, matrix.attribute):
             cell.build(matrix.input_shape(w))
@@ -333,7 +333,7 @@ def _read(arrays, prefix, layer, used) -> list[tuple[Any, np.ndarray, np.ndarray
 
 def _refuse_groups(matrix, layer, v):
     """PyTorch's transposed convolutions with groups have the shape [in, out / groups, ...]."""
-    filters = getattr(layer, "filters", None)
+    filters = layer.filters if matrix.torch_axis == 1 else 0
     if matrix.torch_axis == 1 and v.shape[1] < filters and filters % v.shape[1] == 0:
         raise ValueError(
             f"{matrix.prefix}{matrix.name} is of a transposed convolution with "

@@ -11,9 +11,16 @@ _FUNCTION = tf.types.experimental.PolymorphicFunction
 _CONCRETE = tf.types.experimental.ConcreteFunction
 
 
-def check_traces(module) -> None:
-    """Raises an error if the module has a traced tf.function that `forget_traces` cannot reach."""
+def check_traces(module, ignored=()) -> None:
+    """Raises an error if the module has a traced tf.function that `forget_traces` cannot reach.
+
+    Arguments:
+      module: the module.
+      ignored: names of attributes that may hold one.
+    """
     for name, value in attributes(module):
+        if name in ignored:
+            continue
         for function in _functions(value):
             if isinstance(function, _CONCRETE) or function.experimental_get_tracing_count():
                 raise ValueError(
