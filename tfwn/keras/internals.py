@@ -12,6 +12,7 @@ from keras.src.models.functional import functional_like_constructor
 from keras.src.ops.function import map_graph
 from keras.src.ops.node import KerasHistory
 from keras.src.utils.python_utils import is_default
+from keras.src.utils.tracking import DotNotTrackScope
 
 __all__ = ["DropoutRNNCell", "Functional"]
 
@@ -155,8 +156,11 @@ def refresh_graph(model: keras.Model, replaced: dict[int, keras.layers.Layer]) -
         nodes, nodes_by_depth, operations, operations_by_depth = map_graph(
             graph._inputs, graph._outputs
         )
-        graph._nodes, graph._nodes_by_depth = nodes, nodes_by_depth
-        graph._operations, graph._operations_by_depth = operations, operations_by_depth
+        # As Keras sets them: tf.train.Checkpoint finds the layers in a list that Keras has not
+        # wrapped.
+        with DotNotTrackScope():
+            graph._nodes, graph._nodes_by_depth = nodes, nodes_by_depth
+            graph._operations, graph._operations_by_depth = operations, operations_by_depth
         # The graph has the same order as before.
         replaced.update((id(a), b) for a, b in zip(before, operations, strict=True))
     for holder in {id(one): one for one in (graph, model) if one is not None}.values():
@@ -169,9 +173,12 @@ def refresh_graph(model: keras.Model, replaced: dict[int, keras.layers.Layer]) -
 
 
 def replace_tracked(owner: keras.layers.Layer, old, new) -> None:
-    """Makes the owner count `new` among its layers in the place of `old`."""
+    """Makes the owner, and its checkpoints, count `new` among its layers instead of `old`."""
     if owner._tracker.is_in_store("layers", old):
         owner._tracker.replace_tracked_value("layers", old, new)
+    for name, child in owner._trackable_children().items():
+        if child is old:
+            owner._track_trackable(new, name, overwrite=True)
 
 
 def tracked_lists(layer: keras.layers.Layer) -> list:
