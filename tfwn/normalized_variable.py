@@ -72,6 +72,9 @@ class NormalizedVariable(tf.Module):
 
     def numpy(self):
         """Returns w as an array."""
+        if not tf.executing_eagerly():
+            # Where TensorFlow tries __array__ first, as tf.stack does, it expects this error.
+            raise NotImplementedError("numpy() is only available in eager execution")
         return self.value().numpy()
 
     def __array__(self, dtype=None, copy=None):
