@@ -94,7 +94,7 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     try:
         with _eager_functions():
             outputs = strategy.run(forward, (batch,)) if strategy else forward(batch)
-        if not first_pass.changed:
+        if not (first_pass.changed or first_pass.reached):
             raise ValueError(
                 "data_dependent_init reached no layer that it could set: the model must call "
                 "tfwn's Dense or convolutions, or Keras layers in tfwn.keras.WeightNormalization"
@@ -147,6 +147,7 @@ class _FirstPass:
         self._before = before
         self._init_scale = init_scale
         self.changed: set[int] = set()
+        self.reached = False  # A layer that this call built, and a checkpoint then restored.
 
     def initialize(self, layer, t, seen):
         if id(layer.weight) in seen:
@@ -154,6 +155,9 @@ class _FirstPass:
         seen.add(id(layer.weight))
         self._before.take(layer.variables)
         if self._before.value(layer.initialized):
+            if getattr(layer, "restored", False):
+                self.reached = True
+                return
             raise RuntimeError(
                 f"{layer.name!r} is initialized already, and initializing it again would undo what "
                 "it learned since: skip data_dependent_init where tfwn.is_initialized(model), or "
