@@ -92,7 +92,7 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     try:
         with _eager_functions():
             outputs = strategy.run(forward, (batch,)) if strategy else forward(batch)
-        if not first_pass.changed:
+        if not (first_pass.changed or first_pass.reached):
             refuse_keras_2(model)
             raise ValueError(
                 "data_dependent_init reached no layer that it could set: the model must call "
@@ -148,6 +148,7 @@ class _FirstPass:
         self._before = before
         self._init_scale = init_scale
         self.changed: set[int] = set()
+        self.reached = False  # A layer that this call built, and a checkpoint then restored.
 
     def initialize(self, layer, t, seen):
         if id(layer.weight) in seen:
@@ -155,6 +156,9 @@ class _FirstPass:
         seen.add(id(layer.weight))
         self._before.take([*layer.variables, layer.initialized])
         if self._before.value(layer.initialized):
+            if getattr(layer, "restored", False):
+                self.reached = True
+                return
             raise RuntimeError(
                 f"{layer.name!r} is initialized already, and another initialization would undo "
                 "what it has learned since: skip data_dependent_init if tfwn.is_initialized(model) "

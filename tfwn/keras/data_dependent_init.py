@@ -46,6 +46,7 @@ class _Unit:
         if owner.bias is not None:
             self.b = _Bias(stored(owner.bias), _bias_order(owner, len(g_shape)), g_shape)
         self.initialized = wrapper.initialized
+        self.restored = False
         self.variables = [self._v, self._g, self.initialized]
         if self.b is not None:
             self.variables.append(self.b.variable)
@@ -114,7 +115,11 @@ class _InitializingCall:
     """The `call` of the layer that owns a kernel: first sets g and the bias, then calls it."""
 
     def __init__(self, wrapper, normalized):
-        self._unit = _Unit(wrapper, normalized)
+        if normalized.unit is None:  # One for all calls: the layer is set at the first.
+            normalized.unit = _Unit(wrapper, normalized)
+        self._unit = normalized.unit
+        # What this initialization built has a mark only if a checkpoint waited for the layer.
+        self._unit.restored = wrapper.built_while_initializing
         self._normalized = normalized
         self._call = normalized.owner.call
         self.users = 0

@@ -27,6 +27,7 @@ class NormalizedVariable:
         self.v = v
         self.g = g
         self.axis = axis
+        self.unit = None  # What data-dependent initialization sees of it, once it has been here.
 
     def w(self, dtype=None) -> tf.Tensor:
         """Returns w = g * v / ||v||, of type `dtype`, by default v's."""

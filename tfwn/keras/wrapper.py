@@ -93,6 +93,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         # no weight of it: no arithmetic over weights can set it. Made here, so that a checkpoint
         # can be restored before the layer is built.
         self.initialized = None
+        self.built_while_initializing = False
         if not isinstance(layer, NOT_INITIALIZABLE):
             with tf.init_scope():
                 self.initialized = tf.Variable(False, trainable=False, name="initialized")
@@ -101,6 +102,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         """Builds the layer, and makes a g for each of its kernels."""
         internals.build_from_shape(self.layer, *shapes, **named_shapes)
         self._build_shapes = [list(shapes), dict(named_shapes)]
+        self.built_while_initializing = is_initializing()
         _check_layer(self.layer)
         found = list(find(self.layer, self._is_weight))
         if not found:
@@ -172,7 +174,10 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         with contextlib.ExitStack() as stack:
             for normalized in self.normalized:
                 stack.enter_context(initializing_call(self, normalized))
-            return self.layer(*args, **kwargs)
+            stack.enter_context(internals.without_remat(self.layer))
+            outputs = self.layer(*args, **kwargs)
+        self.built_while_initializing = False
+        return outputs
 
     def can_initialize(self) -> bool:
         """Whether `tfwn.data_dependent_init` can set g and the bias of this layer."""

@@ -1,4 +1,4 @@
-"""Makes the files beside it, with the tfwn that is installed: `python make.py`.
+"""Makes the files in saved.tar.xz beside it, with the tfwn that is installed: `python make.py`.
 
 They were written by tfwn 0.1.0 and must load in every later version; do not write them again.
 """
