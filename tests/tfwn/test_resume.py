@@ -11,7 +11,7 @@ import tfwn
 LAYERS = {
     "dense": (lambda: tfwn.Dense(3), [50, 6]),
     "normal": (lambda: tfwn.Dense(3, parameterization="normal"), [50, 6]),
-    "conv": (lambda: tfwn.Conv2D(3, 2, groups=2), [20, 5, 5, 4]),
+    "conv": (lambda: tfwn.Conv2D(4, 2, groups=2), [20, 5, 5, 4]),
     "transposed": (lambda: tfwn.Conv1DTranspose(3, 2, strides=2), [20, 5, 4]),
     "depthwise": (lambda: tfwn.DepthwiseConv2D(2, exponential_g=True), [20, 5, 5, 4]),
 }
