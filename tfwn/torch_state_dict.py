@@ -104,7 +104,7 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
                 raise ValueError(f"{cell.name!r} has no variables yet: call it once")
             normal = weight.parameterization == "normal" or weight.axis != matrix.axis
             if normal or generation == "normal":
-                v = np.asarray(weight())
+                v = np.asarray(weight()).copy()  # PyTorch wants arrays that can be written to.
                 g = array_norm(v, matrix.axis)
             else:
                 v = np.asarray(weight.v)

@@ -44,9 +44,9 @@ def test_initializers_are_those_of_keras(name):
 
 def test_class_names_and_unknown_names():
     assert initial_value("GlorotUniform", [2, 3], tf.float16).dtype == tf.float16
-    with pytest.raises(ValueError, match="an initializer must be .* got 'glorot'"):
+    with pytest.raises(ValueError, match=r"an initializer must be .* got 'glorot'"):
         tfwn.Dense(2, kernel_initializer="glorot")(tf.ones([1, 2]))
-    with pytest.raises(ValueError, match="activation must be .* got 'rellu'"):
+    with pytest.raises(ValueError, match=r"activation must be .* got 'rellu'"):
         tfwn.Dense(2, activation="rellu")
 
 
