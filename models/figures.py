@@ -62,7 +62,8 @@ def find_runs(paths: Sequence[str]) -> list[FinishedRun]:
             program = run_folder.load(folder)["program"].removeprefix("models.")
             if program not in FIGURES:
                 raise UserError(f"{folder}: no figures for the program {program!r}")
-            module = importlib.import_module(f"models.{program}")
+            name = f"models.{program}" + (".config" if program in ("dqn", "vae") else "")
+            module = importlib.import_module(name)
             config = run_folder.load_config(folder, module.Config)
             changed = options.changes(module.PRESETS, config)
             preset = config.preset + (f", {changed}" if changed else "")
@@ -397,7 +398,8 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
 
 def dqn(runs: list[FinishedRun], output: Output) -> None:
     """Figure 5 (test scores by epoch), one for each game, and figure 6 (the highest of each)."""
-    from models.dqn import PAPER, test_of
+    from models.dqn.config import PAPER
+    from models.dqn.figures import test_of
 
     runs = [run for run in runs if len(run.curve("epoch", "test_score")[0])]
     if not runs:

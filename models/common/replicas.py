@@ -1,6 +1,11 @@
 """One batch on several replicas: parts of it, and noise that is the same however many there are."""
 
+import functools
+
 import tensorflow as tf
+
+# A seed, int64 [2], of (seed, number). Named, because the default algorithm depends on the device.
+fold_in = functools.partial(tf.random.experimental.stateless_fold_in, alg="philox")
 
 
 def share(x):

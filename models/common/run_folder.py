@@ -85,7 +85,7 @@ def check(config: options.RunConfig) -> None:
 def program_of(cls: type) -> str:
     """Returns the name of the module a class is defined in, also when run by `python -m`."""
     spec = getattr(sys.modules[cls.__module__], "__spec__", None)
-    return spec.name if spec else cls.__module__
+    return (spec.name if spec else cls.__module__).removesuffix(".config")
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.common.environments import FRAME_SHAPE
 from models.common.errors import UserError
+from models.dqn.games import FRAME_SHAPE
 
 TERMINAL = 1  # Nothing follows step t: no value is bootstrapped.
 LAST = 2  # Slot t + 1 holds the first frame of another game.

@@ -1,0 +1,181 @@
+"""Training: act, remember, learn, and test after each epoch."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import numpy as np
+
+from models.common import options
+from models.common.run import Run
+from models.dqn import figures, play
+from models.dqn.agent import Actor, Learner
+from models.dqn.config import PRESETS, Config, check
+from models.dqn.games import make_games
+from models.dqn.replay import Batch, Replay
+
+
+def train(config: Config) -> None:
+    """Trains, tests after each epoch, and leaves a learning curve in the run folder."""
+    check(config)
+    save_every = max(config.replay // 20, config.num_envs)
+    file = Path(config.replay_file or Path(config.out) / "replay.ring")
+    keeps = config.save_replay or bool(config.replay_file)
+    with Run(config) as run, contextlib.ExitStack() as stack:
+        games = make_games(config, config.num_envs, config.seed)
+        replay = Replay(
+            config.replay,
+            config.num_envs,
+            file=file if keeps else None,
+            in_memory=not config.replay_file,
+            new=not config.resume,
+            spare=2 * save_every,
+            whole_stacks=config.variant == "deep_q_rl",
+            seed=config.seed,
+        )
+        stack.callback(replay.close)
+        learner = Learner(config, games.num_actions, run.dtype)
+        actor = Actor(config, learner, games, replay)
+        actor.begin()
+        run.introduce(config.title, options.note(PRESETS, config))
+        run.begin(
+            {"learner": learner, "optimizer": learner.optimizer},
+            {"actor": actor, "replay": replay},
+        )
+        if replay.lost:
+            run.say(f"the replay memory lacks its {replay.lost:,} oldest transitions")
+        if len(replay) < min(run.step, config.learning_starts) and run.step < config.steps:
+            run.say(
+                f"the replay memory holds {len(replay):,} transitions; learning goes on when it "
+                f"holds {config.learning_starts:,}"
+            )
+        held_out_file = run.path / "held_out.npy"
+        held_out = None
+        if learner.initialized:
+            try:
+                held_out = np.load(held_out_file)
+            except (OSError, ValueError, EOFError):
+                run.say(f"{held_out_file} is missing or damaged: from here on others are held out")
+        clock = Clock()
+
+        loop = run.steps(
+            config.steps,
+            stride=config.num_envs,
+            save_every=save_every if keeps else None,
+            warm_up=config.learning_starts,
+            steps_per_epoch=config.test_every,
+        )
+        for step in loop:
+            if held_out is None and len(replay) >= config.learning_starts:
+                if not learner.initialized:
+                    run.say(f"{step:,} random steps are in the replay memory; learning begins")
+                    learner.initialize(states_of(replay.sample(config.init_batch)))
+                held_out = states_of(replay.sample(config.held_out))
+                np.save(held_out_file, held_out)
+            if step % config.test_every == 0 and learner.initialized:
+                end_epoch(config, learner, run, held_out)
+                clock.skip()
+
+            advance(config, learner, actor, step)
+            done = step + config.num_envs
+            if crosses(step, done, config.log_every):
+                log(run, learner, actor, done, clock)
+        end_epoch(config, learner, run, held_out)
+        games.close()
+        curve = figures.learning_curve(run.path, config)
+        run.say(f"learning curve: {curve}")
+        if keeps:
+            size = file.stat().st_blocks * 512 / 1e6
+            run.say(f"replay memory: {file}, {size:,.0f} MB, needed only to --resume")
+
+
+def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
+    """Plays an action in each game and makes the updates that are due."""
+    # False during the warm-up, and while a run resumed without its replay memory refills it.
+    ready = len(actor.replay) >= config.learning_starts
+    actions = actor.choose(step)
+    if config.num_envs == 1:
+        # Nature's order: act, observe, remember, learn.
+        actor.remember(actions, actor.games.step(actions))
+        if ready:
+            learn(config, learner, actor, step)
+    else:
+        actor.games.send(actions)
+        if ready:
+            learn(config, learner, actor, step)
+        actor.remember(actions, actor.games.recv())
+    if crosses(step, step + config.num_envs, config.target_every) and learner.initialized:
+        learner.copy_to_target()
+
+
+def learn(config: Config, learner: Learner, actor: Actor, step: int) -> None:
+    """Makes the updates that are due after a step, in one call."""
+    updates = actor.updates(step)
+    if updates:
+        learner.update(tuple(actor.replay.sample(config.batch_size) for _ in range(updates)))
+
+
+def end_epoch(config: Config, learner: Learner, run: Run, held_out: np.ndarray | None) -> None:
+    """Tests, logs the score and the Q-value of held-out states, and keeps the best network."""
+    seed = [config.seed, run.step, 4]
+    scores, lengths = play.play_games(config, learner.act, seed, report=run.testing)
+    q = {} if held_out is None else {"held_out_q": play.mean_max_q(learner.act, held_out)}
+    score = float(np.mean(scores))
+    run.log(
+        run.step,
+        epoch=run.step / config.test_every,
+        test_score=score,
+        test_stderr=play.standard_error(scores),
+        test_games=len(scores),
+        test_length=np.mean(lengths),
+        **q,
+    )
+    shown = "".join(f", held-out Q {value:.3f}" for value in q.values())
+    run.say(f"step {run.step:,}: test score {score:,.1f} ({len(scores)} games){shown}")
+    run.show(test=score)
+    run.keep_best(score)
+
+
+def log(run: Run, learner: Learner, actor: Actor, step: int, clock: "Clock") -> None:
+    """Writes a row of metrics and updates the progress line."""
+    loss, q, count = learner.sums.numpy()
+    learner.sums.assign([0.0, 0.0, 0.0])
+    values = {"epsilon": actor.epsilon(step), **clock.rate(step)}
+    if count:
+        values |= {"loss": float(loss / count), "q": float(q / count)}
+    if actor.scores:
+        values["score"] = float(np.mean(actor.scores))
+        values["length"] = float(np.mean(actor.lengths))
+        actor.scores, actor.lengths = [], []
+    run.log(step, **values)
+    run.show(**{name: values[name] for name in ("score", "loss", "q", "epsilon") if name in values})
+
+
+class Clock:
+    """Steps per second between readings, without the time spent in tests."""
+
+    def __init__(self) -> None:
+        self._at, self._step = time.monotonic(), -1
+
+    def skip(self) -> None:
+        """Leaves out the time since the last reading."""
+        self._step = -1
+
+    def rate(self, step: int) -> dict[str, float]:
+        """Returns the rate since the last reading, nothing where there is none."""
+        now = time.monotonic()
+        rate = (
+            {"steps_per_second": (step - self._step) / (now - self._at)} if self._step >= 0 else {}
+        )
+        self._at, self._step = now, step
+        return rate
+
+
+def crosses(before: int, after: int, period: int) -> bool:
+    """Returns whether a multiple of `period` lies in (before, after]."""
+    return after // period > before // period
+
+
+def states_of(batch: Batch) -> np.ndarray:
+    """Returns a batch's states s_t, uint8 [batch, 84, 84, 4]."""
+    return np.ascontiguousarray(batch.frames[:, :-1].transpose(0, 2, 3, 1))
