@@ -1,4 +1,4 @@
-"""How far a long piece of work is: a live line in a terminal, an occasional plain one elsewhere."""
+"""The progress of long work: a live line in a terminal, an occasional plain one elsewhere."""
 
 import collections
 import contextlib
@@ -17,16 +17,16 @@ _BAR = 18  # Columns of the spinner, the bar, the percentage and the gaps around
 class Progress:
     """Shows step, rate, time left, values and epoch; a context manager.
 
-    The rate is the median of the last quarters of a second, so that a pause, as for a test, does
-    not count; the time left is without such pauses.
+    The rate is a median over quarters of a second, so that pauses, as for an evaluation, do not
+    count; neither do they in the time left.
 
     Args:
       total: the last step.
-      start: the step begun with.
-      warm_up: no rate is shown up to this step: those before it are faster or slower.
-      unit: what a step is called in the rate ("frames", "images", ...).
-      per_step: how many units a step is.
-      steps_per_epoch: shows the epoch where given.
+      start: the first step.
+      warm_up: the rate is measured from this step on.
+      unit: what the rate counts ("images", ...).
+      per_step: units in a step.
+      steps_per_epoch: to show the epoch.
       console: where to print.
       delay: seconds before a terminal shows anything.
     """
@@ -48,7 +48,7 @@ class Progress:
         self._console = console or rich.console.Console()
         self._values: dict[str, Any] = {}
         self._warm_up = warm_up
-        self._since: tuple[float, int] | None = None  # When and where the present measure began.
+        self._since: tuple[float, int] | None = None  # Time and step of the last measurement.
         self._paces: collections.deque[float] = collections.deque(maxlen=100)  # Seconds per step.
         self._pace: float | None = None
         self._printed = time.monotonic() - PLAIN_EVERY / 2
@@ -56,7 +56,7 @@ class Progress:
         self._bar: rich.progress.Progress | None = None
         if self._console.is_terminal:
             self._bar = rich.progress.Progress(
-                rich.progress.SpinnerColumn(),  # Turns also while a test holds up the steps.
+                rich.progress.SpinnerColumn(),  # It turns while an evaluation holds up the steps.
                 rich.progress.BarColumn(bar_width=10),
                 rich.progress.TaskProgressColumn(),
                 rich.progress.TextColumn("{task.fields[text]}"),
@@ -76,7 +76,7 @@ class Progress:
             self._bar.stop()
 
     def show(self, **values: Any) -> None:
-        """Sets values of the line, None for not; the latest come first."""
+        """Sets values on the line, the latest first; None removes one."""
         values |= {n: v for n, v in self._values.items() if n not in values}
         self._values = {n: v for n, v in values.items() if v is not None}
 
@@ -84,7 +84,7 @@ class Progress:
         """Moves to a step."""
         now = time.monotonic()
         if self._since is None:
-            if step > self._warm_up:  # Not before the end of the first body, which compiles.
+            if step > self._warm_up:  # The first step, which compiles, does not count.
                 self._since = now, step
         elif now - self._since[0] >= 0.25 and step > self._since[1]:
             self._paces.append((now - self._since[0]) / (step - self._since[1]))
@@ -94,7 +94,7 @@ class Progress:
         self.refresh()
 
     def refresh(self) -> None:
-        """Shows the line as it now is."""
+        """Shows the line."""
         now, step = time.monotonic(), self._step
         if self._bar:
             room = self._console.width - _BAR
@@ -109,8 +109,13 @@ class Progress:
         """Prints a line above the live one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    @property
+    def rate(self) -> float | None:
+        """Steps per second, None while it is not known."""
+        return self._pace and 1 / self._pace
+
     def line(self, step: int, room: int | None = None) -> str:
-        """Returns the line's text, with as many of the values as there is room for."""
+        """Returns the text of the line, with the values that fit into `room` columns."""
         line = f"step {step:,}/{self._total:,}"
         if self._pace is not None:
             rate = f"{_short(self._per_step / self._pace)} {self._unit}/s"
@@ -127,24 +132,24 @@ class Progress:
         return line
 
 
-class Test:
-    """Shows how far a test is, if it takes long: called with what is done, and of how much.
+class Evaluation:
+    """Shows the progress of a command's evaluation if it takes long; a context manager.
 
-    A context manager, for a command; in a run it is `Run.testing` that is called.
+    It is called with what is done and the total; in a run, `Run.evaluating` is.
     """
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
         self._line: Progress | None = None
 
-    def __enter__(self) -> "Test":
+    def __enter__(self) -> "Evaluation":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def __call__(self, done: int, total: int) -> None:
-        """Shows it."""
+        """Shows the progress."""
         if self._line is None:
             self._line = self._stack.enter_context(Progress(total, delay=3))
         self._line.update(done)

@@ -1,8 +1,13 @@
-"""The command line of section 5.4."""
+"""The command line: `python -m models.dqn`."""
 
 from models.common import command_line
-from models.dqn import play, training
-from models.dqn.config import PRESETS, Config, Evaluate, Watch
+from models.dqn.config import Config, Evaluate, Watch
+
+FUNCTIONS: dict[type, str] = {
+    Config: "models.dqn.training.train",
+    Evaluate: "models.dqn.play.evaluate",
+    Watch: "models.dqn.play.watch",
+}
 
 if __name__ == "__main__":
-    command_line.main(Config, training.train, PRESETS, {Evaluate: play.evaluate, Watch: play.watch})
+    command_line.main(FUNCTIONS)

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import tfwn
 from models.common import layers, optimizers, runtime
-from models.dqn.config import LEARNING_RATES, Config
+from models.dqn.config import Config
 from models.dqn.games import Environments, FrameStack, Steps
 from models.dqn.replay import CUT, LAST, TERMINAL, Batch, Replay
 
@@ -135,15 +135,11 @@ def both_states(frames: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tenso
 
 
 def make_optimizer(config: Config, variables: Any) -> tf.keras.optimizers.Optimizer:
-    """Returns the Config's optimizer."""
-    rate = config.learning_rate
-    if rate is None:
-        rate = LEARNING_RATES[config.parameterization]
-    optimizer = (
-        optimizers.Adamax(rate, beta_1=0.5, epsilon=1e-6)  # As in the paper's code.
-        if config.optimizer == "adamax"
-        else tf.keras.optimizers.RMSprop(rate, rho=0.95, epsilon=0.01, centered=True)  # Nature's.
-    )
+    """Returns the optimizer, with its variables."""
+    if config.optimizer == "adamax":
+        optimizer = optimizers.Adamax(config.rate, beta_1=0.5, epsilon=1e-6)  # The paper's code.
+    else:  # Nature's.
+        optimizer = tf.keras.optimizers.RMSprop(config.rate, 0.95, epsilon=0.01, centered=True)
     optimizer.build(variables)
     return optimizer
 

@@ -19,8 +19,8 @@ FRAME_SHAPE = (84, 84)
 
 
 def make_games(config: Config, count: int, seed: int, *, testing: bool = False) -> "Environments":
-    """Returns `count` games that begin and end as the Config's variant and test ask."""
-    max_frames = 18_000 if testing and config.test == "nature" else 0
+    """Returns `count` games that begin and end as the Config's variant and protocol ask."""
+    max_frames = 18_000 if testing and config.protocol == "nature" else 0
     noops = 2 if config.variant == "deep_q_rl" else 0
     return Environments(
         lambda index: Atari(

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from models.common import checkpoints, options, progress, runtime, video
-from models.common.errors import UserError
+from models.common import checkpoints, progress, runtime, video
 from models.dqn.agent import Network
-from models.dqn.config import PRESETS, Config, Evaluate, Watch
+from models.dqn.config import Config, Evaluate, Watch
 from models.dqn.games import Atari, FrameStack, make_games
 
 Act = Callable[[tf.Tensor], tf.Tensor]  # Returns Q-values, float32 [batch, actions], of states.
@@ -33,7 +32,7 @@ def play_games(
     "nature": 30 games of at most 5 minutes (18,000 frames).
 
     Args:
-      config: says which test.
+      config: says which protocol.
       act: the network.
       seed: of games and actions.
       games: plays this many games instead.
@@ -41,7 +40,7 @@ def play_games(
     """
     count = max(config.num_envs, 1)
     wanted = np.zeros(count, np.int64)  # Games of each environment; none: count actions instead.
-    if games or config.test == "nature":
+    if games or config.protocol == "nature":
         np.add.at(wanted, np.arange(games or 30) % count, 1)
     generator = np.random.default_rng(seed)
     made = make_games(config, count, int(generator.integers(2**31)), testing=True)
@@ -96,17 +95,15 @@ def restore(path: str) -> tuple[Config, Act, checkpoints.Found]:
 
 def evaluate(asked: Evaluate) -> None:
     """Prints the mean score, its standard error and the range of the scores."""
-    if asked.test_steps and (asked.protocol != "paper" or asked.games):
-        raise UserError("--test-steps needs --protocol paper without --games")
     trained, act, found = restore(asked.checkpoint)
     config = dataclasses.replace(
         trained,
         num_envs=asked.num_envs,
-        test=asked.protocol,
+        protocol=asked.protocol,
         test_epsilon=asked.epsilon,
         test_steps=asked.test_steps or trained.test_steps,
     )
-    with progress.Test() as report:
+    with progress.Evaluation() as report:
         scores, lengths = play_games(config, act, [asked.seed], games=asked.games, report=report)
     error = standard_error(scores)
     spread = "" if math.isnan(error) else f" +- {error:,.1f} (standard error)"
@@ -116,7 +113,7 @@ def evaluate(asked: Evaluate) -> None:
         limit += "" if asked.games else f", {config.test_steps:,} steps in all"
     print(f"{config.title}, {found.path}")
     count = "1 game" if len(scores) == 1 else f"{len(scores)} games"
-    print(f"score {np.mean(scores):,.1f}{spread}, {count}{options.note(PRESETS, trained)}")
+    print(f"score {np.mean(scores):,.1f}{spread}, {count}{trained.note()}")
     print(f"protocol {asked.protocol}: {limit}, epsilon {asked.epsilon:g}, raw rewards")
     print(f"lowest {min(scores):,.0f}, highest {max(scores):,.0f}, length {np.mean(lengths):,.0f}")
 

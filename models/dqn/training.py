@@ -1,43 +1,28 @@
-"""Training: act, remember, learn, and test after each epoch."""
+"""Training: act, remember, learn, and evaluate after each epoch."""
 
 import contextlib
-import time
 from pathlib import Path
 
 import numpy as np
 
-from models.common import options
 from models.common.run import Run
 from models.dqn import figures, play
 from models.dqn.agent import Actor, Learner
-from models.dqn.config import PRESETS, Config, check
+from models.dqn.config import Config
 from models.dqn.games import make_games
 from models.dqn.replay import Batch, Replay
 
 
 def train(config: Config) -> None:
-    """Trains, tests after each epoch, and leaves a learning curve in the run folder."""
-    check(config)
-    save_every = max(config.replay // 20, config.num_envs)
-    file = Path(config.replay_file or Path(config.out) / "replay.ring")
-    keeps = config.save_replay or bool(config.replay_file)
-    with Run(config) as run, contextlib.ExitStack() as stack:
-        games = make_games(config, config.num_envs, config.seed)
-        replay = Replay(
-            config.replay,
-            config.num_envs,
-            file=file if keeps else None,
-            in_memory=not config.replay_file,
-            new=not config.resume,
-            spare=2 * save_every,
-            whole_stacks=config.variant == "deep_q_rl",
-            seed=config.seed,
-        )
-        stack.callback(replay.close)
+    """Trains, evaluates after each epoch, and leaves a learning curve in the run folder."""
+    with (
+        Run(config, config.title, config.note()) as run,
+        contextlib.closing(make_games(config, config.num_envs, config.seed)) as games,
+        contextlib.closing(make_replay(config)) as replay,
+    ):
         learner = Learner(config, games.num_actions, run.dtype)
         actor = Actor(config, learner, games, replay)
         actor.begin()
-        run.introduce(config.title, options.note(PRESETS, config))
         run.begin(
             {"learner": learner, "optimizer": learner.optimizer},
             {"actor": actor, "replay": replay},
@@ -49,44 +34,60 @@ def train(config: Config) -> None:
                 f"the replay memory holds {len(replay):,} transitions; learning goes on when it "
                 f"holds {config.learning_starts:,}"
             )
-        held_out_file = run.path / "held_out.npy"
-        held_out = None
-        if learner.initialized:
-            try:
-                held_out = np.load(held_out_file)
-            except (OSError, ValueError, EOFError):
-                run.say(f"{held_out_file} is missing or damaged: from here on others are held out")
-        clock = Clock()
-
-        loop = run.steps(
+        held_out = load_held_out(run) if learner.initialized else None
+        for step in run.steps(
             config.steps,
             stride=config.num_envs,
-            save_every=save_every if keeps else None,
+            save_every=save_every(config) if replay.file else None,
             warm_up=config.learning_starts,
             steps_per_epoch=config.test_every,
-        )
-        for step in loop:
+        ):
             if held_out is None and len(replay) >= config.learning_starts:
                 if not learner.initialized:
                     run.say(f"{step:,} random steps are in the replay memory; learning begins")
                     learner.initialize(states_of(replay.sample(config.init_batch)))
                 held_out = states_of(replay.sample(config.held_out))
-                np.save(held_out_file, held_out)
+                np.save(run.path / "held_out.npy", held_out)
             if step % config.test_every == 0 and learner.initialized:
                 end_epoch(config, learner, run, held_out)
-                clock.skip()
-
             advance(config, learner, actor, step)
-            done = step + config.num_envs
-            if crosses(step, done, config.log_every):
-                log(run, learner, actor, done, clock)
+            if crosses(step, step + config.num_envs, config.log_every):
+                log(run, learner, actor, step + config.num_envs)
         end_epoch(config, learner, run, held_out)
-        games.close()
-        curve = figures.learning_curve(run.path, config)
-        run.say(f"learning curve: {curve}")
-        if keeps:
-            size = file.stat().st_blocks * 512 / 1e6
-            run.say(f"replay memory: {file}, {size:,.0f} MB, needed only to --resume")
+        run.say(f"learning curve: {figures.learning_curve(run.path, config)}")
+        if replay.file:
+            size = replay.file.stat().st_blocks * 512 / 1e6
+            run.say(f"replay memory: {replay.file}, {size:,.0f} MB, needed only to --resume")
+
+
+def make_replay(config: Config) -> Replay:
+    """Returns the replay memory, in RAM or a file, saved with the checkpoints or not."""
+    file = Path(config.replay_file or Path(config.out) / "replay.ring")
+    return Replay(
+        config.replay,
+        config.num_envs,
+        file=file if config.save_replay or config.replay_file else None,
+        in_memory=not config.replay_file,
+        new=not config.resume,
+        spare=2 * save_every(config),
+        whole_stacks=config.variant == "deep_q_rl",
+        seed=config.seed,
+    )
+
+
+def save_every(config: Config) -> int:
+    """Returns the number of steps between checkpoints of a saved replay memory."""
+    return max(config.replay // 20, config.num_envs)
+
+
+def load_held_out(run: Run) -> np.ndarray | None:
+    """Returns the held-out states of a run, None if they are lost."""
+    file = run.path / "held_out.npy"
+    try:
+        return np.load(file)
+    except (OSError, ValueError, EOFError):
+        run.say(f"{file} is missing or damaged: other states are held out from here on")
+        return None
 
 
 def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
@@ -116,31 +117,30 @@ def learn(config: Config, learner: Learner, actor: Actor, step: int) -> None:
 
 
 def end_epoch(config: Config, learner: Learner, run: Run, held_out: np.ndarray | None) -> None:
-    """Tests, logs the score and the Q-value of held-out states, and keeps the best network."""
+    """Evaluates, logs the score and the Q-value of held-out states, and keeps the best network."""
     seed = [config.seed, run.step, 4]
-    scores, lengths = play.play_games(config, learner.act, seed, report=run.testing)
-    q = {} if held_out is None else {"held_out_q": play.mean_max_q(learner.act, held_out)}
+    scores, lengths = play.play_games(config, learner.act, seed, report=run.evaluating)
+    q = None if held_out is None else play.mean_max_q(learner.act, held_out)
     score = float(np.mean(scores))
     run.log(
-        run.step,
         epoch=run.step / config.test_every,
         test_score=score,
         test_stderr=play.standard_error(scores),
         test_games=len(scores),
         test_length=np.mean(lengths),
-        **q,
+        held_out_q=q,
     )
-    shown = "".join(f", held-out Q {value:.3f}" for value in q.values())
-    run.say(f"step {run.step:,}: test score {score:,.1f} ({len(scores)} games){shown}")
-    run.show(test=score)
+    shown = "" if q is None else f", held-out Q {q:.3f}"
+    run.say(f"step {run.step:,}: score {score:,.1f} ({len(scores)} games){shown}")
+    run.show(evaluation=score)
     run.keep_best(score)
 
 
-def log(run: Run, learner: Learner, actor: Actor, step: int, clock: "Clock") -> None:
+def log(run: Run, learner: Learner, actor: Actor, step: int) -> None:
     """Writes a row of metrics and updates the progress line."""
     loss, q, count = learner.sums.numpy()
     learner.sums.assign([0.0, 0.0, 0.0])
-    values = {"epsilon": actor.epsilon(step), **clock.rate(step)}
+    values = {"epsilon": actor.epsilon(step), "steps_per_second": run.rate}
     if count:
         values |= {"loss": float(loss / count), "q": float(q / count)}
     if actor.scores:
@@ -149,26 +149,6 @@ def log(run: Run, learner: Learner, actor: Actor, step: int, clock: "Clock") -> 
         actor.scores, actor.lengths = [], []
     run.log(step, **values)
     run.show(**{name: values[name] for name in ("score", "loss", "q", "epsilon") if name in values})
-
-
-class Clock:
-    """Steps per second between readings, without the time spent in tests."""
-
-    def __init__(self) -> None:
-        self._at, self._step = time.monotonic(), -1
-
-    def skip(self) -> None:
-        """Leaves out the time since the last reading."""
-        self._step = -1
-
-    def rate(self, step: int) -> dict[str, float]:
-        """Returns the rate since the last reading, nothing where there is none."""
-        now = time.monotonic()
-        rate = (
-            {"steps_per_second": (step - self._step) / (now - self._at)} if self._step >= 0 else {}
-        )
-        self._at, self._step = now, step
-        return rate
 
 
 def crosses(before: int, after: int, period: int) -> bool:

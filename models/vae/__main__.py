@@ -1,17 +1,14 @@
-"""The command line of section 5.2."""
+"""The command line: `python -m models.vae`."""
 
 from models.common import command_line
-from models.vae import evaluation, pictures, training
-from models.vae.config import PRESETS, Config, Evaluate, Reconstruct, Sample
+from models.vae.config import Config, Evaluate, Reconstruct, Sample
+
+FUNCTIONS: dict[type, str] = {
+    Config: "models.vae.training.train",
+    Evaluate: "models.vae.evaluation.evaluate",
+    Sample: "models.vae.pictures.sample",
+    Reconstruct: "models.vae.pictures.reconstruct",
+}
 
 if __name__ == "__main__":
-    command_line.main(
-        Config,
-        training.train,
-        PRESETS,
-        {
-            Evaluate: evaluation.evaluate,
-            Sample: pictures.sample,
-            Reconstruct: pictures.reconstruct,
-        },
-    )
+    command_line.main(FUNCTIONS)

@@ -8,9 +8,9 @@ import numpy as np
 import tensorflow as tf
 
 import tfwn
-from models.common import data, options, replicas
+from models.common import data, replicas
 from models.vae.cifar10 import CifarVAE
-from models.vae.config import PRESETS, Config
+from models.vae.config import Config
 from models.vae.mnist import MnistVAE
 
 
@@ -64,4 +64,4 @@ def initialize(config: Config, network, images: np.ndarray) -> None:
 def note(config: Config, images: data.Images) -> str:
     """Returns what to say beside a result."""
     binarization = f"{config.binarization} binarization" if config.mnist else ""
-    return options.note(PRESETS, config, binarization, images.caveat)
+    return config.note(binarization, images.caveat)
