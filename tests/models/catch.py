@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from models.dqn.config import PRESETS, Config
+from models.dqn.config import Config
 from models.dqn.games import Environments, Step
 from models.dqn.replay import Batch
 
@@ -47,7 +47,7 @@ def make_catch(config, count, seed, testing=False):
 
 
 def config_of(**values):
-    return Config(**{**PRESETS["smoke"].values, "preset": "smoke", **values})
+    return Config.of_preset("smoke", **values)
 
 
 def random_batch(rng, size=16):

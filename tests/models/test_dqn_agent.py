@@ -80,6 +80,25 @@ def test_rmsprop_is_natures(rng):
     np.testing.assert_allclose(w, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "golden"),
+    [
+        ("adamax", [11.427227, 21.236046, 16.344727, 7.752996]),
+        ("rmsprop", [11.427227, 65.836609, 22.528992, 8.719635]),
+    ],
+)
+def test_the_first_losses_are_golden(rng, optimizer, golden):
+    config = config_of(filters=(8, 8, 8), hidden=32, optimizer=optimizer, learning_rate=1e-3)
+    made = Learner(config, 6, tf.float32)
+    made.initialize(random_states(rng))
+    losses = []
+    for _ in golden:
+        made.update((random_batch(rng),))
+        losses.append(made.sums.numpy()[0])
+        made.sums.assign(tf.zeros(3))
+    np.testing.assert_allclose(losses, golden, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
 def test_target_and_acting_networks_hold_the_effective_weights(rng, learner, dtype):
     copy = Network(config_of(filters=(8, 8, 8), hidden=32), 6, dtype, dtype)

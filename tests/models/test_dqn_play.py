@@ -1,4 +1,4 @@
-"""models/dqn/play.py: the tests' protocols, and the commands `evaluate` and `watch`."""
+"""models/dqn/play.py: the protocols of evaluation."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_a_score_has_its_standard_error():
 
 @pytest.mark.usefixtures("_catch")
 def test_natures_protocol_is_30_games_each_counted_once():
-    scores, lengths = play.play_games(config_of(test="nature", num_envs=8), act, [0])
+    scores, lengths = play.play_games(config_of(protocol="nature", num_envs=8), act, [0])
     assert len(scores) == 30
     assert lengths == [5] * 30
 
