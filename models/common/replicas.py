@@ -6,6 +6,9 @@ from typing import Any
 
 import tensorflow as tf
 
+# fold_in(seed, number) is another seed, int64 [2]. The default algorithm depends on the device.
+fold_in = functools.partial(tf.random.experimental.stateless_fold_in, alg="philox")
+
 
 def share(x):
     """Returns this replica's part of a batch that every replica has: every n-th example."""

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.common.environments import FRAME_SHAPE
 from models.common.errors import UserError
+from models.dqn.games import FRAME_SHAPE
 
 TERMINAL = 1  # Nothing follows step t: no value is bootstrapped.
 LAST = 2  # Slot t + 1 holds the first frame of another game.
@@ -73,7 +73,7 @@ class Replay:
         self._file_slots = self._window + -(-spare // environments) + 1
         self._slots = self._window + 1 if in_memory else self._file_slots
         self._stack, self._whole_stacks = stack, whole_stacks
-        self._file, self._in_memory = file, in_memory
+        self.file, self._in_memory = file, in_memory
         self._generator = np.random.default_rng([seed, 2])
         self._written = 0  # Slots ever written, per environment.
         self._saved = 0  # Of these, on disk.
@@ -102,7 +102,7 @@ class Replay:
 
     def close(self) -> None:
         """Lets other processes have the file; this memory is of no use then."""
-        if self._file is not None:
+        if self.file is not None:
             del self._header
 
     def __len__(self) -> int:
@@ -150,9 +150,9 @@ class Replay:
 
     def state_dict(self) -> dict[str, Any]:
         """Brings the file up to date and returns the rest of the state."""
-        if self._in_memory and self._file is not None:
+        if self._in_memory and self.file is not None:
             self._write_new()
-        elif self._file is not None:
+        elif self.file is not None:
             self._frames.flush()  # type: ignore[attr-defined]
         slots = np.arange(self._oldest(), self._written) % self._slots
         return {
@@ -171,7 +171,7 @@ class Replay:
         Without a file, or where it was removed and is new, the memory begins empty.
         """
         self._generator.bit_generator.state = state["generator"]
-        if self._file is None:
+        if self.file is None:
             return
         ever, owner, before = map(int, self._header)
         if ever == 0 or (before and before == state.get("id")):
@@ -181,7 +181,7 @@ class Replay:
         # Runs from before memories had numbers have none, nor have their files.
         if owner != state.get("id", 0) or ever < state["written"]:
             raise UserError(
-                f"{self._file}: does not hold the replay memory of this run; resume with the "
+                f"{self.file}: does not hold the replay memory of this run; resume with the "
                 "run's own --replay-file, or name a new one to begin with an empty memory"
             )
         self._id = owner
@@ -191,7 +191,7 @@ class Replay:
         self._actions[:, slots], self._rewards[:, slots] = state["actions"], state["rewards"]
         self._ends[:, slots] = state["ends"]
         if self._in_memory:
-            with open(self._file, "rb") as file:
+            with open(self.file, "rb") as file:
                 for part, offset in self._pieces(self._oldest()):
                     file.seek(offset)
                     file.readinto(part.data)
@@ -228,7 +228,7 @@ class Replay:
 
     def _write_new(self) -> None:
         self._mark(self._written)
-        with open(self._file, "r+b") as file:  # type: ignore[arg-type]
+        with open(self.file, "r+b") as file:  # type: ignore[arg-type]
             for part, offset in self._pieces(max(self._saved, self._oldest())):
                 file.seek(offset)
                 file.write(part.data)

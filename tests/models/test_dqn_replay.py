@@ -1,4 +1,4 @@
-"""The replay memory against a plain list of transitions."""
+"""models/dqn/replay.py against a plain list of transitions."""
 
 import collections
 import pathlib
@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from models.common import replay
 from models.common.errors import UserError
-from models.common.replay import CUT, LAST, TERMINAL, Replay
+from models.dqn import replay
+from models.dqn.replay import CUT, LAST, TERMINAL, Replay
 
 
 class Naive:
