@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from tyro.conf import Positional
 
+from models.common.errors import UserError
 from models.common.options import Count, Fraction, Preset, RunConfig, Seed, option
 
 PAPER = {  # Test error in percent, figure 2.
@@ -20,7 +21,9 @@ PAPER = {  # Test error in percent, figure 2.
 class Config(RunConfig):
     """The hyper-parameters of section 5.1."""
 
-    out: str = option("runs/cifar-{preset}-{parameterization}-{seed}", resume="free")  # The folder.
+    out: str = option(
+        "runs/cifar-{preset}-{parameterization}-{seed}", resume="free"
+    )  # The run folder.
     # Of every layer, the output layer included.
     parameterization: Literal[
         "normal", "batch_norm", "weight_norm", "weight_norm_mean_only_bn", "mean_only_bn"
@@ -68,6 +71,15 @@ class Config(RunConfig):
             },
         ),
     }
+
+    def check(self) -> None:
+        """Refuses what cannot work."""
+        super().check()
+        if self.jit_compile and self.deterministic:
+            raise UserError(
+                "--jit-compile does not work with --deterministic: XLA has no deterministic "
+                "gradient of max pooling; leave one out"
+            )
 
     @property
     def first_learning_rate(self) -> float:

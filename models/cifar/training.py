@@ -145,6 +145,6 @@ def evaluate(asked: Evaluate) -> None:
     network(images.test_images[:1])
     found.restore(network=network)
     _, evaluate_step = make_steps(found.config, tf.distribute.get_strategy(), network)
-    with progress.Evaluation() as report:
+    with progress.evaluation() as report:
         error = error_rate(evaluate_step, images, report)
     print(f"test error {error:.2%}" + found.config.note(images.caveat))

@@ -83,8 +83,7 @@ class Checkpoints:
         except (OSError, tf.errors.OpError) as error:
             kept = self.latest()
             free = shutil.disk_usage(self.folder).free / 2**30
-            for rest in self.folder.glob(f"**/step-{step}[._]*"):
-                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+            self._clean(self.folder / "best" if best else self.folder, f"step-{step}")
             raise UserError(
                 f"could not write the checkpoint of step {step} ({_first_line(error)}; "
                 f"{free:.1f} GiB free at {self.folder}): make room, then --resume from "
@@ -101,6 +100,8 @@ class Checkpoints:
 
     def restore(self) -> dict[str, Any] | None:
         """Restores the newest intact checkpoint and returns its metadata; None without any."""
+        for rest in self.folder.glob("**/step-*_temp") if self._write else ():  # Of a dead process.
+            shutil.rmtree(rest, ignore_errors=True)
         for path in reversed(self.all()):
             if problem := damage(path):
                 self._say(f"{path.name} is damaged ({problem}); trying the one before it")
@@ -119,6 +120,13 @@ class Checkpoints:
                 "work with this one"
             )
         return None
+
+    def _clean(self, folder: Path, name: str) -> None:
+        """Removes what an interrupted write has left."""
+        shutil.rmtree(folder / f"{name}_temp", ignore_errors=True)
+        if damage(folder / name):
+            for file in folder.glob(f"{name}.*"):
+                file.unlink()
 
     def _refuse_nan(self, step: int) -> None:
         for variable in _variables(list(self._trackables.values())):
@@ -160,7 +168,7 @@ def open_run(path: str | Path, config_class: type) -> Found:
 def find(path: str | Path) -> Path:
     """Returns the prefix of the checkpoint a user means: this one, or the best or last of a run."""
     path = Path(path)
-    candidates = [path] if _is_checkpoint(path) else _list(path)
+    candidates = [path] if Path(f"{path}.index").exists() else _list(path)
     if not candidates:
         run_folder.load(path)
         folder = path / "checkpoints"
@@ -181,7 +189,7 @@ def damage(path: Path) -> str | None:
         reader = tf.train.load_checkpoint(str(path))
         for name in reader.get_variable_to_shape_map():
             reader.get_tensor(name)  # Checks its sum.
-    except (tf.errors.OpError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Of many kinds, which depend on the damage.
         return _first_line(error)
     return None
 
@@ -198,10 +206,6 @@ def _list(folder: Path) -> list[Path]:
 
     files = itertools.chain(*map(folder.glob, ("step-*.index", "tf.index", "step-*/tf.index")))
     return sorted((file.with_suffix("") for file in files), key=step)
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.with_name(path.name + ".index").exists()
 
 
 class _State(tf.train.experimental.PythonState):

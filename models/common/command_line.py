@@ -7,11 +7,11 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from models.common import run_folder
 from models.common.errors import UserError, nearest
@@ -68,7 +68,7 @@ def parse(config_class: type[RunConfig], argv: Sequence[str], commands: Sequence
         if was := field.metadata.get("was"):
             flags = flag_of(was), flag_of(field.name)
             argv = [w.replace(*flags, 1) if w.split("=")[0] == flags[0] else w for w in argv]
-    first, _ = _cli(_First, argv, prog=program, return_unknown_args=True, add_help=False)
+    first, _ = tyro.cli(_First, args=argv, prog=program, return_unknown_args=True, add_help=False)
     if first.resume:
         if not first.out:
             raise UserError("--resume needs --out RUN: the folder of the run to continue")
@@ -105,59 +105,43 @@ class _First:
 
 
 def _parse(cls: type, argv: Sequence[str], **options: Any) -> Any:
-    parsed = _cli(cls, argv, **options)
+    parsed = tyro.cli(cls, args=argv, registry=_registry, **options)
     check_ranges(parsed)
     if hasattr(parsed, "check"):
         parsed.check()
     return parsed
 
 
-def _cli(cls: type, argv: Sequence[str], **options: Any) -> Any:
-    return tyro.cli(cls, args=argv, registry=_registry, **options)
-
-
 _registry = ConstructorRegistry()
 
 
-@_registry.primitive_rule
-def _whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-    """Takes 1e6 and 50_000 for an int."""
-
-    def convert(words: list[str]) -> int:
-        with contextlib.suppress(ValueError):
-            return int(words[0])
-        if not float(words[0]).is_integer():
-            raise ValueError(f"{words[0]} is not a whole number")
-        return int(float(words[0]))
-
-    if info.type is not int:
-        return None
-    return PrimitiveConstructorSpec(
+def _accept(kind: type, metavar: str, convert: Callable[[str], Any]) -> None:
+    """Makes tyro read values of a type by `convert`."""
+    spec: PrimitiveConstructorSpec = PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT",
-        instance_from_str=convert,
-        is_instance=lambda value: isinstance(value, int),
-        str_from_instance=lambda value: [str(value)],
+        metavar=metavar,
+        instance_from_str=lambda words: convert(words[0]),
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [str(value).lower()],
     )
+    _registry.primitive_rule(lambda info: spec if info.type is kind else None)
 
 
-@_registry.primitive_rule
-def _none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[None] | None:
-    """Takes "none" for None, in any case."""
+def _whole_number(word: str) -> int:
+    with contextlib.suppress(ValueError):
+        return int(word)
+    if not float(word).is_integer():
+        raise ValueError(f"{word} is not a whole number")
+    return int(float(word))
 
-    def convert(words: list[str]) -> None:
-        if words[0].lower() != "none":
-            raise ValueError(f"{words[0]} is not none")
 
-    if info.type is not type(None):
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="none",
-        instance_from_str=convert,
-        is_instance=lambda value: value is None,
-        str_from_instance=lambda value: ["none"],
-    )
+def _none(word: str) -> None:
+    if word.lower() != "none":
+        raise ValueError(f"{word} is not none")
+
+
+_accept(int, "INT", _whole_number)  # Also 1e6.
+_accept(type(None), "none", _none)
 
 
 def _describe(program: str, config: RunConfig, commands: Sequence[type]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Pictures."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from models.common.errors import UserError
 
 
 def tile(images, columns: int = 10, gap: int = 1) -> np.ndarray:
-    """Returns pictures in rows with black between them, uint8 [height, width, ...].
+    """Returns pictures in rows, with black between them, uint8 [height, width, ...].
 
-    Arguments:
+    Args:
       images: floats in [0, 1] or uint8, [count, height, width] or [count, height, width, 3].
       columns: pictures per row.
       gap: pixels between pictures.
@@ -34,7 +34,7 @@ def png(picture: np.ndarray, scale: int = 1) -> bytes:
 
 
 def write(path: str | Path, png: bytes) -> None:
-    """Writes the picture that --out names, with the folders it needs, and says where."""
+    """Writes the picture that --out names, making its folder, and prints where."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(png)

@@ -14,15 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from models.common import (
-    checkpoints,
-    metrics,
-    options,
-    progress,
-    run_folder,
-    runtime,
-    tensorboard,
-)
+from models.common import checkpoints, metrics, options, progress, run_folder, runtime, tensorboard
 from models.common.errors import NotFinite
 
 
@@ -53,6 +45,7 @@ class Run:
         self.step = 0
         self.best: float | None = None
         self._done = ""  # What to say at the end.
+        self._saved: dict[str, Any] | None = None  # What the last checkpoint says.
         self._metrics: metrics.Metrics | None = None
         self._tensorboard: tensorboard.TensorBoard | None = None
         self._progress: progress.Progress | None = None
@@ -106,6 +99,7 @@ class Run:
             if state is None:
                 self.say("no checkpoint yet: starting from the beginning")
             else:
+                self._saved = state
                 self.step, rows, self.best = state["step"], state["rows"], state["best"]
                 self.say(f"resumed at step {self.step:,}")
         if self._folder:
@@ -193,6 +187,7 @@ class Run:
 
     def save(self) -> None:
         """Saves a checkpoint of the present state."""
+        self._saved = {"step": self.step, **self._metadata()}
         self._checkpoints.save(self.step, self._metadata())
 
     def keep_best(self, score: float) -> bool:
@@ -270,7 +265,8 @@ class Run:
                 )
 
     def _leave(self) -> None:
-        self.save()
+        if self._saved != {"step": self.step, **self._metadata()}:
+            self.save()
         self.say(f"stopped at step {self.step:,}, saved; continue: --resume --out {self.path}")
         sys.exit(128 + (self._stop or signal.SIGTERM))
 

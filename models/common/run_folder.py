@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ class RunFolder:
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 held until the process ends
+            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 closed by close()
         except OSError as error:
             raise UserError(
                 f"--out {self.path}: cannot write there ({error.strerror}); name another folder"
@@ -34,12 +35,11 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.seek(0)
-            holder = self._lock.read().strip()
-            self._lock.close()
-            raise UserError(
-                f"--out {self.path} is in use by another process ({holder}); "
-                "wait for it or name another folder"
-            ) from None
+            with self._lock:
+                raise UserError(
+                    f"--out {self.path} is in use by another process ({self._lock.read()}); wait "
+                    "for it or name another folder"
+                ) from None
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {platform.node()}")
         self._lock.flush()
@@ -171,47 +171,35 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version()}
     for name in ("tensorflow", "keras", "numpy", "ale-py", "tensorflow-weight-norm"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def git_state() -> dict[str, Any]:
     """Returns the commit of the source tree and whether it has changes; {} outside git."""
-    here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20)
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD").strip(), "changed": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
 def hardware() -> dict[str, Any]:
-    """Returns the machine's processor, memory and accelerators."""
-    name = platform.processor() or platform.machine()
-    memory = None
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), name)
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (OSError, ValueError):
-        pass
-    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "memory_gib": memory}
+    """Returns the machine's processor, cores, memory and GPUs."""
+    found: dict[str, Any] = {"cpu": platform.machine(), "cores": os.cpu_count()}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        found["cpu"] = names[0] if names else found["cpu"]
+        bytes_of_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found["memory_gib"] = round(bytes_of_memory / 2**30, 1)
     if "tensorflow" in sys.modules:
-        import tensorflow as tf
-
-        found["gpus"] = [
-            tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
-            for gpu in tf.config.list_physical_devices("GPU")
-        ]
+        config = sys.modules["tensorflow"].config
+        details = map(config.experimental.get_device_details, config.list_physical_devices("GPU"))
+        found["gpus"] = [gpu.get("device_name", "unknown") for gpu in details]
     return found

@@ -25,6 +25,10 @@ def run(config: Any, train: Callable[[Any], None], **axes: tuple[Any, ...]) -> N
       train: trains one Config.
       axes: other fields, and the values that each takes.
     """
+    if config.strategy == "multi_worker":
+        raise UserError(
+            "--sweep is for one machine: with --strategy multi_worker start single runs"
+        )
     root = Path(config.out)
     record = root / "sweep.json"
     ended: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}

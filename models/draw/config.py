@@ -14,7 +14,9 @@ FilterCount = Annotated[int, Range(2)]
 class Config(RunConfig):
     """The hyper-parameters of section 5.3."""
 
-    out: str = option("runs/draw-{preset}-{parameterization}-{seed}", resume="free")  # The folder.
+    out: str = option(
+        "runs/draw-{preset}-{parameterization}-{seed}", resume="free"
+    )  # The run folder.
     parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of every matrix.
     dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # synthetic: needs no files.
     train_images: Count = 50_000  # The first images of the file, of 60,000.

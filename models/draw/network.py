@@ -35,8 +35,9 @@ def window(parameters: tf.Tensor, size: int, side: int) -> Window:
     parameters 0 the grid covers the image.
     """
     g, log_delta, log_variance, log_gamma = tf.split(parameters, [2, 1, 1, 1], 1)
-    # From about -44 on, float32 has no gradient of 1 / sigma^2; such a filter sees no pixel anyway.
-    log_variance = tf.maximum(log_variance, -40.0)
+    # Beyond, float32 has no square of a distance and no gradient of 1 / sigma^2. Filters so far
+    # apart or so narrow see no pixel anyway.
+    log_delta, log_variance = tf.minimum(log_delta, 40.0), tf.maximum(log_variance, -40.0)
     delta = (side - 1) / (size - 1) * tf.exp(log_delta)
     return Window((g + 1) / 2 * side, delta, tf.exp(log_variance / 2), tf.exp(log_gamma))
 

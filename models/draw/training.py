@@ -147,6 +147,6 @@ def evaluate(asked: Evaluate) -> None:
     network = Network(found.config, dtype=runtime.compute_dtype(found.config))
     found.restore(network=network)
     _, evaluate_step = make_steps(found.config, tf.distribute.get_strategy(), network)
-    with progress.Evaluation() as report:
+    with progress.evaluation() as report:
         losses = mean_losses(found.config, evaluate_step, images.test_images, report, asked.draws)
     print(f"test {describe(losses)}{found.config.note(images.caveat)}")
