@@ -209,7 +209,7 @@ def test_the_stack_is_the_last_four_frames_and_zeros_before_a_game(rng):
 
 @pytest.mark.parametrize("name", ["SpaceInvaders", "space_invaders", "space-invaders"])
 def test_a_game_has_its_name_in_any_spelling(name):
-    assert config.game_name(name) == "SpaceInvaders"
+    assert config.Config(game=name).game == "SpaceInvaders"
     assert rom_path(name).endswith("space_invaders.bin")
 
 
