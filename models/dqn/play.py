@@ -103,7 +103,7 @@ def evaluate(asked: Evaluate) -> None:
         test_epsilon=asked.epsilon,
         test_steps=asked.test_steps or trained.test_steps,
     )
-    with progress.Evaluation() as report:
+    with progress.evaluation() as report:
         scores, lengths = play_games(config, act, [asked.seed], games=asked.games, report=report)
     error = standard_error(scores)
     spread = "" if math.isnan(error) else f" +- {error:,.1f} (standard error)"

@@ -96,6 +96,6 @@ def evaluate(asked: Evaluate) -> None:
     config, network, _ = restore(asked.checkpoint)
     images = load(config, asked.data_dir)
     step = make_evaluate_step(config, tf.distribute.get_strategy(), network)
-    with progress.Evaluation() as report:
+    with progress.evaluation() as report:
         result = bounds(config, step, images.test_images, asked.eval_samples, report)
     print(f"test {describe(result)}{note(config, images)}")
