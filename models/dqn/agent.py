@@ -204,7 +204,7 @@ class Actor:
         return {
             "generator": self.generator.bit_generator.state,
             "games": self.games.state_dict(),
-            "stack": self._stack.state_dict(),
+            "frames": self._stack.frames,
             "ages": self._ages,
             "scores": self.scores,
             "lengths": self.lengths,
@@ -214,6 +214,6 @@ class Actor:
         """Restores a saved state."""
         self.generator.bit_generator.state = state["generator"]
         self.games.load_state_dict(state["games"])
-        self._stack.load_state_dict(state["stack"])
+        self._stack.frames[:] = state["frames"]
         self._ages = state["ages"]
         self.scores, self.lengths = state["scores"], state["lengths"]

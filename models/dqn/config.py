@@ -19,22 +19,22 @@ PAPER = {
     "SpaceInvaders": {"normal": 1_779, "weight_norm": 2_179, "nature": 1_975, "random": 148.0},
 }
 CPU = {
-    "num_envs": 8,
-    "steps": 500_000,
-    "replay": 100_000,
-    "learning_starts": 10_000,
-    "batch_size": 32,
-    "target_every": 2_000,
-    "epsilon": 0.05,
-    "epsilon_steps": 100_000,
-    "filters": (16, 32, 32),
-    "hidden": 256,
+    "num_envs": 8, "batch_size": 32, "filters": (16, 32, 32), "hidden": 256,
+    "steps": 500_000, "replay": 100_000, "learning_starts": 10_000, "target_every": 2_000,
+    "epsilon": 0.05, "epsilon_steps": 100_000, "test_every": 50_000, "held_out": 800,
     "learning_rate": 3e-4,  # At 1e-4 the normal parameterization needs more steps than these.
     "init_output": 0.01,  # Each copy to the target network removes 1 % of the initial Q only.
     "protocol": "nature",  # The paper's would leave out long games in so few steps.
-    "test_every": 50_000,
-    "held_out": 800,
-}
+}  # fmt: skip
+SMOKE = {
+    "num_envs": 4, "batch_size": 8, "filters": (4, 4, 4), "hidden": 16, "init_batch": 64,
+    "steps": 600, "replay": 400, "learning_starts": 200, "target_every": 100,
+    "epsilon_steps": 200, "test_every": 200, "test_steps": 200, "held_out": 32, "log_every": 100,
+}  # fmt: skip
+NATURE = {
+    "parameterization": "normal", "data_dependent_init": False, "protocol": "nature",
+    "optimizer": "rmsprop", "learning_rate": 2.5e-4, "batch_size": 32,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +85,7 @@ class Config(RunConfig):
         "paper": Preset("every number of the paper: 50M steps, 8 GiB, days on a GPU"),
         "nature": Preset(
             "Mnih et al. 2015: RMSProp, minibatches of 32, their initialization and protocol",
-            {
-                "optimizer": "rmsprop",
-                "learning_rate": 2.5e-4,
-                "batch_size": 32,
-                "data_dependent_init": False,
-                "parameterization": "normal",
-                "protocol": "nature",
-            },
+            NATURE,
         ),
         "cpu": Preset(
             "scaled: what a laptop learns in an hour: 500,000 steps, a quarter of the network", CPU
@@ -102,23 +95,7 @@ class Config(RunConfig):
             CPU | {"game": "Breakout", "steps": 250_000},
         ),
         "smoke": Preset(
-            "only to see that it runs, in less than a minute; its scores mean nothing",
-            {
-                "num_envs": 4,
-                "steps": 600,
-                "replay": 400,
-                "learning_starts": 200,
-                "batch_size": 8,
-                "target_every": 100,
-                "epsilon_steps": 200,
-                "filters": (4, 4, 4),
-                "hidden": 16,
-                "init_batch": 64,
-                "test_every": 200,
-                "test_steps": 200,
-                "held_out": 32,
-                "log_every": 100,
-            },
+            "only to see that it runs, in less than a minute; its scores mean nothing", SMOKE
         ),
     }
 

@@ -4,19 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from models.common import metrics
+from models.common import figures, metrics
 from models.common.errors import UserError
-from models.common.figures import (
-    FinishedRun,
-    Output,
-    check_same_settings,
-    finished,
-    group,
-    mean_and_error,
-    notes_of,
-    row_label,
-    with_error,
-)
 from models.dqn.config import PAPER, Config
 
 
@@ -53,11 +42,11 @@ def learning_curve(run: Path, config: Config) -> Path:
     return path
 
 
-def draw(runs: list[FinishedRun], output: Output) -> None:
+def draw(runs: list[figures.FinishedRun], output: figures.Output) -> None:
     """Draws figure 5, scores by epoch, for each game, and prints figure 6, the highest of each."""
-    runs = finished(runs, "test_score", "the DQN")
+    runs = figures.finished(runs, "test_score", "the DQN")
     rows: list[list[str]] = []
-    for (game,), here in group(runs, "game").items():
+    for (game,), here in figures.group(runs, "game").items():
         with output.attempt():
             rows += draw_game(game, here, output)
     columns = [
@@ -70,10 +59,14 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
         if run.config["test_every"] != 250_000
     }
     if rows:
-        output.table("DQN (figure 6)", columns, sorted(rows), notes_of(runs, *sorted(epochs)))
+        output.table(
+            "DQN (figure 6)", columns, sorted(rows), figures.notes_of(runs, *sorted(epochs))
+        )
 
 
-def draw_game(game: str, runs: list[FinishedRun], output: Output) -> list[list[str]]:
+def draw_game(
+    game: str, runs: list[figures.FinishedRun], output: figures.Output
+) -> list[list[str]]:
     """Draws figure 5 for one game, and returns its rows of figure 6."""
     protocols = {run.config["protocol"] for run in runs}
     if len(protocols) > 1:
@@ -84,8 +77,8 @@ def draw_game(game: str, runs: list[FinishedRun], output: Output) -> list[list[s
     rows, paper = [], PAPER.get(game, {})
     y = f"score per game ({protocols.pop()} protocol)"
     with output.figure(f"figure-5-{game}", f"DQN on {game}", runs, "epochs", y) as figure:
-        for (kind, _), seeds in sorted(group(runs, "parameterization", "preset").items()):
-            check_same_settings(seeds)
+        for (kind, _), seeds in sorted(figures.group(runs, "parameterization", "preset").items()):
+            figures.check_same_settings(seeds)
             curves = [run.curve("epoch", "test_score") for run in seeds]
             figure.line(seeds, "epoch", "test_score", "test_stderr")
             config = seeds[0].config
@@ -94,8 +87,10 @@ def draw_game(game: str, runs: list[FinishedRun], output: Output) -> list[list[s
                 length = "30 games of at most 5 minutes"
             rows.append(
                 [
-                    f"{game}, {row_label(config, output)}",
-                    with_error(*mean_and_error([y.max() for _, y in curves]), ",.1f"),
+                    f"{game}, {figures.row_label(config, output)}",
+                    figures.with_error(
+                        *figures.mean_and_error([y.max() for _, y in curves]), ",.1f"
+                    ),
                     f"{paper[kind]:,}" if paper else "",
                     f"{paper['nature']:,}" if paper else "",
                     f"{config['protocol']}: {length}",

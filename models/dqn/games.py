@@ -8,7 +8,7 @@ import concurrent.futures
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,24 +42,6 @@ class Step(NamedTuple):
     life_lost: bool
     over: bool  # The game is over.
     cut: bool  # The game was stopped at its maximum length, which is not an end of the task.
-
-
-class Environment(Protocol):
-    """One game."""
-
-    num_actions: int
-
-    def reset(self) -> np.ndarray:
-        """Starts a game and returns its first frame."""
-
-    def step(self, action: int) -> Step:
-        """Plays one action."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns everything the game's future depends on."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a saved state."""
 
 
 class Atari:
@@ -216,9 +198,14 @@ class Environments:
 
     A game that ends is restarted at once. One thread plays the games in order, so a seed always
     gives the same games.
+
+    Args:
+      make: returns the game of an index: num_actions, reset(), step(action), state_dict() and
+        load_state_dict(state), as Atari has them.
+      count: the number of games.
     """
 
-    def __init__(self, make: Callable[[int], Environment], count: int):
+    def __init__(self, make: Callable[[int], Any], count: int):
         self.games = [make(index) for index in range(count)]
         self.num_actions = self.games[0].num_actions
         self._scores = np.zeros(count)
@@ -236,17 +223,13 @@ class Environments:
 
     def send(self, actions: np.ndarray) -> None:
         """Starts playing one action in each game."""
-        self._pending = self._thread.submit(self._step, actions)
+        self._pending = self._thread.submit(self.step, actions)
 
     def recv(self) -> Steps:
         """Waits for the outcomes of the actions sent."""
         assert self._pending is not None, "recv() without send()"
         pending, self._pending = self._pending, None
         return pending.result()
-
-    def step(self, actions: np.ndarray) -> Steps:
-        """Plays one action in each game."""
-        return self._step(actions)
 
     def unfinished(self) -> tuple[list[float], list[int]]:
         """Returns the scores and lengths of the games in progress."""
@@ -271,7 +254,8 @@ class Environments:
             game.load_state_dict(saved)
         self._scores[:], self._lengths[:] = state["scores"], state["lengths"]
 
-    def _step(self, actions: np.ndarray) -> Steps:
+    def step(self, actions: np.ndarray) -> Steps:
+        """Plays one action in each game."""
         frames, scores, lengths, rest = [], [], [], []
         for index, (game, action) in enumerate(zip(self.games, actions, strict=True)):
             frame, *outcome = game.step(int(action))
@@ -310,11 +294,3 @@ class FrameStack:
             self.frames[begins] = 0
         self.frames[..., -1] = frames
         return self.frames
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the frames."""
-        return {"frames": self.frames.copy()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the frames."""
-        self.frames[:] = state["frames"]

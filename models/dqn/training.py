@@ -10,7 +10,7 @@ from models.dqn import figures, play
 from models.dqn.agent import Actor, Learner
 from models.dqn.config import Config
 from models.dqn.games import make_games
-from models.dqn.replay import Batch, Replay
+from models.dqn.replay import Replay
 
 
 def train(config: Config) -> None:
@@ -45,8 +45,8 @@ def train(config: Config) -> None:
             if held_out is None and len(replay) >= config.learning_starts:
                 if not learner.initialized:
                     run.say(f"{step:,} random steps are in the replay memory; learning begins")
-                    learner.initialize(states_of(replay.sample(config.init_batch)))
-                held_out = states_of(replay.sample(config.held_out))
+                    learner.initialize(replay.sample(config.init_batch).states)
+                held_out = replay.sample(config.held_out).states
                 np.save(run.path / "held_out.npy", held_out)
             if step % config.test_every == 0 and learner.initialized:
                 end_epoch(config, learner, run, held_out)
@@ -92,18 +92,14 @@ def load_held_out(run: Run) -> np.ndarray | None:
 
 def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
     """Plays an action in each game and makes the updates that are due."""
-    # False during the warm-up, and while a run resumed without its replay memory refills it.
-    ready = len(actor.replay) >= config.learning_starts
     actions = actor.choose(step)
     if config.num_envs == 1:
         # Nature's order: act, observe, remember, learn.
         actor.remember(actions, actor.games.step(actions))
-        if ready:
-            learn(config, learner, actor, step)
+        learn(config, learner, actor, step)
     else:
         actor.games.send(actions)
-        if ready:
-            learn(config, learner, actor, step)
+        learn(config, learner, actor, step)
         actor.remember(actions, actor.games.recv())
     if crosses(step, step + config.num_envs, config.target_every) and learner.initialized:
         learner.copy_to_target()
@@ -111,8 +107,8 @@ def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
 
 def learn(config: Config, learner: Learner, actor: Actor, step: int) -> None:
     """Makes the updates that are due after a step, in one call."""
-    updates = actor.updates(step)
-    if updates:
+    # A run resumed without its replay memory refills it first.
+    if len(actor.replay) >= config.learning_starts and (updates := actor.updates(step)):
         learner.update(tuple(actor.replay.sample(config.batch_size) for _ in range(updates)))
 
 
@@ -154,8 +150,3 @@ def log(run: Run, learner: Learner, actor: Actor, step: int) -> None:
 def crosses(before: int, after: int, period: int) -> bool:
     """Returns whether a multiple of `period` lies in (before, after]."""
     return after // period > before // period
-
-
-def states_of(batch: Batch) -> np.ndarray:
-    """Returns a batch's states s_t, uint8 [batch, 84, 84, 4]."""
-    return np.ascontiguousarray(batch.frames[:, :-1].transpose(0, 2, 3, 1))

@@ -8,6 +8,18 @@ from tyro.conf import Positional
 from models.common.errors import UserError
 from models.common.options import Count, Fraction, Preset, RunConfig, Seed, option
 
+CPU = {
+    "maps": (8, 16, 16), "hidden": 200, "made": (160,),
+    "stochastic_layers": (1, 2), "features": 20, "latent_maps": 8, "flow_layers": 1,
+    "epochs": 5, "batch_size": 32, "eval_samples": 10,
+}  # fmt: skip
+SMOKE = {
+    "dataset": "synthetic_mnist",
+    "maps": (2, 4, 4), "blocks": 1, "hidden": 16, "latents": 4, "made": (8,),
+    "stochastic_layers": (1, 1), "features": 4, "latent_maps": 2, "flow_layers": 1,
+    "epochs": 2, "init_examples": 100, "eval_samples": 3,
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class MnistConfig:
@@ -59,38 +71,10 @@ class Config(Cifar10Config, MnistConfig, RunConfig):
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset("section 5.2 as far as it is known"),
-        "cpu": Preset(
-            "scaled: minutes on two cores; not comparable with the paper's numbers",
-            {
-                "maps": (8, 16, 16),
-                "hidden": 200,
-                "made": (160,),
-                "stochastic_layers": (1, 2),
-                "features": 20,
-                "latent_maps": 8,
-                "flow_layers": 1,
-                "epochs": 5,
-                "batch_size": 32,
-                "eval_samples": 10,
-            },
-        ),
+        "cpu": Preset("scaled: minutes on two cores; not comparable with the paper's numbers", CPU),
         "smoke": Preset(
             "only to see that it runs, in less than a minute; its numbers and images mean nothing",
-            {
-                "dataset": "synthetic_mnist",
-                "maps": (2, 4, 4),
-                "blocks": 1,
-                "hidden": 16,
-                "latents": 4,
-                "made": (8,),
-                "stochastic_layers": (1, 1),
-                "features": 4,
-                "latent_maps": 2,
-                "flow_layers": 1,
-                "epochs": 2,
-                "init_examples": 100,
-                "eval_samples": 3,
-            },
+            SMOKE,
         ),
     }
 

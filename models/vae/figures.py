@@ -1,23 +1,13 @@
 """Figure 3: the bound on the test images of MNIST (top) and CIFAR-10 (bottom)."""
 
+from models.common import figures
 from models.common.errors import UserError
-from models.common.figures import (
-    FinishedRun,
-    Output,
-    check_same_settings,
-    finished,
-    group,
-    mean_and_error,
-    notes_of,
-    row_label,
-    with_error,
-)
 
 
-def draw(runs: list[FinishedRun], output: Output) -> None:
+def draw(runs: list[figures.FinishedRun], output: figures.Output) -> None:
     """Draws each half of figure 3 and prints it as a table."""
-    runs = finished(runs, "test_bound", "the auto-encoders'")
-    by_dataset = {name: here for (name,), here in group(runs, "dataset").items()}
+    runs = figures.finished(runs, "test_bound", "the auto-encoders'")
+    by_dataset = {name: here for (name,), here in figures.group(runs, "dataset").items()}
     if not by_dataset.keys() & {"mnist", "cifar10"}:
         raise UserError("the auto-encoders' runs are of synthetic images: there is nothing to draw")
     for name, title, column, limits in (
@@ -29,9 +19,11 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
                 draw_half(name, title, column, limits, by_dataset[name], output)
 
 
-def draw_half(name, title, column, limits, runs: list[FinishedRun], output: Output) -> None:
+def draw_half(
+    name, title, column, limits, runs: list[figures.FinishedRun], output: figures.Output
+) -> None:
     """Draws one data set's half; `limits` are those of the paper's axes, ((x), (y))."""
-    if len(group(runs, "binarization")) > 1 and name == "mnist":
+    if len(figures.group(runs, "binarization")) > 1 and name == "mnist":
         raise UserError(
             "some MNIST runs have --binarization static and some dynamic: their bounds are not "
             "comparable; draw them apart"
@@ -48,10 +40,10 @@ def draw_half(name, title, column, limits, runs: list[FinishedRun], output: Outp
     with output.figure(
         f"figure-3-{name}", f"Convolutional VAE on {title}", runs, "training epochs", y
     ) as figure:
-        for _, seeds in sorted(group(runs, "parameterization", "preset").items()):
-            check_same_settings(seeds)
+        for _, seeds in sorted(figures.group(runs, "parameterization", "preset").items()):
+            figures.check_same_settings(seeds)
             figure.line(seeds, "epoch", column)
-            rows.append([row_label(seeds[0].config, output), *values(seeds, column)])
+            rows.append([figures.row_label(seeds[0].config, output), *values(seeds, column)])
         if all(run.config["preset"] == "paper" for run in runs):
             figure.axes.set(xlim=limits[0], ylim=limits[1])
     likelihood = "log-likelihood, nats" + "".join(f" ({n} samples)" for n in samples)
@@ -59,10 +51,10 @@ def draw_half(name, title, column, limits, runs: list[FinishedRun], output: Outp
     if name == "cifar10":
         columns[2:2] = ["in figure 3", "bits/dim"]
     axis = f"the paper's axis: {limits[1][0]} to {limits[1][1]}, to epoch {limits[0][1]}"
-    output.table(f"{title} (figure 3)", columns, rows, notes_of(runs, axis))
+    output.table(f"{title} (figure 3)", columns, rows, figures.notes_of(runs, axis))
 
 
-def values(seeds: list[FinishedRun], column: str) -> list[str]:
+def values(seeds: list[figures.FinishedRun], column: str) -> list[str]:
     """Returns a row's values at the last epoch that all seeds have reached."""
     epoch = min(run.curve("epoch", column)[0][-1] for run in seeds)
 
@@ -71,7 +63,11 @@ def values(seeds: list[FinishedRun], column: str) -> list[str]:
         for run in seeds:
             epochs, values = run.curve("epoch", name)
             found += list(values[epochs == epoch])
-        return "" if len(found) < len(seeds) else with_error(*mean_and_error(found), form)
+        return (
+            ""
+            if len(found) < len(seeds)
+            else figures.with_error(*figures.mean_and_error(found), form)
+        )
 
     shown = [value("test_bound")]
     if column == "test_paper_axis":

@@ -224,19 +224,6 @@ def test_a_memory_that_takes_over_a_file_forgets_what_was_there(rng, tmp_path, i
             np.testing.assert_array_equal(left, right)
 
 
-def test_a_memory_from_before_they_had_numbers_is_restored(rng, tmp_path):
-    made = filled(rng, 30, 2, 20, file=tmp_path / "ring")
-    state = made.state_dict()
-    made.close()
-    del state["id"]
-    other = Replay(30, 2, file=tmp_path / "ring")
-    with pytest.raises(UserError, match="does not hold the replay memory of this run"):
-        other.load_state_dict(state)
-    other._header[1] = 0
-    other.load_state_dict(state)
-    assert len(other) == 30
-
-
 def test_a_checkpoint_of_which_nothing_is_left_begins_empty(rng, tmp_path):
     made = filled(rng, 30, 1, 20, file=tmp_path / "ring", in_memory=False, spare=4)
     state = made.state_dict()
