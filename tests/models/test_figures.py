@@ -311,14 +311,14 @@ def test_scores_of_different_tests_are_not_drawn_together(run, tmp_path):
     make_dqn_run(tmp_path / "runs" / "1", [10], kind="normal", test="nature")
     status, _, err, _ = run(tmp_path / "runs")
     assert (status, err.count("\n")) == (2, 1)
-    assert "some runs of Breakout have --test paper and some nature" in err
+    assert "some runs of Breakout have --protocol paper and some nature" in err
 
 
 def test_a_scaled_dqn_says_how_long_its_epochs_are(run, tmp_path):
     make_dqn_run(tmp_path / "runs" / "0", [10], preset="cpu", test_every=50_000)
     table = run(tmp_path / "runs")[3]
     assert "| Breakout, weight norm [cpu preset] |" in table
-    assert "cpu: epochs of 50,000 steps, for the paper's 250,000" in table
+    assert "50,000 steps" in table
 
 
 def make_draw_run(folder, kind, bounds, preset="paper", **config):
