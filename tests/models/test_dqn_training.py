@@ -212,7 +212,7 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_resumed_run(run, tmp_p
     ],
 )
 def test_a_mistake_is_named_in_one_line_and_leaves_no_folder(run, tmp_path, argv, named):
-    status, out, err = run("--preset", "smoke", "--out", tmp_path / "a", *argv)
+    status, _, err = run("--preset", "smoke", "--out", tmp_path / "a", *argv)
     assert status == 2
     assert named in err
     assert err.count("\n") == 1
