@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from models.common import run_folder
-from models.common.errors import NotFinite, UserError
+from models.common.errors import NotFinite, UserError, first_line
 
 
 class Stateful(Protocol):
@@ -85,7 +85,7 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free / 2**30
             self._clean(self.folder / "best" if best else self.folder, f"step-{step}")
             raise UserError(
-                f"could not write the checkpoint of step {step} ({_first_line(error)}; "
+                f"could not write the checkpoint of step {step} ({first_line(error)}; "
                 f"{free:.1f} GiB free at {self.folder}): make room, then --resume from "
                 + (f"{kept.name}, which is intact" if kept else "the start")
             ) from error
@@ -190,7 +190,7 @@ def damage(path: Path) -> str | None:
         for name in reader.get_variable_to_shape_map():
             reader.get_tensor(name)  # Checks its sum.
     except Exception as error:  # Of many kinds, which depend on the damage.
-        return _first_line(error)
+        return first_line(error)
     return None
 
 
@@ -266,17 +266,10 @@ def _read(target: tf.train.Checkpoint, path: Path) -> None:
     try:
         target.read(str(path)).expect_partial().assert_existing_objects_matched()
     except (tf.errors.OpError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{path}: does not fit this configuration ({_first_line(error)})"
-        ) from error
+        raise UserError(f"{path}: does not fit this configuration ({first_line(error)})") from error
 
 
 def _version(folder: Path) -> str:
     session = run_folder.load(folder)["sessions"][-1]
     version = session["versions"].get("tensorflow-weight-norm", "version unknown")
     return f"{version}, commit {session['git'].get('commit', 'unknown')[:10]}"
-
-
-def _first_line(error: BaseException) -> str:
-    text = getattr(error, "message", None) or getattr(error, "strerror", None) or str(error)
-    return (str(text).splitlines() or [type(error).__name__])[0][:160]

@@ -12,6 +12,12 @@ class NotFinite(UserError):
     """A loss or a weight became infinite or NaN."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, to quote it in another."""
+    text = getattr(error, "message", None) or getattr(error, "strerror", None) or str(error)
+    return (str(text).splitlines() or [type(error).__name__])[0][:160]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Returns "; did you mean NAME?" for the name most like a word, "" if none is."""
     names = {name.lower(): name for name in known}

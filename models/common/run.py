@@ -89,7 +89,7 @@ class Run:
         )
         rows = 0
         if self.config.resume:
-            # An optimizer's checkpoint holds its learning rate; the one asked for now is the new.
+            # A checkpoint holds the optimizer's learning rate, which may have been changed since.
             found: list[Any] = [getattr(t, "learning_rate", None) for t in trackables.values()]
             rates = [(r, tf.convert_to_tensor(r)) for r in found if hasattr(r, "assign")]
             state = self._checkpoints.restore()
