@@ -37,7 +37,7 @@ class Network(tf.Module):
         make = layers.Layers(parameterization, initializer, compute_dtype, dtype)
         one, two, three = config.filters
         relu = {"activation": tf.nn.relu}
-        self.layers = [
+        self.layers: list[Any] = [
             make.conv(one, 8, 4, padding="valid", **relu),
             make.conv(two, 4, 2, padding="valid", **relu),
             make.conv(three, 3, 1, padding="valid", **relu),
