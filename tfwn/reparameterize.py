@@ -39,10 +39,8 @@ def reparameterize(
       converts to the tensor w = g * v / ||v|| wherever TensorFlow wants a tensor, so that the
       module's own code runs unchanged. Lists, tuples and dicts of variables too.
     - A layer of tfwn with parameterization "normal" gets "weight_norm".
-    - A Keras layer is returned in a `tfwn.keras.WeightNormalization`. For a Sequential or
-      functional Keras model, whose graph cannot be changed, a new model of the same layers is
-      returned: use it in place of the old one, and compile it. In any other Keras model the layers
-      it has as attributes are wrapped in place.
+    - The layers of a Keras model of any kind are put in `tfwn.keras.WeightNormalization`, in place; a
+      built optimizer is made anew. A single Keras layer is returned in its wrapper.
 
     Arguments:
       model: the model, called once before, so that its variables exist. A tf.function of yours that
@@ -56,7 +54,7 @@ def reparameterize(
         last but one for "Transpose", the last two for "Depthwise", 0 for "Embed", else the last.
 
     Returns:
-      `model` itself, or for Keras layers and graphs what takes its place.
+      `model` itself, or for a single Keras layer its wrapper.
 
     Raises:
       ValueError: no weight was found; a bad axis; a Keras model that is not built, or `select` or
@@ -110,7 +108,7 @@ def fold(model):
         model with `tfwn.keras.WeightNormalization` in it.
 
     Returns:
-      `model` itself, or for Keras layers and graphs what takes its place, as for `reparameterize`.
+      `model` itself, or for `tfwn.keras.WeightNormalization` the layer in it.
 
     Raises:
       ValueError: nothing in the model is weight-normalized; a tf.function in an attribute of the
