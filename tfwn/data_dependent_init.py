@@ -32,7 +32,8 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     back.
 
     A layer without b gets g alone; that is what mean-only batch normalization needs, whose own b
-    stays 0. A unit whose t does not vary keeps its g and gets b = -mu[t] * g.
+    stays 0. A unit whose t does not vary keeps its g and gets b = -mu[t] * g; so does a unit with
+    w = 0, which gets a random direction v where it has none, and g = 0.
 
     With variables of tf.distribute.MirroredStrategy, `batch` may be what the strategy's
     distributed data set yields: moments are then those of the global batch, on all replicas.
@@ -93,7 +94,7 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     try:
         with _eager_functions():
             outputs = strategy.run(forward, (batch,)) if strategy else forward(batch)
-        if not first_pass.changed:
+        if not (first_pass.changed or first_pass.reached):
             raise ValueError(
                 "data_dependent_init reached no layer that it could set: the model must call "
                 "tfwn's Dense or convolutions, or Keras layers in tfwn.keras.WeightNormalization"
@@ -146,6 +147,7 @@ class _FirstPass:
         self._before = before
         self._init_scale = init_scale
         self.changed: set[int] = set()
+        self.reached = False  # A layer that this call built, and a checkpoint then restored.
 
     def initialize(self, layer, t, seen):
         if id(layer.weight) in seen:
@@ -153,14 +155,18 @@ class _FirstPass:
         seen.add(id(layer.weight))
         self._before.take(layer.variables)
         if self._before.value(layer.initialized):
+            if getattr(layer, "restored", False):
+                self.reached = True
+                return
             raise RuntimeError(
                 f"{layer.name!r} is initialized already, and initializing it again would undo what "
                 "it learned since: skip data_dependent_init where tfwn.is_initialized(model), or "
                 "set layer.initialized.assign(False) for the layers to set again"
             )
         mean, stddev = _moments(t, layer.name)
-        zero = stddev <= _ZERO_STDDEV * tf.abs(mean)
         old_g = tf.reshape(tf.cast(layer.weight.get_g(), mean.dtype), [-1])
+        # A unit with g = 0 is meant to start with w = 0, as the last layer of a residual branch.
+        zero = (stddev <= _ZERO_STDDEV * tf.abs(mean)) | (old_g == 0)
         scale = self._init_scale
         if callable(scale):
             scale = _check_scale(scale(layer), f" for {layer.name!r}")

@@ -7,7 +7,14 @@ from typing import Any
 import tensorflow as tf
 
 from tfwn.layer import Layer
-from tfwn.modules import attributes, is_keras_layer, submodules
+from tfwn.modules import (
+    attributes,
+    check_traces,
+    forget_traces,
+    is_keras_layer,
+    refuse_keras_2,
+    submodules,
+)
 from tfwn.ops import weight_norm
 from tfwn.weight import Weight, check_axis, norm
 
@@ -32,10 +39,8 @@ def reparameterize(
       converts to the tensor w = g * v / ||v|| wherever TensorFlow wants a tensor, so that the
       module's own code runs unchanged. Lists, tuples and dicts of variables too.
     - A layer of tfwn with parameterization "normal" gets "weight_norm".
-    - A Keras layer is returned in a `tfwn.keras.WeightNormalization`. For a Sequential or
-      functional Keras model, whose graph cannot be changed, a new model of the same layers is
-      returned: use it in place of the old one, and compile it. In any other Keras model the layers
-      it has as attributes are wrapped in place.
+    - The layers of a Keras model of any kind are put in `tfwn.keras.WeightNormalization`, in place; a
+      built optimizer is made anew. A single Keras layer is returned in its wrapper.
 
     Arguments:
       model: the model, called once before, so that its variables exist. A tf.function of yours that
@@ -49,7 +54,7 @@ def reparameterize(
         last but one for "Transpose", the last two for "Depthwise", 0 for "Embed", else the last.
 
     Returns:
-      `model` itself, or for Keras layers and graphs what takes its place.
+      `model` itself, or for a single Keras layer its wrapper.
 
     Raises:
       ValueError: no weight was found; a bad axis; a Keras model that is not built, or `select` or
@@ -103,7 +108,7 @@ def fold(model):
         model with `tfwn.keras.WeightNormalization` in it.
 
     Returns:
-      `model` itself, or for Keras layers and graphs what takes its place, as for `reparameterize`.
+      `model` itself, or for `tfwn.keras.WeightNormalization` the layer in it.
 
     Raises:
       ValueError: nothing in the model is weight-normalized; a tf.function in an attribute of the
@@ -196,6 +201,7 @@ class _Walk:
         """Collects what is to change, and changes nothing."""
         self.modules = [m for m in submodules(model) if isinstance(m, tf.Module)]
         for module in self.modules:
+            refuse_keras_2(module)
             # The parameters of tfwn's own layers are in their Weights.
             if isinstance(module, Layer | Weight | NormalizedVariable):
                 continue
@@ -222,29 +228,17 @@ class _Walk:
     def change(self) -> None:
         """Makes the changes, and drops what was traced before."""
         for module in self.modules:
-            _forget_traces(module)
+            check_traces(module)
+        for module in self.modules:
+            forget_traces(module)
         for module, name, new in self.changes:
             setattr(module, name, new)
-
-
-def _forget_traces(module) -> None:
-    function_type = tf.types.experimental.PolymorphicFunction
-    for name, value in attributes(module):
-        if isinstance(value, function_type) and value.experimental_get_tracing_count():
-            raise ValueError(
-                f"the tf.function {name!r} of {type(module).__name__} was traced already and would "
-                "go on with the old weights: change the model first, then make and call it"
-            )
-    for cls in type(module).__mro__:
-        for value in vars(cls).values():
-            if isinstance(value, function_type):
-                value._descriptor_cache.pop(module, None)
 
 
 def _normalized(owner, value, select, axis):
     """What takes the place of an attribute's value."""
     if is_keras_layer(value):
-        return _keras_module().reparameterize(value)
+        return _keras_module().reparameterize(value, required=False)
     if not isinstance(value, tf.Variable) or not (select or _is_weight)(value):
         return value
     if callable(axis):
@@ -255,16 +249,12 @@ def _normalized(owner, value, select, axis):
 
 
 def _folded(owner, value):
-    if is_keras_layer(value) and any(_has_wrapper(layer) for layer in submodules(value)):
-        return _keras_module().fold(value)
+    if is_keras_layer(value):
+        return _keras_module().fold(value, required=False)
     if not isinstance(value, NormalizedVariable):
         return value
     value.v.assign(value.value())
     return value.v
-
-
-def _has_wrapper(layer) -> bool:
-    return isinstance(layer, _keras_module().WeightNormalization)
 
 
 def _is_weight(variable: tf.Variable) -> bool:

@@ -77,6 +77,22 @@ def norm(v, axis: tuple[int, ...]) -> tf.Tensor:
     return tf.cast(tf.reduce_sum(tf.cast(v, wide) * unit, others), v.dtype)
 
 
+def with_direction(v, axis: tuple[int, ...]) -> tf.Tensor:
+    """v, where each unit that is all zero has random numbers, the same in each run.
+
+    v = 0 has no direction, so that neither v nor g would ever get a gradient. Set g from the old
+    v, g = ||v|| = 0: w stays 0, and g learns.
+    """
+    v = tf.convert_to_tensor(v)
+    others = [a for a in range(v.shape.rank) if a not in axis]
+    zero = tf.reduce_all(v == 0, others, keepdims=True)
+    if tf.executing_eagerly() and not bool(tf.reduce_any(zero)):
+        return v
+    wide = tf.float64 if v.dtype == tf.float64 else tf.float32
+    direction = tf.random.stateless_normal(v.shape, [0, 0], stddev=0.05, dtype=wide)
+    return tf.where(zero, tf.cast(direction, v.dtype), v)
+
+
 class Weight(tf.Module):
     """A weight in the weight-normalized or in the normal parameterization (paper, section 2).
 
