@@ -8,7 +8,8 @@ from tfwn.keras import internals
 from tfwn.keras.normalized import is_weight
 from tfwn.keras.recipe import remember
 from tfwn.keras.wrapper import WeightNormalization
-from tfwn.modules import attributes, check_traces, forget_traces
+from tfwn.modules import attributes
+from tfwn.traces import check_traces, forget_traces
 
 
 def reparameterize(model: keras.layers.Layer, required: bool = True) -> keras.layers.Layer:
