@@ -68,8 +68,8 @@ struct Factor {
 
 template <class R>
 struct Factors {
-  Factor<R> scale;  // g / norm
-  Factor<R> tilt;   // grad_g / norm, backward only
+  Factor<R> scale;       // g / norm
+  Factor<R> projection;  // grad_g / norm, backward only
 };
 
 __device__ inline float Value(__half x) { return __half2float(x); }
@@ -133,7 +133,7 @@ __device__ Factors<R> Finish(const Work& work, double sum, int64_t unit, bool st
     if (store) StoreUnit(grad_g, work.grad_g, work.g_type, unit);
     if (norm != 0) {
       Split(g / norm, &factors.scale);
-      Split(grad_g / norm, &factors.tilt);
+      Split(grad_g / norm, &factors.projection);
     }
   } else {
     const double norm = sqrt(sum);
@@ -240,11 +240,11 @@ __device__ void Write(const Batch<V, W, kVec, kBackward>& batch, int k,
   Pack<Result, kVec> result;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    const Factor<R> scale = factors[i].scale, tilt = factors[i].tilt;
+    const Factor<R> scale = factors[i].scale, projection = factors[i].projection;
     R x = static_cast<R>(Value(batch.v[k].x[i]));
     if (kBackward) {
       const R grad_w = static_cast<R>(Value(batch.grad_w[k].x[i]));
-      x = grad_w - (x * tilt.fraction) * tilt.power;
+      x = grad_w - (x * projection.fraction) * projection.power;
       if (fabs(x) < fabs(grad_w) * kRounding<R>) x = 0;
     }
     x = (x * scale.fraction) * scale.power;

@@ -134,8 +134,12 @@ inline Plan PlanColumns(const Problem& problem) {
   }
   // Two launches. The partial sums that a block reads in the second should cost less than its part
   // of v and w: splits <= sqrt(outer * bytes of the two / 16).
-  Plan plan = ColumnsOf(problem, std::min(widest, kWarpLog2));
-  int64_t splits = CeilDiv(2 * problem.multiprocessors, plan.tiles);
+  // Rows of one cache line, or as many as one unit of each vector needs.
+  int lanes_log2 = std::min(widest, Log2Ceil(CeilDiv(128, problem.vector * problem.v_bytes)));
+  Plan plan = ColumnsOf(problem, lanes_log2);
+  while (plan.tile_units == 0) plan = ColumnsOf(problem, ++lanes_log2);
+  // All blocks at once: one too many would be a second wave.
+  int64_t splits = std::max<int64_t>(2 * problem.multiprocessors / plan.tiles, 1);
   splits = std::min(splits, CeilDiv(layout.outer, int64_t{kUnroll} << plan.groups_log2));
   while (splits > 1 && splits * splits > layout.outer * problem.v_bytes / 8) --splits;
   plan.outer_step = CeilDiv(layout.outer, splits);
@@ -145,9 +149,9 @@ inline Plan PlanColumns(const Problem& problem) {
   return plan;
 }
 
-// A unit's elements side by side in memory, in one piece or in long ones: a team of threads per
-// unit.
-inline Plan PlanRows(const Problem& problem) {
+// Segments: a unit's elements lie side by side in memory, in one run or several: a team of threads
+// per unit.
+inline Plan PlanSegments(const Problem& problem) {
   const Layout& layout = problem.layout;
   const int64_t inner_vectors = CeilDiv(layout.inner, problem.vector);
   const int64_t vectors = layout.outer * inner_vectors;
@@ -190,7 +194,7 @@ inline Plan PlanRows(const Problem& problem) {
 inline Plan MakePlan(const Problem& problem) {
   // Short inner runs of a unit are walked over as columns, so that a warp still reads whole lines.
   const Layout& layout = problem.layout;
-  return layout.outer > 1 && layout.inner < kWarp ? PlanColumns(problem) : PlanRows(problem);
+  return layout.outer > 1 && layout.inner < kWarp ? PlanColumns(problem) : PlanSegments(problem);
 }
 
 }  // namespace cuda
