@@ -39,10 +39,8 @@ def reparameterize(
       TensorFlow converts to the tensor w = g * v / ||v||, so that the module's own code runs
       unchanged. So do variables in lists, tuples and dicts.
     - Layers of tfwn with parameterization "normal" get "weight_norm".
-    - A Keras layer is returned in a `tfwn.keras.WeightNormalization`. A Sequential or functional
-      Keras model has a graph that cannot be changed. A new model of the same layers is returned:
-      use it instead of the old one, and compile it. In any other Keras model the layers that are
-      its attributes are wrapped in place.
+    - The layers of a Keras model of any kind are put in `tfwn.keras.WeightNormalization`, in place; a
+      built optimizer is made anew. A single Keras layer is returned in its wrapper.
 
     Arguments:
       model: the model, after its first call, so that its variables exist. tf.functions that are its
@@ -56,7 +54,7 @@ def reparameterize(
         last but one for "Transpose", the last two for "Depthwise", 0 for "Embed", else the last.
 
     Returns:
-      `model` itself, or what replaces it for Keras layers and graphs.
+      `model` itself, or for a single Keras layer its wrapper.
 
     Raises:
       ValueError: no weight was found; an invalid axis; a Keras model that is not built, or `select`
@@ -116,7 +114,7 @@ def fold(model):
         model with `tfwn.keras.WeightNormalization` in it.
 
     Returns:
-      `model` itself, or what replaces it for Keras layers and graphs, as in `reparameterize`.
+      `model` itself, or for `tfwn.keras.WeightNormalization` the layer in it.
 
     Raises:
       ValueError: nothing in the model is weight-normalized; a tf.function in an attribute of the

@@ -78,10 +78,28 @@ def pass_arguments_on(wrapper: keras.layers.Layer, layer: keras.layers.Layer) ->
     wrapper._remat_mode = None
 
 
+def rematerialized(layer: keras.layers.Layer, function, args, kwargs):
+    """function(*args, **kwargs), rematerialized where Keras would do that to the layer's call."""
+    if not layer._remat_mode:
+        return function(*args, **kwargs)
+    flat = keras.tree.flatten((args, kwargs))
+    tensors = [x for x in flat if tf.is_tensor(x)]
+
+    def call(*tensors):  # TensorFlow's gradients of one's own take no named arguments in a graph.
+        rest = iter(tensors)
+        filled = [next(rest) if tf.is_tensor(x) else x for x in flat]
+        new_args, new_kwargs = keras.tree.pack_sequence_as((args, kwargs), filled)
+        return function(*new_args, **new_kwargs)
+
+    with without_remat(layer, include_self=False):
+        call = layer.rematerialized_call(call, *args, **kwargs)
+    return call(*tensors)
+
+
 @contextlib.contextmanager
-def without_remat(layer: keras.layers.Layer):
+def without_remat(layer: keras.layers.Layer, include_self: bool = True):
     """While active, neither the layer nor those in it rematerialize."""
-    modes = [(one, one._remat_mode) for one in layers_in(layer) if one._remat_mode]
+    modes = [(one, one._remat_mode) for one in layers_in(layer, include_self) if one._remat_mode]
     for one, _ in modes:
         one._remat_mode = None
     try:

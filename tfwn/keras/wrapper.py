@@ -153,9 +153,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             return self._initialize_and_call(*args, **kwargs)
         for one in self.normalized:
             one.check_owner()
-        # w belongs into what is rematerialized: a gradient does not pass from there to outside.
-        call = self.layer.rematerialized_call(self._call_with_w, *args, **kwargs)
-        return call(*args, **kwargs)
+        # w belongs into what is rematerialized, where gradients reach only variables and arguments.
+        return internals.rematerialized(self.layer, self._call_with_w, args, kwargs)
 
     def _call_with_w(self, *args, **kwargs):
         with self._reading_w() as scope, internals.without_remat(self.layer):

@@ -1,12 +1,12 @@
-"""Atari games: what DQN sees and hears, against ALE itself."""
+"""models/dqn/games.py: what DQN sees and hears, against ALE itself."""
 
 import ale_py
 import numpy as np
 import pytest
 
-from models.common import environments
-from models.common.environments import Atari, Environments, FrameStack, preprocess
 from models.common.errors import UserError
+from models.dqn import config
+from models.dqn.games import Atari, Environments, FrameStack, preprocess, rom_path
 
 GAMES = ["SpaceInvaders", "Breakout", "Enduro", "Seaquest"]
 
@@ -15,7 +15,7 @@ def emulator(game, seed):
     ale = ale_py.ALEInterface()
     ale.setInt("random_seed", seed)
     ale.setFloat("repeat_action_probability", 0.0)
-    ale.loadROM(environments.rom_path(game))
+    ale.loadROM(rom_path(game))
     ale.reset_game()
     return ale
 
@@ -209,16 +209,16 @@ def test_the_stack_is_the_last_four_frames_and_zeros_before_a_game(rng):
 
 @pytest.mark.parametrize("name", ["SpaceInvaders", "space_invaders", "space-invaders"])
 def test_a_game_has_its_name_in_any_spelling(name):
-    assert environments.game_name(name) == "SpaceInvaders"
-    assert environments.rom_path(name).endswith("space_invaders.bin")
+    assert config.Config(game=name).game == "SpaceInvaders"
+    assert rom_path(name).endswith("space_invaders.bin")
 
 
 def test_an_unknown_game_is_told_with_the_nearest_names():
-    with pytest.raises(UserError, match=r"--game SpaceInvader: no such game .*SpaceInvaders"):
-        environments.rom_path("SpaceInvader")
+    with pytest.raises(UserError, match=r"--game SpaceInvader: .*did you mean SpaceInvaders"):
+        config.rom_name("SpaceInvader")
 
 
 def test_a_missing_rom_is_told_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setattr("ale_py.roms.get_rom_path", lambda _: tmp_path / "breakout.bin")
-    with pytest.raises(UserError, match=r"ROM is missing.*pip install --force-reinstall"):
-        environments.rom_path("Breakout")
+    with pytest.raises(UserError, match=r"lacks its ROM.*pip install --force-reinstall"):
+        rom_path("Breakout")

@@ -1,12 +1,12 @@
-"""The replay memory: single frames in a ring, in memory or in a file; without TensorFlow.
+"""The replay memory: a ring of single frames, in RAM or in a file.
 
 Slot t of an environment holds frame x_t, action a_t, reward r_t and how step t ended. A state is
-the last 4 frames up to x_t, zeros before the first frame of its game. A transition needs slots
-t - 3 to t + 1 within the window of the `capacity` latest, so the ring's seam is never crossed.
+the last 4 frames up to x_t, with zeros before the first frame of its game. A transition needs slots
+t - 3 to t + 1 within the window of the `capacity` latest, so it never crosses the ring's seam.
 
-On disk the ring is a little longer than the window. What is written after a checkpoint goes over
-slots that its window does not hold, so that one file serves the last two checkpoints, and each
-of them needs only small arrays besides: see `spare`.
+On disk the ring has some spare slots. What is written after a checkpoint overwrites slots outside
+that checkpoint's window, so one file serves the last two checkpoints, and a checkpoint itself holds
+small arrays only.
 """
 
 import fcntl
@@ -17,41 +17,48 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.common.environments import FRAME_SHAPE
 from models.common.errors import UserError
+from models.dqn.games import FRAME_SHAPE
 
 TERMINAL = 1  # Nothing follows step t: no value is bootstrapped.
 LAST = 2  # Slot t + 1 holds the first frame of another game.
-CUT = 4  # The game was stopped at t; what would have followed is not known.
-# Bytes before the frames in the file. They hold three numbers: how many slots have ever been
-# written, which memory wrote them, and of which memory, lost with its file, that took the place.
+CUT = 4  # The game was stopped at t: what would have followed is unknown.
+STACK = 4  # Frames in a state.
+FRAME = FRAME_SHAPE[0] * FRAME_SHAPE[1]
+# Bytes before the frames in the file. They hold three numbers: how many slots were ever written,
+# the id of the memory that wrote them, and the id of the memory that it replaced after a loss.
 _HEADER = 4096
 
 
 class Batch(NamedTuple):
-    """Transitions; x_{t-3}..x_{t+1} as one array holds both states."""
+    """Transitions; the frames x_{t-3}..x_{t+1} hold both states."""
 
     frames: np.ndarray  # uint8 [batch, 5, 84, 84]
     actions: np.ndarray  # int32 [batch]
     rewards: np.ndarray  # float32 [batch]
     terminals: np.ndarray  # bool [batch]
 
+    @property
+    def states(self) -> np.ndarray:
+        """The states s_t, uint8 [batch, 84, 84, 4]."""
+        return np.ascontiguousarray(self.frames[:, :-1].transpose(0, 2, 3, 1))
+
 
 class Replay:
     """The replay memory of several environments, each with its own ring.
 
-    A file belongs to one memory, known by a random number in its state, and until close() to one
-    process. A memory that is not restored takes over what it finds, unless it is `new`.
+    A file belongs to one memory, identified by a random number in its state, and to one process
+    until close(). A memory that is not restored overwrites what the file holds, unless it is `new`.
 
     Args:
       capacity: transitions, over all environments.
-      environments: how many.
-      file: where the frames are saved by state_dict(), or live.
-      in_memory: True: in memory, and copied to `file`, if given, at each save. False: in `file`,
-        memory-mapped, and the operating system keeps in memory what it has room for.
-      new: refuse a file that holds a memory already.
-      spare: slots of the file, over all environments, that may be written after a checkpoint
-        without hurting it: twice the steps between saves protect the last two checkpoints.
+      environments: their number.
+      file: holds the frames, or a copy of them.
+      in_memory: True: the frames are in RAM and state_dict() copies the new ones to `file`, if
+        there is one. False: they are in `file`, memory-mapped.
+      new: refuse a file that already holds a memory.
+      spare: slots of the file, over all environments, that can be written after a checkpoint
+        without damaging it; twice the steps between saves protect the last two checkpoints.
       whole_stacks: sample only states whose 4 frames are of one game.
       seed: of the sampling.
     """
@@ -66,26 +73,23 @@ class Replay:
         new: bool = False,
         spare: int = 0,
         whole_stacks: bool = False,
-        stack: int = 4,
         seed: int = 0,
     ):
         self._window = -(-capacity // environments)
         self._file_slots = self._window + -(-spare // environments) + 1
         self._slots = self._window + 1 if in_memory else self._file_slots
-        self._stack, self._whole_stacks = stack, whole_stacks
-        self._file, self._in_memory = file, in_memory
+        self.file, self._in_memory, self._whole_stacks = file, in_memory, whole_stacks
         self._generator = np.random.default_rng([seed, 2])
         self._written = 0  # Slots ever written, per environment.
-        self._saved = 0  # Of these, on disk.
+        self._saved = 0  # Those of them that are on disk.
         self._floor = 0  # Slots before this one are lost.
-        self._id: int | None = None  # The memory's number, None before it has slots in the file.
-        self._before = 0  # The number of the memory whose place it took.
+        self._id = 0  # 0 until slots are written to the file.
+        self._before = 0  # The id of the memory that this one replaced.
         shape = (environments, self._slots)
-        slot = environments * FRAME_SHAPE[0] * FRAME_SHAPE[1]
         if in_memory:
-            _check_memory(self._slots * slot, capacity)
+            _check_memory(self._slots * environments * FRAME, capacity)
         if file is not None:
-            _make_file(file, self._file_slots * slot)
+            _make_file(file, self._file_slots * environments * FRAME)
             self._header = _lock_header(file)
             if new and self._header[0]:
                 raise UserError(
@@ -101,8 +105,8 @@ class Replay:
         self._ends = np.zeros(shape, np.uint8)
 
     def close(self) -> None:
-        """Lets other processes have the file; this memory is of no use then."""
-        if self._file is not None:
+        """Releases the file; this memory must not be used any more."""
+        if self.file is not None:
             del self._header
 
     def __len__(self) -> int:
@@ -130,11 +134,11 @@ class Replay:
         return self.gather(*chosen)
 
     def gather(self, rings: np.ndarray, times: np.ndarray) -> Batch:
-        """Returns the transitions at given times, counted from the first slot ever written."""
-        slots = (times[:, None] + np.arange(1 - self._stack, 2)) % self._slots
+        """Returns the transitions of some rings at some times, counted from the first slot."""
+        slots = (times[:, None] + np.arange(1 - STACK, 2)) % self._slots
         frames = self._frames[rings[:, None], slots]
-        frames[:, : self._stack][self._foreign(rings, times)] = 0
-        at = slots[:, self._stack - 1]
+        frames[:, :STACK][self._foreign(rings, times)] = 0
+        at = slots[:, STACK - 1]
         ends = self._ends[rings, at]
         return Batch(
             frames,
@@ -146,13 +150,13 @@ class Replay:
     def bounds(self) -> tuple[int, int]:
         """Returns the first and last time that may be sampled, inclusive."""
         oldest = self._oldest()
-        return oldest + (self._stack - 1 if oldest else 0), self._written - 2
+        return oldest + (STACK - 1 if oldest else 0), self._written - 2
 
     def state_dict(self) -> dict[str, Any]:
-        """Brings the file up to date and returns the rest of the state."""
-        if self._in_memory and self._file is not None:
+        """Writes new frames to the file and returns the rest of the state."""
+        if self._in_memory and self.file is not None:
             self._write_new()
-        elif self._file is not None:
+        elif self.file is not None:
             self._frames.flush()  # type: ignore[attr-defined]
         slots = np.arange(self._oldest(), self._written) % self._slots
         return {
@@ -166,23 +170,22 @@ class Replay:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state; frames that the file has lost since are left out.
+        """Restores a saved state, without the frames that were overwritten since.
 
-        Without a file, or where it was removed and is new, the memory begins empty.
+        The memory starts empty if there is no file, or the file was removed.
         """
         self._generator.bit_generator.state = state["generator"]
-        if self._file is None:
+        if self.file is None:
             return
         ever, owner, before = map(int, self._header)
-        if ever == 0 or (before and before == state.get("id")):
-            # Empty, or begun empty from this very state, by a process that did not get to save.
-            self._before = state.get("id") or 0
+        if ever == 0 or (before and before == state["id"]):
+            # New, or started from this very state by a process that was killed before it saved.
+            self._before = state["id"]
             return
-        # Runs from before memories had numbers have none, nor have their files.
-        if owner != state.get("id", 0) or ever < state["written"]:
+        if owner != state["id"] or ever < state["written"]:
             raise UserError(
-                f"{self._file}: does not hold the replay memory of this run; resume with the "
-                "run's own --replay-file, or name a new one to begin with an empty memory"
+                f"{self.file}: does not hold the replay memory of this run; resume with the "
+                "run's own --replay-file, or name a new one to start with an empty memory"
             )
         self._id = owner
         self._written = self._saved = state["written"]
@@ -191,14 +194,14 @@ class Replay:
         self._actions[:, slots], self._rewards[:, slots] = state["actions"], state["rewards"]
         self._ends[:, slots] = state["ends"]
         if self._in_memory:
-            with open(self._file, "rb") as file:
+            with open(self.file, "rb") as file:
                 for part, offset in self._pieces(self._oldest()):
                     file.seek(offset)
                     file.readinto(part.data)
 
     @property
     def lost(self) -> int:
-        """Transitions missing since an older checkpoint was restored; 0 as a rule."""
+        """Transitions lost because an older checkpoint was restored; normally 0."""
         return max(0, self._floor - max(0, self._written - self._window)) * len(self._frames)
 
     def _oldest(self) -> int:
@@ -213,22 +216,22 @@ class Replay:
     def _usable(self, rings: np.ndarray, times: np.ndarray) -> np.ndarray:
         good = (self._ends[rings, times % self._slots] & CUT) == 0
         if self._whole_stacks:
-            good &= ~self._foreign(rings, times).any(1) & (times >= self._stack - 1)
+            good &= ~self._foreign(rings, times).any(1) & (times >= STACK - 1)
         return good
 
     def _foreign(self, rings: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Tells, bool [batch, 4], which frames of a stack are of an earlier game, or none."""
-        before = times[:, None] + np.arange(1 - self._stack, 0)
+        """Returns which frames of each state are not of its game, bool [batch, 4]."""
+        before = times[:, None] + np.arange(1 - STACK, 0)
         ends = (self._ends[rings[:, None], before % self._slots] & LAST) != 0
         ends |= before < 0
-        foreign = np.zeros((len(times), self._stack), bool)
-        # A game that ended at slot j makes j and all before it foreign.
+        foreign = np.zeros((len(times), STACK), bool)
+        # If a game ended at slot j, slot j and all before it are foreign.
         foreign[:, :-1] = np.logical_or.accumulate(ends[:, ::-1], 1)[:, ::-1]
         return foreign
 
     def _write_new(self) -> None:
         self._mark(self._written)
-        with open(self._file, "r+b") as file:  # type: ignore[arg-type]
+        with open(self.file, "r+b") as file:  # type: ignore[arg-type]
             for part, offset in self._pieces(max(self._saved, self._oldest())):
                 file.seek(offset)
                 file.write(part.data)
@@ -237,20 +240,22 @@ class Replay:
         self._saved = self._written
 
     def _pieces(self, begin: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yields what was written since `begin`, in pieces whole in both rings, and its place."""
-        frame = FRAME_SHAPE[0] * FRAME_SHAPE[1]
+        """Yields what was written since `begin`, and its offset in the file.
+
+        A piece is contiguous in both rings, which have different lengths.
+        """
         for number, ring in enumerate(self._frames):
             at = begin
             while at < self._written:
                 here, there = at % self._slots, at % self._file_slots
                 count = min(self._written - at, self._slots - here, self._file_slots - there)
-                offset = _HEADER + (number * self._file_slots + there) * frame
+                offset = _HEADER + (number * self._file_slots + there) * FRAME
                 yield ring[here : here + count], offset
                 at += count
 
     def _mark(self, written: int) -> None:
-        """Notes in the file, before they are written, how many slots ever were."""
-        if self._id is None:
+        """Records in the file, before the frames are written, how many slots were ever written."""
+        if not self._id:
             self._id = 1 + int.from_bytes(os.urandom(7), "little")
             self._header[:] = 0, self._id, self._before
         self._header[0] = max(int(self._header[0]), written)
@@ -267,7 +272,7 @@ def _check_memory(needed: int, capacity: int) -> None:
 
 
 def available_memory() -> int | None:
-    """Returns the bytes of memory this process may still take, None where that is not known."""
+    """Returns the bytes of memory that this process can still allocate, None if unknown."""
     free = None
     try:
         with open("/proc/meminfo") as file:
@@ -307,12 +312,11 @@ def _make_file(path: Path, needed: int) -> None:
 
 
 def _lock_header(path: Path) -> np.ndarray:
-    """Returns the numbers in the file's header; the file is locked as long as they are mapped."""
+    """Returns the numbers in the file's header; the file is locked while they are mapped."""
     with open(path, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"{path}: is in use by another process; wait for it, or name another file"
-            ) from None
+            text = f"{path}: is in use by another process; wait for it, or name another file"
+            raise UserError(text) from None
         return np.memmap(file, np.uint64, "r+", 0, (3,))  # With a duplicate of the descriptor.

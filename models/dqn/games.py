@@ -1,63 +1,61 @@
-"""Atari games as DQN sees them, side by side, stepping while the learner runs.
+"""Atari games as DQN sees them, several side by side, playing while the learner learns.
 
-The emulators are driven directly (ale_py.ALEInterface): their state can then be saved, which
-ale_py's vector environment does not offer, and frames are scaled as the paper's code did.
+The emulator is driven directly (ale_py.ALEInterface): its state can then be saved, which ale_py's
+vector environment does not offer, and frames are scaled as the paper's code scales them.
 """
 
 import concurrent.futures
 import functools
 import math
-import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.common.errors import UserError, nearest
+from models.common.errors import UserError
+from models.dqn.config import Config, rom_name
 
 FRAME_SHAPE = (84, 84)
 
 
+def make_games(config: Config, count: int, seed: int, *, testing: bool = False) -> "Environments":
+    """Returns `count` games that begin and end as the Config's variant and protocol ask."""
+    max_frames = 18_000 if testing and config.protocol == "nature" else 0
+    noops = 2 if config.variant == "deep_q_rl" else 0
+    return Environments(
+        lambda index: Atari(
+            config.game,
+            (seed * 1009 + index) % 2**31,
+            max_frames=max_frames,
+            start_noops=noops,
+            life_noops=0 if testing else noops,
+        ),
+        count,
+    )
+
+
 class Step(NamedTuple):
-    """What an action led to."""
+    """The outcome of an action."""
 
     frame: np.ndarray  # uint8 [84, 84]: the next observation.
-    reward: float  # As the game gives it, not clipped.
+    reward: float  # Not clipped.
     life_lost: bool
     over: bool  # The game is over.
-    cut: bool  # The game was stopped at its longest length; not an end of the task.
-
-
-class Environment(Protocol):
-    """One game."""
-
-    num_actions: int
-
-    def reset(self) -> np.ndarray:
-        """Begins a game and returns its first frame."""
-
-    def step(self, action: int) -> Step:
-        """Plays one action."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns everything that decides the future."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state."""
+    cut: bool  # The game was stopped at its maximum length, which is not an end of the task.
 
 
 class Atari:
-    """An Atari game: each action for 4 frames, minimal action set, no sticky actions, no resets
-    but at the end of a game.
+    """An Atari game: minimal action set, no sticky actions, a reset only when the game is over.
 
-    A frame is the maximum of the last two screens' colours, its luminance, scaled to 84 x 84.
+    A frame is the luminance of the maximum of the last two screens, scaled to 84 x 84.
 
     Args:
-      game: name as in SpaceInvaders or space_invaders.
+      game: name, such as SpaceInvaders or space_invaders.
       seed: of the emulator and of the number of no-ops.
-      noop_max: a game begins with 1 to so many frames of no-op; 0: none.
-      max_frames: the longest a game lasts, in frames of 1/60 s; 0: for ever.
-      start_noops, life_noops: further frames of no-op at each start, and after a lost life.
+      frame_skip: frames for which an action is repeated.
+      noop_max: a game starts with 1 to `noop_max` frames of no-op; 0 for none.
+      max_frames: maximum length of a game in frames of 1/60 s; 0 for no limit.
+      start_noops, life_noops: extra frames of no-op when a game starts, and after a lost life.
     """
 
     def __init__(
@@ -91,7 +89,7 @@ class Atari:
         self.screens = np.zeros((2, *self._ale.getScreenDims(), 3), np.uint8)
 
     def reset(self) -> np.ndarray:
-        """Begins a game and returns its first frame."""
+        """Starts a game and returns its first frame."""
         noops = self._generator.integers(1, self._noop_max + 1) if self._noop_max else 0
         self._ale.reset_game()
         self._ale.getScreenRGB(self.screens[1])
@@ -105,7 +103,7 @@ class Atari:
         """Plays one action (an index of the minimal action set)."""
         lives, reward, code = self._ale.lives(), 0, self._actions[action]
         for passed in range(self._frame_skip):
-            # Screens before the last two would not be looked at.
+            # Only the last two screens are used.
             reward += self._act(code, look=passed >= self._frame_skip - 2)
             if self._ale.game_over():
                 break
@@ -117,7 +115,7 @@ class Atari:
         return Step(self._observe(), float(reward), lost, over, cut and not over)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the emulator's state, its and our random state, and the last screens."""
+        """Returns the emulator's state, the random states and the last screens."""
         return {
             "emulator": self._ale.cloneState(include_rng=True).serialize(),
             "generator": self._generator.bit_generator.state,
@@ -125,7 +123,7 @@ class Atari:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state."""
+        """Restores a saved state."""
         self._ale.restoreState(self._restore(state["emulator"]))
         self._generator.bit_generator.state = state["generator"]
         self.screens[:] = state["screens"]
@@ -144,9 +142,9 @@ class Atari:
 def preprocess(screen: np.ndarray) -> np.ndarray:
     """Returns the luminance of a screen, uint8 [height, width, 3], scaled to uint8 [84, 84].
 
-    Luminance is 0.299 R + 0.587 G + 0.114 B, rounded; scaling is bilinear between pixel centres
-    without smoothing (OpenCV's INTER_LINEAR, Torch's image.scale), rounded. All in whole numbers,
-    and not by matrix products: NumPy's threads would wait for those of the learner.
+    Luminance is 0.299 R + 0.587 G + 0.114 B, rounded. Scaling interpolates bilinearly between
+    pixel centers, without smoothing (OpenCV's INTER_LINEAR), and rounds. All of it is integer
+    arithmetic without matrix products, whose threads would wait for those of the learner.
     """
     (top, bottom, from_top, from_bottom), (left, right, from_left, from_right) = (
         _taps(source, target) for source, target in zip(screen.shape, FRAME_SHAPE, strict=False)
@@ -159,10 +157,23 @@ def preprocess(screen: np.ndarray) -> np.ndarray:
     return ((scaled + divisor // 2) // divisor).astype(np.uint8)
 
 
+def rom_path(game: str) -> str:
+    """Returns the path of a game's ROM."""
+    from ale_py import roms
+
+    path = roms.get_rom_path(rom_name(game))
+    if path is None or not path.exists():
+        raise UserError(
+            f"--game {game}: ale-py lacks its ROM; reinstall it: "
+            "pip install --force-reinstall --no-deps ale-py"
+        )
+    return str(path)
+
+
 @functools.cache
 def _taps(source: int, target: int) -> tuple[np.ndarray, ...]:
-    """The two source pixels of each target pixel and their weights, as whole numbers."""
-    # The centre of target pixel i lies at source pixel ((2 i + 1) source - target) / (2 target).
+    """Returns the two source pixels of each target pixel, and their integer weights."""
+    # The center of target pixel i lies at source pixel ((2 i + 1) source - target) / (2 target).
     at, rest = np.divmod((2 * np.arange(target) + 1) * source - target, 2 * target)
     common = math.gcd(2 * target, *map(int, rest))
     weights = np.array([2 * target - rest, rest]) // common
@@ -170,53 +181,10 @@ def _taps(source: int, target: int) -> tuple[np.ndarray, ...]:
     return (*pixels, *weights.astype(np.uint32))
 
 
-def game_name(game: str) -> str:
-    """Returns a game's name as in SpaceInvaders, whatever its spelling; an unknown one as it is."""
-    try:
-        from ale_py import roms
-    except ImportError:
-        return game
-    return {_plain(name): _camel(name) for name in roms.get_all_rom_ids()}.get(_plain(game), game)
-
-
-def rom_path(game: str) -> str:
-    """Returns the path of a game's ROM."""
-    try:
-        from ale_py import roms
-    except ImportError:
-        raise UserError(
-            "Atari games need ale-py: pip install 'tensorflow-weight-norm[models]'"
-        ) from None
-    known = {_plain(name): name for name in roms.get_all_rom_ids()}
-    if _plain(game) not in known:
-        raise UserError(
-            f"--game {game}: no such game among ale-py's {len(known)}"
-            + (
-                nearest(game, map(_camel, known.values()))
-                or "; for example SpaceInvaders, Breakout, Enduro, Seaquest"
-            )
-        )
-    path = roms.get_rom_path(known[_plain(game)])
-    if path is None or not path.exists():
-        raise UserError(
-            f"--game {game}: its ROM is missing from ale-py; install it again: "
-            "pip install --force-reinstall --no-deps ale-py"
-        )
-    return str(path)
-
-
-def _camel(name: str) -> str:
-    return "".join(part.capitalize() for part in name.split("_"))
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
 class Steps(NamedTuple):
-    """What the actions of all environments led to; see Step."""
+    """The outcomes of all environments' actions; see Step."""
 
-    frames: np.ndarray  # uint8 [environments, 84, 84]; a new game's first frame after an end.
+    frames: np.ndarray  # uint8 [environments, 84, 84]; after an end the new game's first frame.
     rewards: np.ndarray  # float32 [environments]
     life_lost: np.ndarray  # bool [environments]
     over: np.ndarray  # bool [environments]
@@ -226,13 +194,18 @@ class Steps(NamedTuple):
 
 
 class Environments:
-    """Several games side by side: send(actions), do other work, recv() what they led to.
+    """Several games side by side: send(actions), do other work, recv() the outcomes.
 
-    An ended game is begun anew at once. The games take their turns in one thread, in order, so
-    that the same seed gives the same games.
+    A game that ends is restarted at once. One thread plays the games in order, so a seed always
+    gives the same games.
+
+    Args:
+      make: returns the game of an index: num_actions, reset(), step(action), state_dict() and
+        load_state_dict(state), as Atari has them.
+      count: the number of games.
     """
 
-    def __init__(self, make: Callable[[int], Environment], count: int):
+    def __init__(self, make: Callable[[int], Any], count: int):
         self.games = [make(index) for index in range(count)]
         self.num_actions = self.games[0].num_actions
         self._scores = np.zeros(count)
@@ -244,26 +217,22 @@ class Environments:
         return len(self.games)
 
     def reset(self) -> np.ndarray:
-        """Begins all games and returns their first frames, uint8 [environments, 84, 84]."""
+        """Starts all games and returns their first frames, uint8 [environments, 84, 84]."""
         self._scores[:], self._lengths[:] = 0, 0
         return np.stack([game.reset() for game in self.games])
 
     def send(self, actions: np.ndarray) -> None:
         """Starts playing one action in each game."""
-        self._pending = self._thread.submit(self._step, actions)
+        self._pending = self._thread.submit(self.step, actions)
 
     def recv(self) -> Steps:
-        """Waits for what the actions led to."""
-        assert self._pending is not None, "recv() follows send()"
+        """Waits for the outcomes of the actions sent."""
+        assert self._pending is not None, "recv() without send()"
         pending, self._pending = self._pending, None
         return pending.result()
 
-    def step(self, actions: np.ndarray) -> Steps:
-        """Plays one action in each game."""
-        return self._step(actions)
-
     def unfinished(self) -> tuple[list[float], list[int]]:
-        """Returns the scores and lengths so far of the games being played."""
+        """Returns the scores and lengths of the games in progress."""
         return self._scores.tolist(), self._lengths.tolist()
 
     def close(self) -> None:
@@ -271,8 +240,8 @@ class Environments:
         self._thread.shutdown()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything that decides the future; not between send() and recv()."""
-        assert self._pending is None, "the state is unknown between send() and recv()"
+        """Returns everything the games' future depends on; not between send() and recv()."""
+        assert self._pending is None, "state_dict() between send() and recv()"
         return {
             "games": [game.state_dict() for game in self.games],
             "scores": self._scores.copy(),
@@ -280,12 +249,13 @@ class Environments:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a saved state."""
+        """Restores a saved state."""
         for game, saved in zip(self.games, state["games"], strict=True):
             game.load_state_dict(saved)
         self._scores[:], self._lengths[:] = state["scores"], state["lengths"]
 
-    def _step(self, actions: np.ndarray) -> Steps:
+    def step(self, actions: np.ndarray) -> Steps:
+        """Plays one action in each game."""
         frames, scores, lengths, rest = [], [], [], []
         for index, (game, action) in enumerate(zip(self.games, actions, strict=True)):
             frame, *outcome = game.step(int(action))
@@ -308,7 +278,7 @@ class Environments:
 
 
 class FrameStack:
-    """The last 4 frames of each game, zeros before its first one.
+    """The last 4 frames of each game; zeros before its first frame.
 
     Attributes:
       frames: uint8 [environments, 84, 84, 4], the newest last.
@@ -318,17 +288,9 @@ class FrameStack:
         self.frames = np.zeros((count, *FRAME_SHAPE, size), np.uint8)
 
     def push(self, frames: np.ndarray, begins: np.ndarray | None = None) -> np.ndarray:
-        """Adds a frame of each game, `begins` telling which are the first of theirs."""
+        """Adds one frame per game; `begins`, bool [environments], marks first frames of a game."""
         self.frames[..., :-1] = self.frames[..., 1:]
         if begins is not None:
             self.frames[begins] = 0
         self.frames[..., -1] = frames
         return self.frames
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the frames."""
-        return {"frames": self.frames.copy()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes them up again."""
-        self.frames[:] = state["frames"]

@@ -8,7 +8,7 @@ import tensorflow as tf
 class BatchNormalization(tf.Module):
     """gamma (t - mu[t]) / sqrt(var[t] + epsilon) + beta; running moments at test time.
 
-    Arguments:
+    Args:
       units: size of the last axis.
       momentum: m <- momentum * m + (1 - momentum) * now, of the running moments.
       epsilon: added to the variance.
@@ -31,7 +31,7 @@ class BatchNormalization(tf.Module):
         self.moving_variance = running(tf.ones([units]), name="moving_variance")
 
     def __call__(self, t, training: bool) -> tf.Tensor:
-        """Returns the normalised t, of t's type; the moments are float32."""
+        """Returns the normalized t, of t's type; the moments are float32."""
         if not training:
             return self._scale_and_shift(t, self.moving_mean, self.moving_variance)
         if self.synchronized and tf.distribute.get_replica_context().num_replicas_in_sync > 1:

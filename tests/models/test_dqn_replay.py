@@ -1,4 +1,4 @@
-"""The replay memory against a plain list of transitions."""
+"""models/dqn/replay.py against a plain list of transitions."""
 
 import collections
 import pathlib
@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from models.common import replay
 from models.common.errors import UserError
-from models.common.replay import CUT, LAST, TERMINAL, Replay
+from models.dqn import replay
+from models.dqn.replay import CUT, LAST, TERMINAL, Replay
 
 
 class Naive:
@@ -222,19 +222,6 @@ def test_a_memory_that_takes_over_a_file_forgets_what_was_there(rng, tmp_path, i
     for a, b in zip(samples(other, 0, 2), expected, strict=True):
         for left, right in zip(a, b, strict=True):
             np.testing.assert_array_equal(left, right)
-
-
-def test_a_memory_from_before_they_had_numbers_is_restored(rng, tmp_path):
-    made = filled(rng, 30, 2, 20, file=tmp_path / "ring")
-    state = made.state_dict()
-    made.close()
-    del state["id"]
-    other = Replay(30, 2, file=tmp_path / "ring")
-    with pytest.raises(UserError, match="does not hold the replay memory of this run"):
-        other.load_state_dict(state)
-    other._header[1] = 0
-    other.load_state_dict(state)
-    assert len(other) == 30
 
 
 def test_a_checkpoint_of_which_nothing_is_left_begins_empty(rng, tmp_path):
