@@ -39,8 +39,8 @@ def reparameterize(
       TensorFlow converts to the tensor w = g * v / ||v||, so that the module's own code runs
       unchanged. So do variables in lists, tuples and dicts.
     - Layers of tfwn with parameterization "normal" get "weight_norm".
-    - The layers of a Keras model of any kind are put in `tfwn.keras.WeightNormalization`, in place; a
-      built optimizer is made anew. A single Keras layer is returned in its wrapper.
+    - The layers of a Keras model of any kind are put in `tfwn.keras.WeightNormalization`, in place;
+      a built optimizer is made anew. A single Keras layer is returned in its wrapper.
 
     Arguments:
       model: the model, after its first call, so that its variables exist. tf.functions that are its
