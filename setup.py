@@ -51,6 +51,7 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "ale-py>=0.11",  # Atari games, ROMs included
+        "tyro>=1.0",  # command lines
         "rich>=13.9",  # progress lines and tables
         "matplotlib>=3.9",  # the paper's figures
         "imageio>=2.36",  # videos of games, GIFs of canvases

@@ -114,8 +114,8 @@ def reference(case: Case, v, g, grad_w):
     norm = np.sqrt((v * v).sum(reduced))
     inverse = np.divide(1, norm, out=np.zeros_like(norm), where=norm > 0)
     grad_g = (grad_w * v).sum(reduced) * inverse
-    g, scale, tilt = (np.expand_dims(x, reduced) for x in (g, inverse, grad_g * inverse))
-    return g * (v * scale), norm, g * (scale * (grad_w - tilt * v)), grad_g
+    g, scale, projection = (np.expand_dims(x, reduced) for x in (g, inverse, grad_g * inverse))
+    return g * (v * scale), norm, g * (scale * (grad_w - projection * v)), grad_g
 
 
 def random_inputs(case: Case, kinds, random: np.random.Generator, scale: float = 1.0):
