@@ -103,7 +103,7 @@ class Gpu:
 
 
 class GpuArray:
-    """An array on the device, by DLPack: the one protocol that has bfloat16."""
+    """An array on the device: for `native` by its pointer, for PyTorch by DLPack."""
 
     def __init__(self, gpu: Gpu, array: np.ndarray, margin: int):
         self._gpu, self._margin = gpu, margin
@@ -144,6 +144,15 @@ class GpuArray:
             raise AssertionError("a kernel wrote outside of its array")
         contents = memory[self._margin : self._margin + self.nbytes]
         return contents.view(self.dtype).reshape(self.shape)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.pointer, False),
+            "version": 3,
+        }
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, 0)  # kDLCUDA
