@@ -195,12 +195,12 @@ CLAIMS = {
     "g of the wrong shape": "tfwn/test_ops_errors.py::test_refused",
     "v in bfloat16 with g in float32": "tfwn/test_ops_numerics.py::test_types_mix",
     "results depend on the number of threads": (
-        "tfwn/test_ops_numerics.py::test_bit_identical_for_any_number_of_threads"
+        "tfwn/test_ops_numerics.py::test_bit_identical_for_any_number_of_threads_in_any_mode"
     ),
     "data-dependent initialization (section 3)": (
         "tfwn/test_data_dependent_init.py::test_all_pre_activations_of_a_deep_net_are_standard"
     ),
-    "second derivative, forward mode, XLA": "tfwn/test_ops_transforms.py::test_forward_accumulator",
+    "second derivative, forward mode, XLA": "tfwn/test_ops_derivatives.py::test_forward_accumulator",
 }
 
 
