@@ -1,7 +1,7 @@
 """Builds csrc into three libraries in tfwn/, against the TensorFlow that is installed.
 
     _ops.so        the TensorFlow op, CPU and CUDA kernels
-    _xla.so        the op's XLA kernels
+    _xla.so        the op for XLA: the kernels as targets of custom calls
     native.<abi>   the kernels on NumPy arrays and device pointers, without TensorFlow
 
 `python setup.py build_ext --inplace` compiles only what changed. Environment variables:
@@ -51,6 +51,7 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "ale-py>=0.11",  # Atari games, ROMs included
+        "tyro>=1.0",  # command lines
         "rich>=13.9",  # progress lines and tables
         "matplotlib>=3.9",  # the paper's figures
         "imageio>=2.36",  # videos of games, GIFs of canvases
@@ -261,7 +262,7 @@ class Build(build_ext):
         for ext in self.extensions:
             for source in ext.sources:
                 flags = self.compile_flags(ext, tensorflow, info)
-                if cuda and ext.name != "tfwn._xla":
+                if cuda:
                     flags += ["-DTFWN_CUDA=1", "-isystem", f"{cuda.home}/include"]
                 compile_commands[source] = base + flags
 
@@ -272,9 +273,8 @@ class Build(build_ext):
         commands = {source: compile_commands[source] for source in sources}
         objects = compile_all(commands, versions, self.parallel or os.cpu_count() or 1)
         for ext in self.extensions:
-            parts = [*ext.sources, *(kernels if ext.name != "tfwn._xla" else [])]
             flags = self.link_flags(ext, cuda, tensorflow)
-            library = link([objects[source] for source in parts], flags)
+            library = link([objects[source] for source in [*ext.sources, *kernels]], flags)
             replace(library, Path(self.get_ext_fullpath(ext.name)))
         path = Path(self.build_lib, BUILD_INFO)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -317,7 +317,7 @@ class Build(build_ext):
         The CUDA runtime comes before TensorFlow, whose GPU build exports stubs of the same names.
         """
         flags = ["-Wl,-O1", "-Wl,--as-needed"]
-        if cuda and ext.name != "tfwn._xla":
+        if cuda:
             flags += cuda.link_flags
         if tensorflow and ext.name != "tfwn.native":
             flags += ["-Wl,-z,defs", f"-L{tensorflow.lib}"]
@@ -340,12 +340,12 @@ class Build(build_ext):
 
 def extensions() -> list[Extension]:
     """Returns the libraries that are wanted; the kernels are added to them when they are linked."""
-    sources = {"tfwn.native": "csrc/python_bindings.cc"}
+    sources = {"tfwn.native": ["csrc/python_bindings.cc"]}
     if wanted("TFWN_TENSORFLOW"):
-        sources["tfwn._ops"] = "csrc/tensorflow_ops.cc"
+        sources["tfwn._ops"] = ["csrc/tensorflow_ops.cc"]
         if wanted("TFWN_XLA"):
-            sources["tfwn._xla"] = "csrc/tensorflow_xla.cc"
-    return [Extension(name, [source]) for name, source in sources.items()]
+            sources["tfwn._xla"] = ["csrc/tensorflow_xla.cc", "csrc/xla_handlers.cc"]
+    return [Extension(name, files) for name, files in sources.items()]
 
 
 def requirements() -> dict:

@@ -21,19 +21,21 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plain, timing
-from models import cifar
+from models.cifar.config import PAPER, Config
+from models.cifar.network import Network, initialize
+from models.cifar.training import make_optimizer, make_steps
 from models.common import runtime
 
 LAST, FIRST = "PyTorch channels-last", "PyTorch as it comes"
 
 
-def tensorflow_step(config: cifar.Config, images, labels):
+def tensorflow_step(config: Config, images, labels):
     dtype = runtime.compute_dtype(config)
-    network = cifar.Network(config, dtype)
+    network = Network(config, dtype)
     network(images[:1])
-    cifar.initialize(config, network, images)
-    optimizer = cifar.make_optimizer(config, network.trainable_variables)
-    train_step, _ = cifar.make_steps(config, tf.distribute.get_strategy(), network, optimizer)
+    initialize(config, network, images)
+    optimizer = make_optimizer(config, network.trainable_variables)
+    train_step, _ = make_steps(config, tf.distribute.get_strategy(), network, optimizer)
     seed = tf.constant([0, 1], tf.int64)
     run = lambda: train_step(images, labels, seed).numpy()  # noqa: E731
     run()
@@ -76,7 +78,7 @@ def torch_network(width: int) -> torch.nn.Sequential:
     return network
 
 
-def torch_step(config: cifar.Config, images, labels, memory_format):
+def torch_step(config: Config, images, labels, memory_format):
     network = torch_network(config.width).to(memory_format=memory_format)
     adam = torch.optim.Adam(network.parameters(), lr=0.003)
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=memory_format)
@@ -111,7 +113,7 @@ def main() -> None:
     random = np.random.default_rng(0)
     images = random.normal(size=(options.batch_size, 32, 32, 3)).astype(np.float32)
     labels = random.integers(0, 10, options.batch_size)
-    config = cifar.Config(
+    config = Config(
         width=options.width,
         batch_size=options.batch_size,
         mixed_precision="none" if options.dtype == "float32" else "bfloat16",
@@ -123,7 +125,7 @@ def main() -> None:
 
     contenders = {"weight_norm": ours("weight_norm")}
     if options.only != "peers":
-        contenders |= {kind: ours(kind) for kind in cifar.PAPER if kind != "weight_norm"}
+        contenders |= {kind: ours(kind) for kind in PAPER if kind != "weight_norm"}
         with plain.weight_norm():
             contenders[plain.NAME] = ours("weight_norm")
     if options.only != "parameterizations":

@@ -5,7 +5,7 @@
 Agent steps per second in the steady state: Space Invaders, the network of Mnih et al. 2015,
 minibatches of 64, one update per 4 steps, 10% random actions. All contenders live in one process
 and take turns in windows of a few seconds; a ratio is the median over the rounds of two windows'
-quotient. Ours is the program's own loop body (models.dqn.advance).
+quotient. Ours is the program's own loop body (models.dqn.training.advance).
 """
 
 import argparse
@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import dqn_peers, plain, timing
-from models import dqn
-from models.common.environments import Environments
-from models.common.replay import Replay
+from models.dqn.agent import Actor, Learner
+from models.dqn.config import Config
+from models.dqn.games import make_games
+from models.dqn.replay import Replay
+from models.dqn.training import advance
 
 STEPS = 64  # Of one call.
 WARM_UP = 2_048
@@ -43,28 +45,28 @@ PLAIN = "weight norm in plain TensorFlow"
 
 def ours(parameterization: Any, dtype: tf.DType, num_envs: int) -> Callable[[], object]:
     """The program itself, without tests, checkpoints and metrics."""
-    config = dqn.Config(
+    config = Config(
         parameterization=parameterization,
         num_envs=num_envs,
         replay=dqn_peers.MEMORY,
         learning_starts=WARM_UP,
         epsilon_steps=1,
     )
-    games: Environments = dqn.make_games(config, num_envs, 0)
+    games = make_games(config, num_envs, 0)
     memory = Replay(config.replay, num_envs)
-    learner = dqn.Learner(config, games.num_actions, dtype)
-    actor = dqn.Actor(config, learner, games, memory)
+    learner = Learner(config, games.num_actions, dtype)
+    actor = Actor(config, learner, games, memory)
     actor.begin()
     step = 0
     while step < WARM_UP:
-        dqn.advance(config, learner, actor, step)
+        advance(config, learner, actor, step)
         step += num_envs
-    learner.initialize(dqn.states_of(memory.sample(config.init_batch)))
+    learner.initialize(memory.sample(config.init_batch).states)
 
     def play() -> None:
         nonlocal step
         for _ in range(STEPS // num_envs):
-            dqn.advance(config, learner, actor, step)
+            advance(config, learner, actor, step)
             step += num_envs
 
     play()  # Traces the updates.

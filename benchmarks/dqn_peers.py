@@ -15,8 +15,8 @@ from stable_baselines3 import DQN
 from stable_baselines3.common import atari_wrappers, buffers, vec_env
 from torch import nn
 
-from models.common.environments import Atari, Environments, FrameStack
-from models.common.replay import LAST, TERMINAL, Replay
+from models.dqn.games import Atari, Environments, FrameStack
+from models.dqn.replay import LAST, TERMINAL, Replay
 
 gymnasium.register_envs(ale_py)
 BATCH, EVERY, MEMORY, EPSILON, DISCOUNT = 64, 4, 10_000, 0.1, 0.99

@@ -24,17 +24,19 @@ from rich.table import Table
 from torch.nn import functional
 
 from benchmarks import plain, timing
-from models import draw
+from models.draw.config import Config
+from models.draw.network import SIDE, Network
+from models.draw.training import make_optimizer, make_steps
 
 OURS = "weight_norm"
 PEER, COMPILED = "PyTorch", "PyTorch, torch.compile"
 
 
-def tensorflow_step(config: draw.Config, images):
+def tensorflow_step(config: Config, images):
     """Returns the step as a call, and the seconds to build its graph and for the first call."""
-    network = draw.Network(config)
-    optimizer = draw.make_optimizer(config, network.trainable_variables)
-    train_step, _ = draw.make_steps(config, tf.distribute.get_strategy(), network, optimizer)
+    network = Network(config)
+    optimizer = make_optimizer(config, network.trainable_variables)
+    train_step, _ = make_steps(config, tf.distribute.get_strategy(), network, optimizer)
     seed = tf.constant([0, 1], tf.int64)
     run = lambda: train_step(images, seed).numpy()  # noqa: E731
     begin = time.perf_counter()
@@ -77,9 +79,9 @@ def filterbanks(parameters, size: int, side: int):
 
 
 class TorchDraw(torch.nn.Module):
-    """The model of models/draw.py, with attention."""
+    """The model of models/draw, with attention."""
 
-    def __init__(self, config: draw.Config, compiled: bool):
+    def __init__(self, config: Config, compiled: bool):
         super().__init__()
         self.config = config
         h_enc, h_dec, z = config.encoder_units, config.decoder_units, config.latent_units
@@ -96,7 +98,7 @@ class TorchDraw(torch.nn.Module):
 
     def glimpse(self, x, canvas, h_enc, c_enc, h_dec, c_dec, u, weights):
         encoder, decoder, q, reader, writer = weights
-        config, side = self.config, draw.SIDE
+        config, side = self.config, SIDE
         read_size, write_size = config.read_size, config.write_size
         f_y, f_x, gamma = filterbanks(functional.linear(h_dec, *reader), read_size, side)
         both = torch.cat([x, x - torch.sigmoid(canvas)], 2)
@@ -124,7 +126,7 @@ class TorchDraw(torch.nn.Module):
         return (loss + kl) / len(x)
 
 
-def torch_step(config: draw.Config, images, compiled: bool = False):
+def torch_step(config: Config, images, compiled: bool = False):
     network = TorchDraw(config, compiled)
     adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
     x = torch.from_numpy(images).float()
@@ -155,9 +157,9 @@ def main() -> None:
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     machine = timing.describe_machine("tensorflow", "torch")
-    images = np.random.default_rng(0).integers(0, 2, (options.batch_size, draw.SIDE, draw.SIDE))
+    images = np.random.default_rng(0).integers(0, 2, (options.batch_size, SIDE, SIDE))
     images = images.astype(np.uint8)
-    config = draw.Config(glimpses=options.glimpses, batch_size=options.batch_size)
+    config = Config(glimpses=options.glimpses, batch_size=options.batch_size)
     contenders, first = {}, {}
 
     def ours(name, **values):

@@ -2,15 +2,18 @@
 
     python -m benchmarks.op [--dtype float32] [--case dense] [--threads 2] [--out build/benchmarks]
 
-In a graph: several independent weights in one `tf.function`, forward alone or forward and backward:
-ours, the formula in plain TensorFlow, the same under XLA, PyTorch's fused kernel with autograd, and
-the floor, which moves the bytes that any implementation must move and does nothing else: a copy for
-the forward, a two-input sum for the backward. Kernels alone: tfwn.native against PyTorch's kernel.
-All use the same number of threads and memory that has been touched before; what fresh pages would
-add is a column of its own.
+In a graph: several independent weights in one `tf.function`, forward alone or forward and backward,
+each as a graph of operations and compiled by XLA (jit): ours; the formula as it is fastest in plain
+TensorFlow, v * (g * rsqrt(sum(v^2))); and as it is often written, l2_normalize(v) * g. Beside them
+PyTorch's fused kernel with autograd, and the floor, which moves the bytes that any implementation
+must move and does nothing else: a copy for the forward, a two-input sum for the backward. Kernels
+alone: tfwn.native against PyTorch's kernel. All use the same number of threads and memory that has
+been touched before; what fresh pages would add is a column of its own.
 """
 
 import argparse
+import itertools
+import json
 import mmap
 import os
 import sys
@@ -30,7 +33,9 @@ import tfwn
 import tfwn.native as native
 from benchmarks import timing
 
-OURS, PLAIN, XLA, TORCH, FLOOR, FRESH = "ours", "plain TF", "TF XLA", "PyTorch", "floor", "fresh"
+OURS, FORMULA, L2_NORMALIZE = "tfwn", "formula", "l2_normalize"
+OURS_JIT, FORMULA_JIT, L2_NORMALIZE_JIT = "tfwn jit", "formula jit", "l2_normalize jit"
+TORCH, FLOOR, FRESH = "PyTorch", "floor", "fresh"
 KERNEL, TORCH_KERNEL = "our kernel", "PyTorch kernel"
 
 
@@ -68,11 +73,26 @@ CASES = [
 ]
 
 
-def plain_weight_norm(v, g, case: Case):
-    """Eq. 2 as TensorFlow users write it."""
+def spread(g, case: Case):
+    """Returns g in the shape in which it multiplies v."""
     shape = [1] * len(case.shape)
     shape[case.axis] = case.shape[case.axis]
-    return tf.math.l2_normalize(v, case.reduced, epsilon=0.0) * tf.reshape(g, shape)
+    return tf.reshape(g, shape)
+
+
+def formula(v, g, case: Case):
+    """Eq. 2 at its fastest in plain TensorFlow: one pass over v to sum, one to multiply."""
+    square = tf.reduce_sum(tf.square(v), case.reduced, keepdims=True)
+    return v * (spread(g, case) * tf.math.rsqrt(square))
+
+
+def l2_normalize(v, g, case: Case):
+    """Eq. 2 with TensorFlow's function for v / ||v||."""
+    return tf.math.l2_normalize(v, case.reduced, epsilon=0.0) * spread(g, case)
+
+
+def ours(v, g, case: Case):
+    return tfwn.weight_norm(v, g, case.axis)
 
 
 def tensorflow_contenders(case: Case, dtype: str, backward: bool) -> dict[str, Callable]:
@@ -84,14 +104,14 @@ def tensorflow_contenders(case: Case, dtype: str, backward: bool) -> dict[str, C
     vs, gs, grad_ws = variables(case.shape), variables(case.shape[case.axis]), variables(case.shape)
     ws, grad_vs, grad_gs = (variables(like[0].shape) for like in (vs, vs, gs))
 
-    def graph(weight_norm, **options):
+    def graph(weight_norm, jit_compile):
         # The results go into variables, which take them over without a copy. Returned to Python,
         # each would cost more than a small weight's arithmetic.
-        @tf.function(**options)
+        @tf.function(jit_compile=jit_compile)
         def run():
             for i, (v, g) in enumerate(zip(vs, gs, strict=True)):
                 with tf.GradientTape() as tape:
-                    w = weight_norm(v, g)
+                    w = weight_norm(v, g, case)
                 ws[i].assign(w)
                 if backward:
                     grad_v, grad_g = tape.gradient(w, [v, g], output_gradients=grad_ws[i])
@@ -100,11 +120,13 @@ def tensorflow_contenders(case: Case, dtype: str, backward: bool) -> dict[str, C
 
         return run
 
-    plain = lambda v, g: plain_weight_norm(v, g, case)  # noqa: E731
     return {
-        OURS: graph(lambda v, g: tfwn.weight_norm(v, g, case.axis)),
-        PLAIN: graph(plain),
-        XLA: graph(plain, jit_compile=True),
+        OURS: graph(ours, jit_compile=False),
+        FORMULA: graph(formula, jit_compile=False),
+        L2_NORMALIZE: graph(l2_normalize, jit_compile=False),
+        OURS_JIT: graph(ours, jit_compile=True),
+        FORMULA_JIT: graph(formula, jit_compile=True),
+        L2_NORMALIZE_JIT: graph(l2_normalize, jit_compile=True),
     }
 
 
@@ -164,7 +186,7 @@ def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> d
     ws, norms = arrays(case.shape), arrays(units, "float32")
     grad_vs, grad_gs = arrays(case.shape), arrays(units)
 
-    def ours():
+    def kernel():
         for i in range(case.weights):
             native.weight_norm(vs[i], gs[i], case.axis, out=(ws[i], norms[i]), threads=threads)
             if backward:
@@ -179,7 +201,7 @@ def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> d
                 )
 
     if case.axis not in (0, -1):
-        return {KERNEL: ours}  # PyTorch has kernels for the first and the last axis only
+        return {KERNEL: kernel}  # PyTorch has kernels for the first and the last axis only
     kind = getattr(torch, dtype)
     axis = case.axis % len(case.shape)
     g_shape = [n if a == axis else 1 for a, n in enumerate(case.shape)]
@@ -198,7 +220,7 @@ def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> d
                 grads = torch.ops.aten._weight_norm_interface_backward(grad_w, v, g, norm, axis)
             results[i] = (w, norm, *grads)
 
-    return {KERNEL: ours, TORCH_KERNEL: theirs}
+    return {KERNEL: kernel, TORCH_KERNEL: theirs}
 
 
 def touch_fresh(like):
@@ -272,34 +294,35 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib import ticker
 
-    names = {OURS: "#d1495b", XLA: "#66a182", TORCH: "#edae49", PLAIN: "#8d96a3"}
-    figure, axes = plt.subplots(figsize=(8, 0.55 * len(rows) + 1.4), layout="constrained")
-    height = 0.8 / len(names)
-    for number, (name, color) in enumerate(names.items()):
+    colors = {
+        OURS: "#d1495b",
+        OURS_JIT: "#e79aa3",
+        FORMULA: "#66788a",
+        FORMULA_JIT: "#a9b4bf",
+        TORCH: "#edae49",
+    }
+    figure, axes = plt.subplots(figsize=(8, 0.85 * len(rows) + 1.4), layout="constrained")
+    height = 0.85 / len(colors)
+    for number, (name, color) in enumerate(colors.items()):
         ratios = [np.divide(r["seconds"][name], r["seconds"][FLOOR]) for r in rows]
         low, middle, high = np.percentile(ratios, [25, 50, 75], axis=1)
-        y = np.arange(len(rows)) + (number - 1.5) * height
-        axes.barh(y, middle, height, color=color, label=name if name != OURS else "tfwn")
-        axes.errorbar(
-            middle, y, xerr=[middle - low, high - middle], fmt="none", ecolor="#333", lw=1
-        )
+        y = np.arange(len(rows)) + (number - (len(colors) - 1) / 2) * height
+        axes.barh(y, middle, 0.9 * height, color=color, label=name)
+        error = [middle - low, high - middle]
+        axes.errorbar(middle, y, xerr=error, fmt="none", ecolor="black", lw=0.8, capsize=1.5)
         for at, value, end in zip(y, middle, high, strict=True):
             axes.annotate(
-                f"{value:.1f}", (end, at), (4, 0), textcoords="offset points", va="center", size=7
+                f"{value:.1f}", (end, at), (4, 0), textcoords="offset points", va="center", size=8
             )
     axes.axvline(1, color="black", lw=1, ls=":")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_xlim(left=0)
     axes.set_yticks(range(len(rows)), [r["case"] for r in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("time / time to move the same bytes (log scale; less is better)")
+    axes.set_xlabel("time / time to move the same bytes, dotted (less is better)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, ncols=len(names), loc="outside lower center")
+    figure.legend(frameon=False, fontsize=9, ncols=len(colors), loc="outside lower center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -314,6 +337,9 @@ def parse_arguments() -> argparse.Namespace:
         "--threads", type=int, default=cores, help="default: %(default)s, all cores"
     )
     parser.add_argument("--rounds", type=int, default=15, help="windows each, default %(default)s")
+    parser.add_argument(
+        "--add", action="store_true", help="keep what OUT/op.json holds of other weights"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="%(default)s")
     return parser.parse_args()
 
@@ -332,29 +358,37 @@ def main() -> None:
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(machine)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for dtype in [arguments.dtype] if arguments.dtype else ["float32", "bfloat16"]:
-        for backward in (False, True):
-            rows = []
-            for case in cases:
-                with console.status(f"{dtype} {case.name}"):
-                    times = measure(
-                        case, dtype, backward, threads=arguments.threads, rounds=arguments.rounds
-                    )
-                rows.append(row_of(case, dtype, backward, times))
-            title = f"{rows[0]['pass']}, {dtype}, {arguments.threads} threads"
-            console.print(table_of(rows, f"in a graph, {title}", OURS, [PLAIN, XLA, TORCH]))
-            with_peer = [row for row in rows if TORCH_KERNEL in row["seconds"]]
-            if with_peer:
-                console.print(table_of(with_peer, f"kernels, {title}", KERNEL, [TORCH_KERNEL]))
-            results += rows
-        plot(
-            rows,
-            f"weight normalization, {title}\n{machine['cpu']}",
-            arguments.out / f"op-{dtype}.png",
-        )
-    timing.write_json(arguments.out / "op.json", machine, results)
-    console.print(f"wrote {arguments.out}/op.json and the plots beside it")
+    path = arguments.out / "op.json"
+    kept = json.loads(path.read_text())["results"] if arguments.add and path.exists() else []
+    results = {(row["dtype"], row["pass"], row["case"]): row for row in kept}
+    dtypes = [arguments.dtype] if arguments.dtype else ["float32", "bfloat16"]
+    for dtype, backward, case in itertools.product(dtypes, (False, True), cases):
+        with console.status(f"{dtype} {case.name}"):
+            times = measure(
+                case, dtype, backward, threads=arguments.threads, rounds=arguments.rounds
+            )
+        row = row_of(case, dtype, backward, times)
+        results[row["dtype"], row["pass"], row["case"]] = row
+    timing.write_json(path, machine, list(results.values()))
+    for dtype, backward in itertools.product(dtypes, (False, True)):
+        name = "forward+backward" if backward else "forward"
+        found = [results.get((dtype, name, case.name)) for case in CASES]
+        rows = [row for row in found if row is not None]
+        title = f"{name}, {dtype}, {arguments.threads} threads"
+        peers = [FORMULA, L2_NORMALIZE, OURS_JIT, FORMULA_JIT, L2_NORMALIZE_JIT, TORCH]
+        console.print(table_of(rows, f"in a graph, {title}", OURS, peers))
+        peers = [FORMULA_JIT, L2_NORMALIZE_JIT]
+        console.print(table_of(rows, f"compiled by XLA, {title}", OURS_JIT, peers))
+        with_peer = [row for row in rows if TORCH_KERNEL in row["seconds"]]
+        if with_peer:
+            console.print(table_of(with_peer, f"kernels, {title}", KERNEL, [TORCH_KERNEL]))
+    for dtype in dtypes:
+        title = f"weight normalization forward+backward, {dtype}, {arguments.threads} threads"
+        rows = [row for row in results.values() if row["dtype"] == dtype]
+        rows = [row for row in rows if row["pass"] == "forward+backward"]
+        rows.sort(key=lambda row: [case.name for case in CASES].index(row["case"]))
+        plot(rows, f"{title}\n{machine['cpu']}", arguments.out / f"op-{dtype}.png")
+    console.print(f"wrote {path} and the plots beside it")
 
 
 if __name__ == "__main__":

@@ -19,17 +19,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import plain, timing
-from models import vae
 from models.common import runtime
-from models.common.optimizers import Adamax
+from models.vae.config import Config
+from models.vae.model import initialize, make_network
+from models.vae.training import make_optimizer, make_train_step
 
 
-def training_step(config: vae.Config, images: np.ndarray):
+def training_step(config: Config, images: np.ndarray):
     dtype = runtime.compute_dtype(config)
-    network, averaged = (vae.make_network(config, dtype) for _ in range(2))
-    vae.initialize(config, network, images)
-    optimizer = Adamax(network.trainable_variables, config.learning_rate, epsilon_in_max=True)
-    step = vae.make_train_step(
+    network, averaged = (make_network(config, dtype) for _ in range(2))
+    initialize(config, network, images)
+    optimizer = make_optimizer(config, network.trainable_variables)
+    step = make_train_step(
         config, tf.distribute.get_strategy(), network, averaged, optimizer, per_epoch=600
     )
     number = tf.constant(0, tf.int64)
@@ -50,16 +51,14 @@ def main() -> None:
     options = parser.parse_args()
 
     machine = timing.describe_machine("tensorflow")
-    config = vae.Config(
-        **{
-            **vae.PRESETS[options.preset].values,
-            "dataset": options.dataset,
-            "batch_size": options.batch_size,
-            "learning_rate": 1e-6,  # Many steps on one batch of noise, and the same work.
-            "mixed_precision": "none" if options.dtype == "float32" else "bfloat16",
-        }
+    config = Config.of_preset(
+        options.preset,
+        dataset=options.dataset,
+        batch_size=options.batch_size,
+        learning_rate=1e-6,  # Many steps on one batch of noise, and the same work.
+        mixed_precision="none" if options.dtype == "float32" else "bfloat16",
     )
-    size = [28, 28, 1] if config.binary else [32, 32, 3]
+    size = [28, 28, 1] if config.mnist else [32, 32, 3]
     random = np.random.default_rng(0)
     images = random.integers(0, 256, [options.batch_size, *size], np.uint8)
 

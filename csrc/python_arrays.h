@@ -1,4 +1,4 @@
-// Python's arrays as the kernels see them: NumPy's, and those on a CUDA device by way of DLPack or
+// Python's arrays as the kernels see them: NumPy's, and those on a CUDA device by way of
 // __cuda_array_interface__. Whatever is wrong with one is a ValueError.
 
 #ifndef TFWN_CSRC_PYTHON_ARRAYS_H_
@@ -14,13 +14,12 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <functional>
 #include <memory>
-#include <numeric>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "layout.h"
 #include "weight_norm.h"
 
 namespace tfwn {
@@ -30,13 +29,12 @@ namespace py = pybind11;
 struct Array {
   std::string name;  // the argument's
   Type type;
-  std::vector<int64_t> shape;
+  Sizes shape;
   bool contiguous;  // and aligned
   void* data;
   bool writable;
   bool on_device;
-  py::object object;  // the caller's, or a copy of it
-  py::object owner;   // keeps data alive
+  py::object object;  // the caller's, or a copy of it: keeps data alive
 };
 
 template <class... Pieces>
@@ -48,20 +46,12 @@ template <class... Pieces>
 
 inline std::string Repr(const py::handle& object) { return py::repr(object).cast<std::string>(); }
 
-inline std::string Repr(const std::vector<int64_t>& shape) {
-  return Repr(py::tuple(py::cast(shape)));
-}
-
 inline std::string TypeName(const py::handle& object) {
   return py::type::of(object).attr("__name__").cast<std::string>();
 }
 
-inline int64_t SizeOf(const std::vector<int64_t>& shape) {
-  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<int64_t>());
-}
-
 inline int64_t BytesOf(const Array& array) {
-  return SizeOf(array.shape) * static_cast<int64_t>(SizeOf(array.type));
+  return Product(array.shape) * static_cast<int64_t>(SizeOf(array.type));
 }
 
 inline const char* NameOf(Type type) {
@@ -111,25 +101,13 @@ inline Type ParseType(const std::string& name, const py::object& dtype) {
 
 inline Array ParseNumPy(const std::string& name, const py::array& array) {
   Array result = {
-      name, ParseDType(name, array.dtype()), {}, false, nullptr, array.writeable(), false, array,
-      array};
+      name, ParseDType(name, array.dtype()), {}, false, nullptr, array.writeable(), false, array};
   result.shape.assign(array.shape(), array.shape() + array.ndim());
   constexpr int kContiguous =
       py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
   result.contiguous = (array.flags() & kContiguous) == kContiguous;
   result.data = const_cast<void*>(array.data());
   return result;
-}
-
-// Strides in elements of an array without gaps. Those of axes of size 1 do not matter.
-inline bool IsContiguous(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
-  if (SizeOf(shape) == 0) return true;
-  int64_t expected = 1;
-  for (size_t a = shape.size(); a-- > 0;) {
-    if (shape[a] != 1 && strides[a] != expected) return false;
-    expected *= shape[a];
-  }
-  return true;
 }
 
 #ifdef TFWN_CUDA
@@ -140,63 +118,32 @@ inline void CheckCuda(int error, const char* what) {
   }
 }
 
-// The parts of DLPack's stable ABI (dmlc/dlpack, dlpack.h) that are read here.
-struct DLManagedTensor {
-  void* data;
-  int32_t device_type, device_id;
-  int32_t ndim;
-  uint8_t type_code, type_bits;
-  uint16_t type_lanes;
-  int64_t* shape;
-  int64_t* strides;  // in elements; null when contiguous
-  uint64_t byte_offset;
-  void* manager_context;
-  void (*deleter)(DLManagedTensor*);
-};
-
-constexpr int kDLCuda = 2, kDLCudaManaged = 13, kDLFloat = 2, kDLBfloat = 4;
-
-inline Array ParseDLPack(const std::string& name, const py::object& object, intptr_t stream) {
-  // The producer makes its work on the array come before ours. 1 is DLPack's name for stream 0.
-  // The capsule, never renamed to "used_dltensor", frees itself.
-  const py::capsule capsule = object.attr("__dlpack__")(py::arg("stream") = stream ? stream : 1);
-  const DLManagedTensor& tensor = *capsule.get_pointer<DLManagedTensor>();
-  Array result = {name, Type::kFloat, {}, true, nullptr, true, true, object, capsule};
-  const int bits = tensor.type_bits;
-  if (tensor.type_lanes == 1 && tensor.type_code == kDLBfloat && bits == 16) {
-    result.type = Type::kBfloat16;
-  } else if (tensor.type_lanes == 1 && tensor.type_code == kDLFloat &&
-             (bits == 16 || bits == 32 || bits == 64)) {
-    result.type = bits == 16 ? Type::kHalf : bits == 32 ? Type::kFloat : Type::kDouble;
-  } else {
-    Fail(name, " must be float16, bfloat16, float32 or float64, but is DLPack's type code ",
-         int{tensor.type_code}, " of ", bits, " bits");
-  }
-  result.shape.assign(tensor.shape, tensor.shape + tensor.ndim);
-  if (tensor.strides != nullptr) {
-    const std::vector<int64_t> strides(tensor.strides, tensor.strides + tensor.ndim);
-    result.contiguous = IsContiguous(result.shape, strides);
-  }
-  result.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
-  return result;
+inline Type ParseTypeString(const std::string& name, const std::string& text) {
+  if (text == "<V2") return Type::kBfloat16;  // as PyTorch and ml_dtypes write it
+  return ParseDType(name, py::dtype(text));
 }
 
 inline Array ParseCudaArray(const std::string& name, const py::object& object, intptr_t stream) {
   const py::dict interface = object.attr("__cuda_array_interface__");
   const py::tuple data = interface["data"];
   Array result = {name,
-                  ParseDType(name, py::dtype(interface["typestr"].cast<std::string>())),
-                  interface["shape"].cast<std::vector<int64_t>>(),
+                  ParseTypeString(name, interface["typestr"].cast<std::string>()),
+                  interface["shape"].cast<Sizes>(),
                   true,
                   reinterpret_cast<void*>(data[0].cast<uintptr_t>()),
                   !data[1].cast<bool>(),
                   true,
-                  object,
                   object};
   if (interface.contains("strides") && !interface["strides"].is_none()) {
-    std::vector<int64_t> strides = interface["strides"].cast<std::vector<int64_t>>();
-    for (int64_t& stride : strides) stride /= static_cast<int64_t>(SizeOf(result.type));
-    result.contiguous = IsContiguous(result.shape, strides);
+    const auto strides = interface["strides"].cast<std::vector<int64_t>>();
+    int64_t expected = SizeOf(result.type);
+    for (size_t a = strides.size(); a-- > 0;) {
+      // The strides of axes of size 1, and of an array without elements, do not matter.
+      if (result.shape[a] > 1 && strides[a] != expected && Product(result.shape) > 0) {
+        result.contiguous = false;
+      }
+      expected *= result.shape[a];
+    }
   }
   if (interface.contains("stream") && !interface["stream"].is_none()) {
     // The array is ready once this stream has come as far as it is now.
@@ -217,7 +164,7 @@ inline Array ParseCudaArray(const std::string& name, const py::object& object, i
 inline int DeviceOf(const std::vector<const Array*>& arrays) {
   int device = -1;
   for (const Array* array : arrays) {
-    if (SizeOf(array->shape) == 0) continue;
+    if (Product(array->shape) == 0) continue;
     cudaPointerAttributes attributes;
     CheckCuda(cudaPointerGetAttributes(&attributes, array->data), "look up a pointer");
     if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
@@ -233,29 +180,50 @@ inline int DeviceOf(const std::vector<const Array*>& arrays) {
   return device;
 }
 
+// Makes a device the current one for as long as this lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) {
+    int current = 0;
+    CheckCuda(cudaGetDevice(&current), "find the device");
+    if (current == device) return;
+    CheckCuda(cudaSetDevice(device), "choose the device");
+    before_ = current;
+  }
+  ~OnDevice() {
+    if (before_ >= 0) cudaSetDevice(before_);
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+ private:
+  int before_ = -1;
+};
+
 // Works in `given`, unless it is null, or in memory of the stream's own.
 template <class Arguments>
 void RunOnDevice(const Arguments& arguments, int device, intptr_t stream_handle,
                  const Array* given) {
   const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
-  int before = 0, multiprocessors = 0;
-  CheckCuda(cudaGetDevice(&before), "find the device");
-  CheckCuda(cudaSetDevice(device), "choose the device");
-  int error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  void* scratch = nullptr;
-  if (error == 0) {
-    const int64_t bytes = static_cast<int64_t>(cuda::ScratchBytes(arguments, multiprocessors));
-    if (given != nullptr && BytesOf(*given) < bytes) {
-      cudaSetDevice(before);
+  const OnDevice on_device(device);
+  int multiprocessors = 0;
+  CheckCuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+            "ask for the device's multiprocessors");
+  const int64_t bytes = static_cast<int64_t>(cuda::ScratchBytes(arguments, multiprocessors));
+  if (given != nullptr) {
+    if (BytesOf(*given) < bytes) {
       Fail("scratch must have at least ", bytes, " bytes, but has ", BytesOf(*given));
     }
-    if (given == nullptr && bytes > 0) error = cudaMallocAsync(&scratch, bytes, stream);
+    if (bytes > 0 && reinterpret_cast<uintptr_t>(given->data) % 256 != 0) {
+      Fail("scratch must be aligned to 256 bytes, but is at ", given->data);
+    }
+    CheckCuda(cuda::Run(arguments, multiprocessors, given->data, stream), "run weight_norm");
+    return;
   }
-  if (error == 0) {
-    error = cuda::Run(arguments, multiprocessors, given ? given->data : scratch, stream);
-  }
+  void* scratch = nullptr;
+  if (bytes > 0) CheckCuda(cudaMallocAsync(&scratch, bytes, stream), "allocate scratch");
+  const int error = cuda::Run(arguments, multiprocessors, scratch, stream);
   if (scratch != nullptr) cudaFreeAsync(scratch, stream);
-  cudaSetDevice(before);
   CheckCuda(error, "run weight_norm");
 }
 
@@ -278,31 +246,19 @@ inline Array ParseArray(const std::string& name, py::object object,
   if (py::isinstance<py::array>(object)) {
     return ParseNumPy(name, py::reinterpret_borrow<py::array>(object));
   }
-  const bool interface = py::hasattr(object, "__cuda_array_interface__");
-  int device_type = 0;
-  if (py::hasattr(object, "__dlpack_device__")) {
-    device_type = object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int>();
-    if (device_type == 1) {
-      Fail(name, " is in the host's memory, but is no NumPy array: ", TypeName(object),
-           ". Pass np.from_dlpack(", name, ") or ", name, ".numpy()");
-    }
-  }
+  if (py::hasattr(object, "__cuda_array_interface__")) {
 #ifdef TFWN_CUDA
-  if (device_type == kDLCuda || device_type == kDLCudaManaged) {
-    return ParseDLPack(name, object, stream);
-  }
-  if (interface) return ParseCudaArray(name, object, stream);
+    return ParseCudaArray(name, object, stream);
 #else
-  if (interface || device_type != 0) {
     Fail(name, " is on a device, but this module was built without CUDA. Build it where there is ",
          "an nvcc, or copy ", name, " to a NumPy array");
-  }
 #endif
-  Fail(name, " must be a NumPy array or an array on a CUDA device, but is ", TypeName(object),
-       ". Pass np.asarray(", name, ", np.float32)");
+  }
+  Fail(name, " must be a NumPy array or an array on a CUDA device, with ",
+       "__cuda_array_interface__, but is ", TypeName(object), ". Pass np.asarray(", name, ")");
 }
 
-inline Array NewArray(const std::string& name, const std::vector<int64_t>& shape, Type type) {
+inline Array NewArray(const std::string& name, const Sizes& shape, Type type) {
   return ParseNumPy(name, py::array(DTypeOf(type), shape));
 }
 

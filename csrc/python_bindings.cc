@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "layout.h"
 #include "python_arrays.h"
 #include "thread_pool.h"
 #include "weight_norm.h"
@@ -31,17 +32,21 @@ namespace {
 
 // Which axes of v index the units, and the contract's layout of it.
 struct Axes {
-  std::vector<int64_t> units_shape;
+  Axis given;
+  Sizes units;  // their sizes
   Layout layout;
-  bool consecutive;
-  std::vector<int64_t> order;  // v's axes, those of the units first: layout after a transpose
+  Axis order;  // what v is transposed to for the kernels, if axis is not consecutive
 };
 
-std::vector<int64_t> AxisList(const py::object& axis) {
+void Require(const std::string& error) {
+  if (!error.empty()) Fail(error);
+}
+
+Axis AxisList(const py::object& axis) {
   try {
     if (axis.is_none()) return {};
     if (py::hasattr(axis, "__index__")) return {py::int_(axis).cast<int64_t>()};
-    std::vector<int64_t> list;
+    Axis list;
     for (const py::handle a : axis) {
       if (!py::hasattr(a, "__index__")) throw py::cast_error();
       list.push_back(py::int_(py::reinterpret_borrow<py::object>(a)).cast<int64_t>());
@@ -55,48 +60,36 @@ std::vector<int64_t> AxisList(const py::object& axis) {
 
 Axes AxesOf(const Array& v, const py::object& axis) {
   const int64_t rank = static_cast<int64_t>(v.shape.size());
-  Axes axes = {{}, {1, 1, 1}, true, {}};
-  const std::vector<int64_t> list = AxisList(axis);
-  for (const int64_t a : list) {
-    if (a < -rank || a >= rank) {
-      Fail("axis must name axes of v, whose shape is ", Repr(v.shape),
-           rank == 0 ? ", so it must be None" : "", ", but is ", Repr(axis));
-    }
-    axes.order.push_back(a < 0 ? a + rank : a);
-    if (std::count(axes.order.begin(), axes.order.end(), axes.order.back()) > 1) {
-      Fail("axis must name each axis of v once, but is ", Repr(axis), " for v of shape ",
-           Repr(v.shape));
-    }
-    axes.units_shape.push_back(v.shape[axes.order.back()]);
-    axes.layout.units *= axes.units_shape.back();
-    if (axes.order.back() != axes.order[0] + static_cast<int64_t>(axes.order.size()) - 1) {
-      axes.consecutive = false;
-    }
+  Axes axes;
+  axes.given = AxisList(axis);
+  Axis kept = axes.given;
+  Require(CheckAxis(rank, &kept));
+  for (const int64_t a : kept) axes.units.push_back(v.shape[a]);
+  const std::string error = CheckConsecutive(rank, kept);
+  if (error.empty()) {
+    axes.layout = Collapse(v.shape, kept);
+    return axes;
   }
-  const int64_t first = list.empty() || !axes.consecutive ? 0 : axes.order[0];
+  if (v.on_device) Fail(error);
+  axes.layout = {1, Product(axes.units), 1};
+  axes.order = kept;
   for (int64_t a = 0; a < rank; ++a) {
-    if (std::count(axes.order.begin(), axes.order.begin() + list.size(), a)) continue;
+    if (std::find(kept.begin(), kept.end(), a) != kept.end()) continue;
     axes.order.push_back(a);
-    (axes.consecutive && a < first ? axes.layout.outer : axes.layout.inner) *= v.shape[a];
+    axes.layout.inner *= v.shape[a];
   }
   return axes;
 }
 
-void CheckShape(const Array& array, const std::vector<int64_t>& shape, const std::string& why) {
+void CheckResultShape(const Array& array, const Sizes& shape) {
   if (array.shape == shape) return;
-  Fail(array.name, " must have shape ", Repr(shape), ", ", why, ", but has shape ",
-       Repr(array.shape), SizeOf(array.shape) == SizeOf(shape) ? ". Reshape it" : "");
+  Fail(array.name, " in out must have shape ", ShapeText(shape), ", but has shape ",
+       ShapeText(array.shape));
 }
 
 void CheckType(const Array& array, Type type, const std::string& why) {
   if (array.type == type) return;
   Fail(array.name, " must be ", NameOf(type), ", ", why, ", but is ", NameOf(array.type));
-}
-
-void CheckG(const Array& g, const Axes& axes, const py::object& axis) {
-  CheckShape(
-      g, axes.units_shape,
-      axis.is_none() ? "one norm for the whole of v" : "the sizes of v's axes " + Repr(axis));
 }
 
 int ThreadsOf(int threads) {
@@ -155,10 +148,9 @@ class Results {
 
   const std::optional<Array>& given(int i) const { return given_[i]; }
 
-  Array Get(int i, const char* name, const std::vector<int64_t>& shape, Type type,
-            const char* type_why) const {
+  Array Get(int i, const char* name, const Sizes& shape, Type type, const char* type_why) const {
     if (!given_[i]) return NewArray(name, shape, type);
-    CheckShape(*given_[i], shape, "as a result");
+    CheckResultShape(*given_[i], shape);
     CheckType(*given_[i], type, type_why);
     return *given_[i];
   }
@@ -192,16 +184,14 @@ void Execute(const Arguments& arguments, const Place& place,
   cpu::Run(arguments, scratch.data(), ParallelForOn(place.threads));
 }
 
-// v and grad_w as the kernel wants them: their units' axes consecutive, without gaps in memory.
-Array Prepare(const Array& array, const Axes& axes) {
-  if (axes.consecutive && array.contiguous) return array;
+// As the kernels take an array: without gaps in memory, and with its axes in this order, unless
+// that is empty.
+Array Prepare(const Array& array, const Axis& order) {
+  if (order.empty() && array.contiguous) return array;
   if (array.on_device) {
-    Fail(axes.consecutive
-             ? array.name + " must be contiguous on a device. Make a contiguous copy"
-             : "axis must name consecutive axes in ascending order for arrays on a device. "
-               "Transpose v");
+    Fail(array.name, " must be contiguous on a device. Make a contiguous copy");
   }
-  return ContiguousCopy(array, axes.consecutive ? std::vector<int64_t>() : axes.order);
+  return ContiguousCopy(array, order);
 }
 
 py::tuple WeightNorm(const py::object& v_in, const py::object& g_in, const py::object& axis,
@@ -210,7 +200,7 @@ py::tuple WeightNorm(const py::object& v_in, const py::object& g_in, const py::o
   const Array v_given = ParseArray("v", v_in, stream);
   const Array g_given = ParseArray("g", g_in, stream);
   const Axes axes = AxesOf(v_given, axis);
-  CheckG(g_given, axes, axis);
+  Require(CheckG(axes.given, axes.units, &v_given.shape, g_given.shape));
   const Place place({&v_given, &g_given}, threads, stream, scratch);
   const Results results(place, out, "w", "norm");
   Type w_type = v_given.type;
@@ -220,15 +210,15 @@ py::tuple WeightNorm(const py::object& v_in, const py::object& g_in, const py::o
     w_type = results.given(0)->type;
   }
   const Array w = results.Get(0, "w", v_given.shape, w_type, "as out_dtype says");
-  const Array norm = results.Get(1, "norm", axes.units_shape, NormType(v_given.type),
+  const Array norm = results.Get(1, "norm", axes.units, NormType(v_given.type),
                                  "float64 if v is and float32 otherwise");
-  const Array v = Prepare(v_given, axes);
-  const Array g = Prepare(g_given, {{}, {}, true, {}});
+  const Array v = Prepare(v_given, axes.order);
+  const Array g = Prepare(g_given, {});
   CheckOverlap({&v, &g}, {&w, &norm});
-  const Array w_kernel = axes.consecutive ? w : NewArray("w", v.shape, w_type);
+  const Array w_kernel = axes.order.empty() ? w : NewArray("w", v.shape, w_type);
   Execute(Forward{axes.layout, v.type, g.type, w_type, v.data, g.data, w_kernel.data, norm.data},
           place, {&v, &g, &w, &norm});
-  if (!axes.consecutive) CopyTransposed(w_kernel, axes.order, w);
+  if (!axes.order.empty()) CopyTransposed(w_kernel, axes.order, w);
   return py::make_tuple(w.object, norm.object);
 }
 
@@ -241,23 +231,22 @@ py::tuple WeightNormGrad(const py::object& grad_w_in, const py::object& v_in,
   const Array g_given = ParseArray("g", g_in, stream);
   const Array norm_given = ParseArray("norm", norm_in, stream);
   const Axes axes = AxesOf(v_given, axis);
-  CheckShape(grad_w_given, v_given.shape, "v's");
-  CheckG(g_given, axes, axis);
-  CheckShape(norm_given, axes.units_shape, "g's");
+  Require(CheckSameShape("grad_w", grad_w_given.shape, "v", v_given.shape));
+  Require(CheckG(axes.given, axes.units, &v_given.shape, g_given.shape));
+  Require(CheckSameShape("norm", norm_given.shape, "g", g_given.shape));
   CheckType(norm_given, NormType(v_given.type), "float64 if v is and float32 otherwise");
   const Place place({&grad_w_given, &v_given, &g_given, &norm_given}, threads, stream, scratch);
   const Results results(place, out, "grad_v", "grad_g");
   const Array grad_v = results.Get(0, "grad_v", v_given.shape, v_given.type, "like v");
-  const Array grad_g = results.Get(1, "grad_g", axes.units_shape, g_given.type, "like g");
-  const Axes as_is = {{}, {}, true, {}};
-  const Array grad_w = Prepare(grad_w_given, axes), v = Prepare(v_given, axes);
-  const Array g = Prepare(g_given, as_is), norm = Prepare(norm_given, as_is);
+  const Array grad_g = results.Get(1, "grad_g", axes.units, g_given.type, "like g");
+  const Array grad_w = Prepare(grad_w_given, axes.order), v = Prepare(v_given, axes.order);
+  const Array g = Prepare(g_given, {}), norm = Prepare(norm_given, {});
   CheckOverlap({&grad_w, &v, &g, &norm}, {&grad_v, &grad_g});
-  const Array grad_v_kernel = axes.consecutive ? grad_v : NewArray("grad_v", v.shape, v.type);
+  const Array grad_v_kernel = axes.order.empty() ? grad_v : NewArray("grad_v", v.shape, v.type);
   Execute(Backward{axes.layout, v.type, g.type, grad_w.type, grad_w.data, v.data, g.data, norm.data,
                    grad_v_kernel.data, grad_g.data},
           place, {&grad_w, &v, &g, &norm, &grad_v, &grad_g});
-  if (!axes.consecutive) CopyTransposed(grad_v_kernel, axes.order, grad_v);
+  if (!axes.order.empty()) CopyTransposed(grad_v_kernel, axes.order, grad_v);
   return py::make_tuple(grad_v.object, grad_g.object);
 }
 
@@ -279,8 +268,8 @@ py::dict BuildInfo() {
 constexpr char kModuleDoc[] = R"(The kernels of weight normalization on arrays, without TensorFlow.
 
 Arrays are NumPy arrays (float16, float32, float64, and bfloat16 of ml_dtypes), for which the CPU
-kernels run; or arrays on a CUDA device, with __dlpack__ or __cuda_array_interface__, for which the
-CUDA kernels run on the given stream, without waiting for them.
+kernels run; or arrays on a CUDA device, with __cuda_array_interface__, for which the CUDA kernels run
+on the given stream, without waiting for them.
 )";
 
 constexpr char kWeightNormDoc[] = R"(Returns (w, norm).

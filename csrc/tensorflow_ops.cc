@@ -10,9 +10,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "csrc/layout.h"
 #include "csrc/tensorflow_checks.h"
 #include "csrc/weight_norm.h"
 #include "tensorflow/core/framework/op.h"
@@ -22,6 +24,7 @@
 #include "tensorflow/core/platform/threadpool.h"
 #ifdef TFWN_CUDA
 #include "xla/stream_executor/device_description.h"
+#include "xla/stream_executor/platform.h"
 #include "xla/stream_executor/stream.h"
 #include "xla/stream_executor/stream_executor.h"
 #endif
@@ -39,11 +42,10 @@ using tensorflow::shape_inference::ShapeHandle;
 
 // Shape functions.
 
-Shape InferredShape(InferenceContext* c, ShapeHandle handle) {
-  if (!c->RankKnown(handle)) return std::nullopt;
-  Dims dims;
-  for (int i = 0; i < c->Rank(handle); ++i) dims.push_back(c->Value(c->Dim(handle, i)));
-  return dims;
+Sizes SizesOf(InferenceContext* c, ShapeHandle shape) {
+  Sizes sizes;
+  for (int i = 0; i < c->Rank(shape); ++i) sizes.push_back(c->Value(c->Dim(shape, i)));
+  return sizes;
 }
 
 absl::Status CheckAttributes(InferenceContext* c, Axis* axis) {
@@ -56,17 +58,37 @@ absl::Status CheckAttributes(InferenceContext* c, Axis* axis) {
 
 // Completes the shapes of v and g from each other.
 absl::Status MergeUnits(InferenceContext* c, const Axis& axis, ShapeHandle* v, ShapeHandle* g) {
-  int first;
-  TF_RETURN_IF_ERROR(CheckG(axis, InferredShape(c, *v), InferredShape(c, *g), &first));
-  if (!c->RankKnown(*g)) *g = c->UnknownShapeOfRank(axis.size());
-  if (!c->RankKnown(*v)) return absl::OkStatus();
-  for (size_t i = 0; i < axis.size(); ++i) {
-    DimensionHandle units;
-    TF_RETURN_IF_ERROR(c->Merge(c->Dim(*v, first + i), c->Dim(*g, i), &units));
-    TF_RETURN_IF_ERROR(c->ReplaceDim(*v, first + i, units, v));
-    TF_RETURN_IF_ERROR(c->ReplaceDim(*g, i, units, g));
+  Axis kept = axis;
+  Sizes v_sizes, units(axis.size(), -1);
+  const bool v_known = c->RankKnown(*v);
+  if (v_known) {
+    v_sizes = SizesOf(c, *v);
+    TF_RETURN_IF_ERROR(StatusOf(CheckAxis(v_sizes.size(), &kept)));
+    TF_RETURN_IF_ERROR(StatusOf(CheckConsecutive(v_sizes.size(), kept)));
+    for (size_t i = 0; i < kept.size(); ++i) units[i] = v_sizes[kept[i]];
+  }
+  if (c->RankKnown(*g)) {
+    TF_RETURN_IF_ERROR(StatusOf(CheckG(axis, units, v_known ? &v_sizes : nullptr, SizesOf(c, *g))));
+  } else {
+    *g = c->UnknownShapeOfRank(axis.size());
+  }
+  if (!v_known) return absl::OkStatus();
+  for (size_t i = 0; i < kept.size(); ++i) {
+    DimensionHandle size;
+    TF_RETURN_IF_ERROR(c->Merge(c->Dim(*v, kept[i]), c->Dim(*g, i), &size));
+    TF_RETURN_IF_ERROR(c->ReplaceDim(*v, kept[i], size, v));
+    TF_RETURN_IF_ERROR(c->ReplaceDim(*g, i, size, g));
   }
   return absl::OkStatus();
+}
+
+absl::Status MergeSame(InferenceContext* c, const char* name, ShapeHandle shape,
+                       const char* other_name, ShapeHandle* other) {
+  if (c->RankKnown(shape) && c->RankKnown(*other)) {
+    TF_RETURN_IF_ERROR(
+        StatusOf(CheckSameShape(name, SizesOf(c, shape), other_name, SizesOf(c, *other))));
+  }
+  return c->Merge(shape, *other, other);
 }
 
 absl::Status ForwardShapes(InferenceContext* c) {
@@ -82,11 +104,9 @@ absl::Status ForwardShapes(InferenceContext* c) {
 absl::Status BackwardShapes(InferenceContext* c) {
   Axis axis;
   TF_RETURN_IF_ERROR(CheckAttributes(c, &axis));
-  ShapeHandle grad_w = c->input(0), v = c->input(1), g = c->input(2), norm = c->input(3);
-  TF_RETURN_IF_ERROR(CheckSameShape("grad_w", InferredShape(c, grad_w), "v", InferredShape(c, v)));
-  TF_RETURN_IF_ERROR(CheckSameShape("norm", InferredShape(c, norm), "g", InferredShape(c, g)));
-  TF_RETURN_IF_ERROR(c->Merge(grad_w, v, &v));
-  TF_RETURN_IF_ERROR(c->Merge(norm, g, &g));
+  ShapeHandle v = c->input(1), g = c->input(2);
+  TF_RETURN_IF_ERROR(MergeSame(c, "grad_w", c->input(0), "v", &v));
+  TF_RETURN_IF_ERROR(MergeSame(c, "norm", c->input(3), "g", &g));
   TF_RETURN_IF_ERROR(MergeUnits(c, axis, &v, &g));
   c->set_output(0, v);
   c->set_output(1, g);
@@ -121,25 +141,18 @@ REGISTER_OP("Tfwn>WeightNormGrad")
 
 // Calling a kernel.
 
-Type TypeOf(DataType type) {
-  switch (type) {
-    case tensorflow::DT_HALF:
-      return Type::kHalf;
-    case tensorflow::DT_BFLOAT16:
-      return Type::kBfloat16;
-    case tensorflow::DT_DOUBLE:
-      return Type::kDouble;
-    default:
-      return Type::kFloat;
-  }
+Sizes SizesOf(const Tensor& tensor) {
+  const auto sizes = tensor.shape().dim_sizes();
+  return Sizes(sizes.begin(), sizes.end());
 }
 
-Layout LayoutOf(const Tensor& v, int first, int count) {
-  Layout layout{1, 1, 1};
-  for (int i = 0; i < v.dims(); ++i) {
-    (i < first ? layout.outer : i < first + count ? layout.units : layout.inner) *= v.dim_size(i);
-  }
-  return layout;
+absl::Status GetLayout(const Axis& axis, const Tensor& v, const Tensor& g, Layout* layout) {
+  return StatusOf(FindLayout(axis, SizesOf(v), SizesOf(g), layout));
+}
+
+absl::Status CheckSame(const char* name, const Tensor& tensor, const char* other_name,
+                       const Tensor& other) {
+  return StatusOf(CheckSameShape(name, SizesOf(tensor), other_name, SizesOf(other)));
 }
 
 absl::Status AllocateScratch(OpKernelContext* context, size_t bytes, Tensor* scratch) {
@@ -183,6 +196,12 @@ struct Run<Processor::kGpu> {
   template <typename Arguments>
   static absl::Status Call(OpKernelContext* context, const Arguments& arguments) {
     auto* stream = context->op_device_context()->stream();
+    const std::string& platform = stream->parent()->GetPlatform()->Name();
+    if (platform != "CUDA") {
+      return absl::UnimplementedError(absl::StrCat(
+          "weight_norm: its kernels for GPUs need CUDA, but this device's platform is ", platform,
+          ". Place the operation on a CPU"));
+    }
     const int multiprocessors = stream->parent()->GetDeviceDescription().core_count();
     Tensor scratch;
     TF_RETURN_IF_ERROR(
@@ -207,15 +226,13 @@ class WeightNormOp : public tensorflow::OpKernel {
   void Compute(OpKernelContext* context) override {
     const Tensor& v = context->input(0);
     const Tensor& g = context->input(1);
-    int first;
-    OP_REQUIRES_OK(context, CheckG(axis_, ShapeOf(v.shape()), ShapeOf(g.shape()), &first));
+    Forward arguments;
+    OP_REQUIRES_OK(context, GetLayout(axis_, v, g, &arguments.layout));
 
     Tensor *w, *norm;
     OP_REQUIRES_OK(context, context->allocate_output(0, v.shape(), &w));
     OP_REQUIRES_OK(context, context->allocate_output(1, g.shape(), &norm));
 
-    Forward arguments;
-    arguments.layout = LayoutOf(v, first, axis_.size());
     arguments.v_type = TypeOf(v.dtype());
     arguments.g_type = TypeOf(g.dtype());
     arguments.w_type = TypeOf(w->dtype());
@@ -243,18 +260,15 @@ class WeightNormGradOp : public tensorflow::OpKernel {
     const Tensor& v = context->input(1);
     const Tensor& g = context->input(2);
     const Tensor& norm = context->input(3);
-    int first;
-    OP_REQUIRES_OK(context, CheckG(axis_, ShapeOf(v.shape()), ShapeOf(g.shape()), &first));
-    OP_REQUIRES_OK(context,
-                   CheckSameShape("grad_w", ShapeOf(grad_w.shape()), "v", ShapeOf(v.shape())));
-    OP_REQUIRES_OK(context, CheckSameShape("norm", ShapeOf(norm.shape()), "g", ShapeOf(g.shape())));
+    Backward arguments;
+    OP_REQUIRES_OK(context, GetLayout(axis_, v, g, &arguments.layout));
+    OP_REQUIRES_OK(context, CheckSame("grad_w", grad_w, "v", v));
+    OP_REQUIRES_OK(context, CheckSame("norm", norm, "g", g));
 
     Tensor *grad_v, *grad_g;
     OP_REQUIRES_OK(context, context->allocate_output(0, v.shape(), &grad_v));
     OP_REQUIRES_OK(context, context->allocate_output(1, g.shape(), &grad_g));
 
-    Backward arguments;
-    arguments.layout = LayoutOf(v, first, axis_.size());
     arguments.v_type = TypeOf(v.dtype());
     arguments.g_type = TypeOf(g.dtype());
     arguments.w_type = TypeOf(grad_w.dtype());

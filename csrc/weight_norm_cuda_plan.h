@@ -1,5 +1,5 @@
 // How the CUDA kernels cut a layout into blocks and threads: pure functions of sizes and the
-// device.
+// device, evaluated on the host.
 
 #ifndef TFWN_CSRC_WEIGHT_NORM_CUDA_PLAN_H_
 #define TFWN_CSRC_WEIGHT_NORM_CUDA_PLAN_H_
@@ -19,53 +19,68 @@ constexpr int kThreadsLog2 = 8;
 constexpr int kThreads = 1 << kThreadsLog2;
 constexpr int kWarpLog2 = 5;
 constexpr int kWarp = 1 << kWarpLog2;
-constexpr int kUnroll = 4;  // vectors that a thread has in flight
+// The largest cluster that every device with clusters can run.
+constexpr int kLargestCluster = 8;
 
-// How a layout is cut into blocks, and a block's tile into threads. All of it is chosen on the
-// host.
+// What a launch does: both stages, or one of them.
+enum class Phase { kSum, kScale, kFused };
+
+// A thread fetches its vectors in groups of 64 bytes, and a group's terms are added in float.
+__host__ __device__ constexpr int GroupOf(bool backward) { return backward ? 2 : 4; }
+
+// A launch that does one stage has two groups in shared memory: one in use, one on its way.
+constexpr int RingOf(bool backward) { return 2 * GroupOf(backward); }
+
+// How a layout is cut into blocks, and a block's tile into threads.
 //
-// A team of threads, (outer part) x (inner part), walks over one unit; or, when `columns` is set,
-// one team as large as the block walks over tile_units units that lie side by side in memory. Its
-// threads are `lanes` wide along memory and `groups` deep along outer.
+// Columns: the tile_units units of a tile lie side by side in each row. The block's threads are
+// `lanes` wide along a row and `groups` deep along outer, and each has columns of its own.
+// Segments: each unit has long runs of elements to itself, and a team of threads, (outer part) x
+// (inner part) = groups x lanes, walks along them.
 struct Plan {
   bool columns;
-  bool along_inner;  // a thread's quick loop runs along inner instead of outer
   int lanes_log2;
   int groups_log2;
   int tile_units;
   int64_t tiles;
   int64_t outer_splits, outer_step;  // the part of outer that one block works on
-  int64_t inner_splits, inner_step;
-  bool fused;           // one launch does both phases
-  int64_t slots;        // vectors that each thread keeps in shared memory, 0: reads them again
+  int64_t inner_splits, inner_step;  // and of inner, in elements
+  bool fused;                        // one launch does both stages, else two do
+  int cluster;          // blocks that add up their sums in each other's memory: splits() if fused
+  int64_t slots;        // vectors of each tensor that a thread has in shared memory
   int64_t piece_rows;   // the sums that a block's threads leave for one unit to add up:
   int64_t piece_pitch;  // pieces[row * piece_pitch + unit * piece_width + i]
   int64_t piece_width;
 
-  int64_t splits() const { return outer_splits * inner_splits; }
+  __host__ __device__ int64_t splits() const { return outer_splits * inner_splits; }
+  int64_t blocks() const { return tiles * splits(); }
 };
 
 __host__ __device__ inline int64_t Steps(int64_t size, int step_log2) {
   return size <= 0 ? 0 : (size + (int64_t{1} << step_log2) - 1) >> step_log2;
 }
 
-inline int Log2Ceil(int64_t x) {
+constexpr int Log2Ceil(int64_t x) {
   int log2 = 0;
   while ((int64_t{1} << log2) < x) ++log2;
   return log2;
 }
 
-inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a plan depends on. Read: what the first walk reads, v or v and grad_w.
+// What a plan depends on.
 struct Problem {
   Layout layout;
   int vector;         // elements in a vector
   int v_bytes;        // per element
-  int read_bytes;     // per element
+  int read_bytes;     // per element of v, or of v and grad_w
   int factors_bytes;  // per unit
+  bool backward;
+  bool ragged;  // rows or runs may begin inside a vector
   int multiprocessors;
   int64_t shared_memory;  // per block, bytes
+  int resident;           // blocks of a launch that does one stage, per multiprocessor
+  int cluster;            // blocks that a cluster may have, 1 without clusters
 };
 
 // The same elements, in as few axes as possible.
@@ -74,34 +89,103 @@ inline Layout Collapse(Layout layout) {
   return layout;
 }
 
-inline int64_t SharedBytes(const Problem& problem, const Plan& plan) {
-  const int64_t parts = std::max(1, kThreads / plan.tile_units);
-  const int64_t pieces = std::max(plan.piece_rows * plan.piece_pitch, parts * plan.tile_units);
-  return CeilDiv(pieces, 2) * 16 + plan.tile_units * int64_t{problem.factors_bytes} +
-         plan.slots * kThreads * problem.vector * problem.read_bytes;
+// Short runs of a unit are walked over as columns, so that a warp still reads whole lines.
+inline bool AsColumns(const Layout& layout) { return layout.outer > 1 && layout.inner < kWarp; }
+
+// Rows or runs that begin inside a vector can have one vector more than their size asks for.
+inline int64_t VectorsOf(const Problem& problem, int64_t elements) {
+  return CeilDiv(elements + (problem.ragged ? problem.vector - 1 : 0), problem.vector);
 }
 
-// Units side by side in memory: a block is lanes wide and as deep as that leaves threads.
-inline Plan ColumnsOf(const Problem& problem, int lanes_log2) {
+// How many threads add up the sums of one unit, in about as many steps as there then are parts.
+inline int PartsOf(const Plan& plan, Phase phase) {
+  const int64_t rows = phase == Phase::kScale ? plan.splits() : plan.piece_rows;
+  int parts = 1;
+  while (int64_t{parts} * parts < rows && 2 * parts * plan.tile_units <= kThreads) parts *= 2;
+  return parts;
+}
+
+// Where a block's shared memory holds what, in bytes. The threads' sums come first.
+struct SharedMemory {
+  int64_t parts, factors, stage, bytes;
+};
+
+inline SharedMemory SharedMemoryOf(const Problem& problem, const Plan& plan, Phase phase) {
+  const auto aligned = [](int64_t bytes) { return CeilDiv(bytes, 16) * 16; };
+  SharedMemory memory;
+  memory.parts = phase == Phase::kScale ? 0 : aligned(plan.piece_rows * plan.piece_pitch * 8);
+  memory.factors = memory.parts + aligned(int64_t{PartsOf(plan, phase)} * plan.tile_units * 8);
+  memory.stage = memory.factors;
+  if (phase != Phase::kSum)
+    memory.stage += aligned(int64_t{plan.tile_units} * problem.factors_bytes);
+  memory.bytes = memory.stage + plan.slots * kThreads * problem.vector * problem.read_bytes;
+  return memory;
+}
+
+// What any launch that does one stage needs at most for tiles of 128 bytes.
+inline int64_t RingBytes(const Problem& problem) {
+  const int64_t vectors = int64_t{kThreads} * problem.vector;
+  return vectors * 8 + (4 << 10) + RingOf(problem.backward) * vectors * problem.read_bytes;
+}
+
+// Whether a tile fits in shared memory, and with another block's beside it: one reads while the
+// other writes.
+inline bool Fits(const Problem& problem, const Plan& plan) {
+  return SharedMemoryOf(problem, plan, Phase::kFused).bytes <= problem.shared_memory;
+}
+
+inline bool FitsTwice(const Problem& problem, const Plan& plan) {
+  const int64_t reserved = 1 << 10;  // by the system, for each block
+  return 2 * (SharedMemoryOf(problem, plan, Phase::kFused).bytes + reserved) <=
+         problem.shared_memory + reserved;
+}
+
+// Enough blocks that the uneven share of the last ones costs little.
+inline bool FillsDevice(const Problem& problem, const Plan& plan) {
+  return 2 * plan.blocks() >= 3 * problem.multiprocessors;
+}
+
+// Whether one launch of a plan that fits is worth it, rather than two launches of more blocks.
+inline bool OneLaunchPays(const Problem& problem, const Plan& plan) {
+  return plan.tiles > 0 && (2 * plan.blocks() >= problem.multiprocessors ||
+                            SharedMemoryOf(problem, plan, Phase::kFused).bytes <= 32 << 10);
+}
+
+// Blocks of two launches: all run at once, because one too many would be a second wave.
+inline int64_t SplitsToFill(const Problem& problem, const Plan& plan) {
+  const int64_t places = int64_t{problem.resident} * problem.multiprocessors;
+  return std::max<int64_t>(1, places / plan.tiles);
+}
+
+inline void UseTwoLaunches(const Problem& problem, Plan* plan) {
+  plan->fused = false;
+  plan->cluster = 1;
+  plan->slots = RingOf(problem.backward);
+}
+
+// One launch of blocks `lanes` wide, whose clusters share a tile. tile_units is 0 if no unit fits.
+inline Plan ColumnsOf(const Problem& problem, int lanes_log2, int cluster) {
   const Layout& layout = problem.layout;
   const int64_t lane_columns = int64_t{problem.vector} << lanes_log2;
+  const int64_t whole_columns = lane_columns - (problem.ragged ? problem.vector - 1 : 0);
   Plan plan = {};
   plan.columns = true;
   plan.lanes_log2 = lanes_log2;
   plan.groups_log2 = kThreadsLog2 - lanes_log2;
-  plan.tile_units = static_cast<int>(std::min(layout.units, lane_columns / layout.inner));
-  if (plan.tile_units < layout.units) {
+  plan.tile_units = static_cast<int>(std::min(layout.units, whole_columns / layout.inner));
+  if (plan.tile_units < layout.units && !problem.ragged) {
     // Tiles begin where a vector begins.
     const int64_t multiple = problem.vector / std::gcd(layout.inner, int64_t{problem.vector});
     plan.tile_units -= plan.tile_units % multiple;
   }
   plan.tiles = plan.tile_units == 0 ? 0 : CeilDiv(layout.units, plan.tile_units);
-  plan.outer_splits = plan.inner_splits = 1;
-  plan.outer_step = layout.outer;
+  plan.outer_splits = plan.cluster = cluster;
+  plan.outer_step = CeilDiv(layout.outer, cluster);
+  plan.inner_splits = 1;
   plan.inner_step = layout.inner;
   plan.fused = true;
-  plan.slots = Steps(layout.outer, plan.groups_log2);
-  plan.piece_rows = kThreads >> std::max(lanes_log2, kWarpLog2);
+  plan.slots = Steps(plan.outer_step, plan.groups_log2);
+  plan.piece_rows = int64_t{1} << plan.groups_log2;
   plan.piece_pitch = lane_columns;
   plan.piece_width = layout.inner;
   return plan;
@@ -109,65 +193,100 @@ inline Plan ColumnsOf(const Problem& problem, int lanes_log2) {
 
 inline Plan PlanColumns(const Problem& problem) {
   const Layout& layout = problem.layout;
-  // As wide as 128 bytes per warp's row or more; deeper only if there are rows for the threads.
-  const int all = Log2Ceil(CeilDiv(layout.units * layout.inner, problem.vector));
-  const int deep = Log2Ceil(CeilDiv(layout.outer, kUnroll));
+  const int vector_log2 = Log2Ceil(problem.vector);
+  // As wide as a row of 32 vectors, or wider if there are too few rows to have some for each
+  // thread. In ragged rows, all that a thread visits must begin at the same place in a vector: they
+  // are a multiple of a vector's elements apart if `groups` is.
+  const int all = Log2Ceil(VectorsOf(problem, layout.units * layout.inner));
+  const int deep = Log2Ceil(CeilDiv(layout.outer, 4));
+  const int most = problem.ragged ? kThreadsLog2 - vector_log2 : kThreadsLog2 - 1;
   const int widest =
-      std::min({all, kThreadsLog2 - 1, std::max(kWarpLog2, kThreadsLog2 - std::min(deep, 8))});
-  // One launch, on the widest tile that fits well. The narrowest has one sector (32 bytes) of v in
-  // a row: less would read the rest of the sector in vain.
-  const int64_t sector = Log2Ceil(CeilDiv(32, problem.vector * problem.v_bytes));
-  const int64_t roomy = std::min<int64_t>(problem.shared_memory, 64 << 10);
-  Plan narrowest = {};
-  for (int lanes_log2 = widest; lanes_log2 >= 0; --lanes_log2) {
-    const Plan plan = ColumnsOf(problem, lanes_log2);
-    if (plan.tile_units == 0 || (lanes_log2 < sector && lanes_log2 < widest)) break;
-    narrowest = plan;
-    if (plan.tiles >= 2 * problem.multiprocessors && SharedBytes(problem, plan) <= roomy) {
-      return plan;
+      std::min({all, most, std::max(kWarpLog2, kThreadsLog2 - std::min(deep, kThreadsLog2))});
+  // One launch: the smallest cluster and the widest tile that fill the device. A tile narrower than
+  // a sector (32 bytes) of v would read the rest of it in vain; clusters can do with wider tiles.
+  const int64_t least_bytes = problem.cluster > 1 ? 64 : 32;
+  const int least = Log2Ceil(CeilDiv(least_bytes, problem.vector * problem.v_bytes));
+  Plan best = {};
+  for (int cluster = 1; cluster <= problem.cluster; cluster *= 2) {
+    for (int lanes_log2 = widest; lanes_log2 >= std::min(least, widest); --lanes_log2) {
+      const Plan plan = ColumnsOf(problem, lanes_log2, cluster);
+      if (plan.tile_units == 0) break;
+      if (FillsDevice(problem, plan) && FitsTwice(problem, plan)) return plan;
+      if (plan.blocks() > best.blocks() && Fits(problem, plan)) best = plan;
     }
   }
-  const int64_t bytes = SharedBytes(problem, narrowest);
-  if (bytes <= roomy ||
-      (bytes <= problem.shared_memory && 2 * narrowest.tiles >= problem.multiprocessors)) {
-    return narrowest;
-  }
-  // Two launches. The partial sums that a block reads in the second should cost less than its part
-  // of v and w: splits <= sqrt(outer * bytes of the two / 16).
-  Plan plan = ColumnsOf(problem, std::min(widest, kWarpLog2));
-  int64_t splits = CeilDiv(2 * problem.multiprocessors, plan.tiles);
-  splits = std::min(splits, CeilDiv(layout.outer, int64_t{kUnroll} << plan.groups_log2));
+  if (OneLaunchPays(problem, best)) return best;
+  // Two launches of tiles as wide as a cache line, or as one unit of each vector's elements needs.
+  int lanes_log2 = std::min(widest, Log2Ceil(CeilDiv(128, problem.vector * problem.v_bytes)));
+  Plan plan = ColumnsOf(problem, lanes_log2, 1);
+  while (plan.tile_units == 0) plan = ColumnsOf(problem, ++lanes_log2, 1);
+  // The partial sums that a block reads in the second should cost less than its part of v and w:
+  // splits <= sqrt(outer * bytes of the two / 16).
+  int64_t splits = SplitsToFill(problem, plan);
+  splits = std::min(splits, CeilDiv(layout.outer, int64_t{4} << plan.groups_log2));
   while (splits > 1 && splits * splits > layout.outer * problem.v_bytes / 8) --splits;
   plan.outer_step = CeilDiv(layout.outer, splits);
   plan.outer_splits = CeilDiv(layout.outer, plan.outer_step);
-  plan.fused = false;
-  plan.slots = 0;
+  UseTwoLaunches(problem, &plan);
   return plan;
 }
 
-// A unit's elements side by side in memory, in one piece or in long ones: a team of threads per
-// unit.
-inline Plan PlanRows(const Problem& problem) {
+// One launch, whose clusters share a unit. tiles is 0 if units are too small to be shared.
+inline Plan SegmentsOf(const Problem& problem, int cluster) {
   const Layout& layout = problem.layout;
-  const int64_t inner_vectors = CeilDiv(layout.inner, problem.vector);
+  const int64_t inner_vectors = VectorsOf(problem, layout.inner);
   const int64_t vectors = layout.outer * inner_vectors;
   Plan plan = {};
-  const int team_log2 = std::min(kThreadsLog2, Log2Ceil(CeilDiv(vectors, kUnroll)));
+  // Four vectors for each thread, or fewer where there are multiprocessors without a block.
+  int team_log2 = std::min(kThreadsLog2, Log2Ceil(CeilDiv(vectors, 4)));
+  while (team_log2 < kThreadsLog2 && (int64_t{1} << team_log2) < vectors &&
+         CeilDiv(layout.units, kThreads >> team_log2) < problem.multiprocessors) {
+    ++team_log2;
+  }
   plan.lanes_log2 = std::min(team_log2, Log2Ceil(inner_vectors));
   plan.groups_log2 = team_log2 - plan.lanes_log2;
   plan.tile_units = kThreads >> team_log2;
-  plan.tiles = CeilDiv(layout.units, plan.tile_units);
   plan.piece_rows = 1;
   plan.piece_pitch = kThreads >> std::min(team_log2, kWarpLog2);
   plan.piece_width = plan.piece_pitch / plan.tile_units;
-  // Few long units: several blocks for each, with two rounds of vectors per thread or more.
+  plan.fused = true;
+  plan.cluster = cluster;
+  // Along inner as far as each block gets a round of vectors, and then along outer.
+  plan.inner_splits = 1;
+  while (plan.inner_splits < cluster && 2 * plan.inner_splits <= inner_vectors >> plan.lanes_log2) {
+    plan.inner_splits *= 2;
+  }
+  plan.outer_splits = cluster / plan.inner_splits;
+  plan.inner_step = CeilDiv(inner_vectors, plan.inner_splits) * problem.vector;
+  plan.outer_step = CeilDiv(layout.outer, plan.outer_splits);
+  const int64_t run = plan.inner_splits == 1 ? inner_vectors : VectorsOf(problem, plan.inner_step);
+  plan.slots = Steps(run, plan.lanes_log2) * Steps(plan.outer_step, plan.groups_log2);
+  const bool shared = cluster == 1 || (plan.tile_units == 1 && plan.outer_splits <= layout.outer);
+  plan.tiles = shared ? CeilDiv(layout.units, plan.tile_units) : 0;
+  return plan;
+}
+
+inline Plan PlanSegments(const Problem& problem) {
+  const Layout& layout = problem.layout;
+  const int64_t inner_vectors = VectorsOf(problem, layout.inner);
+  const int64_t vectors = layout.outer * inner_vectors;
+  Plan best = {};
+  for (int cluster = 1; cluster <= problem.cluster; cluster *= 2) {
+    const Plan plan = SegmentsOf(problem, cluster);
+    if (plan.tiles == 0) break;
+    if (FillsDevice(problem, plan) && FitsTwice(problem, plan)) return plan;
+    if (Fits(problem, plan)) best = plan;
+    if (vectors < int64_t{2 * 4 * kThreads} * cluster) break;  // halves would be too small
+  }
+  if (OneLaunchPays(problem, best)) return best;
+  // Two launches: several blocks for each of a few long units, with two rounds of vectors or more.
+  Plan plan = SegmentsOf(problem, 1);
   int64_t splits = 1;
   if (plan.tile_units == 1) {
-    splits = std::min(CeilDiv(2 * problem.multiprocessors, plan.tiles),
-                      vectors / (2 * kUnroll * kThreads));
+    splits = std::min(SplitsToFill(problem, plan), vectors / (2 * 4 * kThreads));
     splits = std::max<int64_t>(splits, 1);
   }
-  const int64_t round = int64_t{kUnroll} << plan.lanes_log2;
+  const int64_t round = int64_t{4} << plan.lanes_log2;
   const int64_t inner_splits = std::min(splits, CeilDiv(inner_vectors, round));
   const int64_t inner_step = CeilDiv(inner_vectors, inner_splits);
   const int64_t outer_splits = std::min(layout.outer, splits / inner_splits);
@@ -175,22 +294,12 @@ inline Plan PlanRows(const Problem& problem) {
   plan.inner_splits = CeilDiv(inner_vectors, inner_step);
   plan.outer_step = CeilDiv(layout.outer, outer_splits);
   plan.outer_splits = CeilDiv(layout.outer, plan.outer_step);
-  plan.fused = plan.splits() == 1;
-  const int64_t inner_count = Steps(inner_step, plan.lanes_log2);
-  const int64_t outer_count = Steps(plan.outer_step, plan.groups_log2);
-  plan.along_inner = inner_count > outer_count;
-  if (plan.fused) {
-    plan.slots = inner_count * outer_count;
-    // Two blocks to a multiprocessor, so that one reads while the other writes.
-    if (2 * SharedBytes(problem, plan) > problem.shared_memory) plan.slots = 0;
-  }
+  UseTwoLaunches(problem, &plan);
   return plan;
 }
 
 inline Plan MakePlan(const Problem& problem) {
-  // Short inner runs of a unit are walked over as columns, so that a warp still reads whole lines.
-  const Layout& layout = problem.layout;
-  return layout.outer > 1 && layout.inner < kWarp ? PlanColumns(problem) : PlanRows(problem);
+  return AsColumns(problem.layout) ? PlanColumns(problem) : PlanSegments(problem);
 }
 
 }  // namespace cuda

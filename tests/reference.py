@@ -32,8 +32,8 @@ def inverse_norm(v, axis=-1) -> np.ndarray:
 
 def weight_norm(v, g, axis=-1) -> np.ndarray:
     """Returns w (eq. 2)."""
-    factor = np.asarray(g, np.float64) * inverse_norm(v, axis)
-    return from_units(units_of(v, axis) * factor[..., np.newaxis], np.shape(v), axis)
+    scale = np.asarray(g, np.float64) * inverse_norm(v, axis)
+    return from_units(units_of(v, axis) * scale[..., np.newaxis], np.shape(v), axis)
 
 
 def weight_norm_gradient(grad_w, v, g, axis=-1) -> tuple[np.ndarray, np.ndarray]:
@@ -42,6 +42,6 @@ def weight_norm_gradient(grad_w, v, g, axis=-1) -> tuple[np.ndarray, np.ndarray]
     inverse = inverse_norm(v, axis)
     grad_w, v = units_of(grad_w, axis), units_of(v, axis)
     grad_g = np.sum(grad_w * v, axis=-1) * inverse
-    tangent = grad_w - (grad_g * inverse)[..., np.newaxis] * v
-    grad_v = (np.asarray(g, np.float64) * inverse)[..., np.newaxis] * tangent
+    scale, projection = np.asarray(g, np.float64) * inverse, grad_g * inverse
+    grad_v = scale[..., np.newaxis] * (grad_w - projection[..., np.newaxis] * v)
     return from_units(grad_v, shape, axis), grad_g

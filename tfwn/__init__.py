@@ -17,7 +17,8 @@ from tfwn.dense import Dense
 from tfwn.embedding import Embedding
 from tfwn.mean_only_batch_norm import MeanOnlyBatchNormalization
 from tfwn.ops import weight_norm
-from tfwn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, SimpleRNN, SimpleRNNCell
+from tfwn.recurrent import GRU, LSTM, RNN, SimpleRNN
+from tfwn.recurrent_cells import GRUCell, LSTMCell, SimpleRNNCell
 from tfwn.reparameterize import fold, reparameterize
 from tfwn.weight import Weight
 

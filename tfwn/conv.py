@@ -1,19 +1,36 @@
 """Convolutions, their transposes and the depthwise convolution."""
 
+from __future__ import annotations
+
 import numbers
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
-from tfwn.layer import FeedForward, check_positive
+from tfwn.layer import FeedForward, LayerOptions, check_positive
+from tfwn.weight import WeightOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class _Conv(FeedForward):
-    """What the convolutions share: sizes of the window, padding, data format."""
+    """What the convolutions share: the window, padding and data format."""
 
     _spatial_rank: int
     _paddings: tuple[str, ...] = ("valid", "same")
 
-    def __init__(self, kernel_size, strides, padding, data_format, dilation_rate, **options):
+    def __init__(
+        self,
+        kernel_size,
+        strides,
+        padding,
+        data_format,
+        dilation_rate,
+        activation,
+        use_bias,
+        **options: Unpack[LayerOptions],
+    ):
         self.kernel_size = self._sizes("kernel_size", kernel_size)
         self.strides = self._sizes("strides", strides)
         self.dilation_rate = self._sizes("dilation_rate", dilation_rate)
@@ -25,9 +42,9 @@ class _Conv(FeedForward):
         ):
             if value not in rule:
                 raise ValueError(f"{name} must be one of {rule}, got {value!r}")
-        super().__init__(**options)
+        super().__init__(activation, use_bias, **options)
         self._rank = self._spatial_rank + 2
-        # Always named: in eager mode the gradient of Conv3D needs it.
+        # Always given: the gradient of Conv3D needs it in eager mode.
         self._format = ("NWC", "NHWC", "NDHWC")[self._spatial_rank - 1]
 
     def _sizes(self, name, value, least=1) -> tuple[int, ...]:
@@ -66,7 +83,7 @@ class _ConvND(_Conv):
         groups=1,
         activation=None,
         use_bias=True,
-        **options,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__(
             kernel_size,
@@ -74,8 +91,8 @@ class _ConvND(_Conv):
             padding,
             data_format,
             dilation_rate,
-            activation=activation,
-            use_bias=use_bias,
+            activation,
+            use_bias,
             **options,
         )
         self.filters = check_positive("filters", filters)
@@ -97,7 +114,7 @@ class _ConvND(_Conv):
         if padding == "CAUSAL":
             padding = "VALID"
             x = tf.pad(x, [[0, 0], [self.dilation_rate[0] * (self.kernel_size[0] - 1), 0], [0, 0]])
-        # TensorFlow reads groups off the shapes, but its CPU kernels not in 3D nor in float64.
+        # TensorFlow finds the groups from the shapes, except its CPU kernels in 3D and in float64.
         split = self.groups if self._spatial_rank == 3 or x.dtype == tf.float64 else 1
         outputs = [
             tf.nn.convolution(x_i, w_i, self.strides, padding, self._format, self.dilation_rate)
@@ -109,24 +126,24 @@ class _ConvND(_Conv):
 class Conv1D(_ConvND):
     """1D convolution: act(x * w + b), w = g * v / ||v|| with one g per filter (eq. 2).
 
-    Names and defaults are Keras', except the first v ~ N(0, 0.05) (paper, section 3). The variables
+    Names and defaults are Keras', but v is drawn from N(0, 0.05) (paper, section 3). The variables
     are weight.v [kernel, in / groups, filters], weight.g [filters] and b [filters].
 
     Arguments:
       filters: number of outputs per position.
-      kernel_size, strides, dilation_rate: one integer, or one per axis; strides and dilation_rate
-        not both above 1.
+      kernel_size, strides, dilation_rate: one integer, or one per axis. Not both strides and
+        dilation_rate may be above 1.
       padding: "valid", "same" or "causal".
       data_format: "channels_last" (default) or "channels_first".
-      groups: the input channels are cut into so many groups, each seen by filters / groups filters.
+      groups: number of groups of input channels; filters / groups filters see each group.
       activation: a callable, a Keras name, or None. `layer.pre_activation(x)` returns x * w + b.
       use_bias: whether to add b.
-      options: kernel_initializer, bias_initializer, kernel_mask, name, as for `tfwn.Dense`;
-        parameterization, exponential_g, g_initializer, dtype, compute_dtype, as for `tfwn.Weight`.
+      options: kernel_initializer, bias_initializer, kernel_mask, name, see `tfwn.Dense`;
+        parameterization, exponential_g, g_initializer, dtype, compute_dtype, see `tfwn.Weight`.
 
     Raises:
-      ValueError: bad options; inputs of another rank, or with a number of channels that is unknown
-        or differs from the first call's.
+      ValueError: invalid options; inputs of another rank; a number of input channels that is
+        unknown or differs from the first call.
 
     Inputs are [batch, steps, in], outputs [batch, new_steps, filters] in compute_dtype.
 
@@ -141,8 +158,8 @@ class Conv1D(_ConvND):
 class Conv2D(_ConvND):
     """2D convolution: act(x * w + b), w = g * v / ||v|| with one g per filter (eq. 2).
 
-    As `tfwn.Conv1D`, errors included, with padding "valid" or "same" and the variables weight.v
-    [height, width, in / groups, filters], weight.g [filters], b [filters].
+    Same arguments and errors as `tfwn.Conv1D`; padding is "valid" or "same". The variables are
+    weight.v [height, width, in / groups, filters], weight.g [filters] and b [filters].
 
     Inputs are [batch, height, width, in] (or [batch, in, height, width] for "channels_first").
 
@@ -157,8 +174,8 @@ class Conv2D(_ConvND):
 class Conv3D(_ConvND):
     """3D convolution: act(x * w + b), w = g * v / ||v|| with one g per filter (eq. 2).
 
-    As `tfwn.Conv1D`, errors included, with padding "valid" or "same" and the variables weight.v
-    [depth, height, width, in / groups, filters], weight.g [filters], b [filters].
+    Same arguments and errors as `tfwn.Conv1D`; padding is "valid" or "same". The variables are
+    weight.v [depth, height, width, in / groups, filters], weight.g [filters] and b [filters].
 
     Inputs are [batch, depth, height, width, in].
 
@@ -183,7 +200,7 @@ class _ConvNDTranspose(_Conv):
         dilation_rate=1,
         activation=None,
         use_bias=True,
-        **options,
+        **options: Unpack[LayerOptions],
     ):
         super().__init__(
             kernel_size,
@@ -191,8 +208,8 @@ class _ConvNDTranspose(_Conv):
             padding,
             data_format,
             dilation_rate,
-            activation=activation,
-            use_bias=use_bias,
+            activation,
+            use_bias,
             **options,
         )
         self.filters = check_positive("filters", filters)
@@ -200,7 +217,7 @@ class _ConvNDTranspose(_Conv):
         if output_padding is not None:
             self.output_padding = self._sizes("output_padding", output_padding, least=0)
             for i, (pad, stride) in enumerate(zip(self.output_padding, self.strides, strict=True)):
-                # Those lengths of output from which the convolution gets the input's length.
+                # The lengths of output from which a convolution returns the input's length.
                 least = 1 - self._window(i) % 2 if self.padding == "same" else 0
                 if not least <= pad < least + stride:
                     raise ValueError(
@@ -240,19 +257,19 @@ class _ConvNDTranspose(_Conv):
 class Conv1DTranspose(_ConvNDTranspose):
     """Transposed 1D convolution: act(x *' w + b), w = g * v / ||v||, one g per filter (eq. 2).
 
-    Names and defaults are Keras', except the first v ~ N(0, 0.05) (paper, section 3). The variables
+    Names and defaults are Keras', but v is drawn from N(0, 0.05) (paper, section 3). The variables
     are weight.v [kernel, filters, in], weight.g [filters] and b [filters]: the norm runs over the
     window and the INPUT channels, the last axis.
 
     Arguments:
-      filters, kernel_size, strides, data_format, dilation_rate, activation, use_bias, options: as
-        for `tfwn.Conv1D`.
+      filters, kernel_size, strides, data_format, dilation_rate, activation, use_bias, options: see
+        `tfwn.Conv1D`.
       padding: "valid" or "same".
-      output_padding: how much longer the output is than the shortest that fits, one integer or one
-        per axis. None: Keras' rule, n * strides for "same".
+      output_padding: the length of the output above the minimum, one integer or one per axis.
+        None: Keras' rule, where "same" gives n * strides.
 
     Raises:
-      ValueError: as `tfwn.Conv1D`; output_padding out of range.
+      ValueError: see `tfwn.Conv1D`; output_padding out of range.
 
     Inputs are [batch, steps, in], outputs [batch, new_steps, filters] in compute_dtype.
 
@@ -266,8 +283,8 @@ class Conv1DTranspose(_ConvNDTranspose):
 class Conv2DTranspose(_ConvNDTranspose):
     """Transposed 2D convolution: act(x *' w + b), w = g * v / ||v||, one g per filter (eq. 2).
 
-    As `tfwn.Conv1DTranspose`, errors included, with the variables weight.v [height, width, filters,
-    in], weight.g [filters], b [filters].
+    Same arguments and errors as `tfwn.Conv1DTranspose`. The variables are
+    weight.v [height, width, filters, in], weight.g [filters] and b [filters].
 
     Inputs are [batch, height, width, in] (or [batch, in, height, width] for "channels_first").
 
@@ -281,8 +298,8 @@ class Conv2DTranspose(_ConvNDTranspose):
 class Conv3DTranspose(_ConvNDTranspose):
     """Transposed 3D convolution: act(x *' w + b), w = g * v / ||v||, one g per filter (eq. 2).
 
-    As `tfwn.Conv1DTranspose`, errors included, with the variables weight.v [depth, height, width,
-    filters, in], weight.g [filters], b [filters].
+    Same arguments and errors as `tfwn.Conv1DTranspose`. The variables are
+    weight.v [depth, height, width, filters, in], weight.g [filters] and b [filters].
 
     Inputs are [batch, depth, height, width, in].
 
@@ -294,20 +311,23 @@ class Conv3DTranspose(_ConvNDTranspose):
 
 
 class DepthwiseConv2D(_Conv):
-    """Depthwise 2D convolution: each channel has its own filters (eq. 2, a g for each of them).
+    """Depthwise 2D convolution: each channel has its own filters (eq. 2 with one g per filter).
 
     Output channel c * depth_multiplier + m is act(x_c * w_cm + b_cm), w_cm = g_cm v_cm / ||v_cm||.
     The variables are weight.v [height, width, in, depth_multiplier], weight.g [in,
     depth_multiplier] and b [in * depth_multiplier].
 
     Arguments:
-      kernel_size, strides, padding, data_format, dilation_rate, activation, use_bias, options: as
-        for `tfwn.Conv2D`, but strides the same along both axes.
+      kernel_size, padding, data_format, dilation_rate, activation, use_bias: see `tfwn.Conv2D`.
+      strides: one integer, or the same for both axes.
       depth_multiplier: number of outputs per input channel.
       depthwise_initializer: of v, see `tfwn.Weight`.
+      bias_initializer, kernel_mask, name: see `tfwn.Dense`.
+      weight_options: parameterization, exponential_g, g_initializer, dtype, compute_dtype, see
+        `tfwn.Weight`.
 
     Raises:
-      ValueError: as `tfwn.Conv2D`; unequal strides.
+      ValueError: see `tfwn.Conv2D`; unequal strides.
 
     Inputs are [batch, height, width, in], outputs [batch, new_height, new_width,
     in * depth_multiplier] in compute_dtype.
@@ -330,7 +350,11 @@ class DepthwiseConv2D(_Conv):
         activation=None,
         use_bias=True,
         depthwise_initializer=None,
-        **options,
+        *,
+        bias_initializer="zeros",
+        kernel_mask=None,
+        name=None,
+        **weight_options: Unpack[WeightOptions],
     ):
         super().__init__(
             kernel_size,
@@ -338,10 +362,13 @@ class DepthwiseConv2D(_Conv):
             padding,
             data_format,
             dilation_rate,
-            activation=activation,
-            use_bias=use_bias,
+            activation,
+            use_bias,
             kernel_initializer=depthwise_initializer,
-            **options,
+            bias_initializer=bias_initializer,
+            kernel_mask=kernel_mask,
+            name=name,
+            **weight_options,
         )
         self.depth_multiplier = check_positive("depth_multiplier", depth_multiplier)
         self._refuse_dilated_strides()

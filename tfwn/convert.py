@@ -1,14 +1,15 @@
-"""Weights from and to other forms: dicts of plain arrays, and PyTorch's state dicts."""
+"""Weights from and to other forms: named arrays, PyTorch, files of TensorFlow Addons."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from tfwn.addons_weights import from_addons
 from tfwn.torch_state_dict import array_norm, array_weight_norm, as_array, from_torch, to_torch
 from tfwn.weight import check_axis
 
-__all__ = ["from_torch", "to_normal", "to_torch", "to_weight_norm"]
+__all__ = ["from_addons", "from_torch", "to_normal", "to_torch", "to_weight_norm"]
 
 
 def to_weight_norm(

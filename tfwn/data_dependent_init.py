@@ -10,53 +10,52 @@ from typing import Any
 import tensorflow as tf
 
 from tfwn.layer import FeedForward, initializing
-from tfwn.modules import submodules, variables
+from tfwn.modules import refuse_keras_2, submodules, variables
 
 InitScale = float | Callable[[Any], float]
 
-# A standard deviation this far below the mean is the rounding of float32, not a variation.
+# A standard deviation this far below the mean is rounding of float32, not variation.
 _ZERO_STDDEV = 8 * 2.0**-23
 
 
 def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: bool = True):
-    """Sets g and b so that on this batch every pre-activation has mean 0 and variance 1.
+    """Sets g and b so that every pre-activation has mean 0 and variance 1 on this batch.
 
         t = v . x / ||v||,  g = 1 / sigma[t],  b = -mu[t] / sigma[t]       (paper, eq. 5 and 6)
 
-    Runs the model once, eagerly; meanwhile tf.functions are run eagerly in all threads. Each layer
-    of tfwn (Dense and the convolutions, in either parameterization) and each
-    `tfwn.keras.WeightNormalization` is set in the order of the calls, on the output of the layers
-    before it, which are set already. A layer called several times is set at its first call. Only g
-    (or w, by the same factor, with the normal parameterization), b and the layer's mark
-    `initialized` change: what else a forward pass moves, as running means and random seeds, is put
-    back.
+    Runs the model once, eagerly. While it runs, tf.functions run eagerly in all threads. Dense and
+    the convolutions of tfwn, in both parameterizations, and `tfwn.keras.WeightNormalization` are
+    set in the order of their calls, each on the output of the layers before it, which are set
+    already. A layer that is called several times is set at its first call. Only g (or w, by the
+    same factor, with the normal parameterization), b and the layer's mark `initialized` change.
+    Whatever else a forward pass changes, such as running means and random seeds, is restored.
 
-    A layer without b gets g alone; that is what mean-only batch normalization needs, whose own b
-    stays 0. A unit whose t does not vary keeps its g and gets b = -mu[t] * g.
+    In a layer without b, g alone is set. That is what mean-only batch normalization needs; its own
+    b stays 0. A unit whose t does not vary keeps its g and gets b = -mu[t] * g. So does a unit with
+    w = 0: it stays 0, with a random direction v if it has none, so that it learns.
 
-    With variables of tf.distribute.MirroredStrategy, `batch` may be what the strategy's
-    distributed data set yields: moments are then those of the global batch, on all replicas.
+    With variables of tf.distribute.MirroredStrategy, `batch` may be an element of the strategy's
+    distributed data set. The moments are then those of the global batch, on all replicas.
 
     Arguments:
-      model: a tf.Module, Keras model or layer, or any function that calls them, as
+      model: a tf.Module, Keras model or layer, or any function that calls them, like
         `lambda x: decoder(encoder(x))`; it may be a tf.function.
-      batch: the model's one argument. 100 examples or more, like those that it will train on.
-      init_scale: the standard deviation that pre-activations get, or a callable(layer) that
-        returns a layer's.
-      training: passed to a model that has such an argument: whether noise and dropout are active
-        and batch normalization uses the batch. The paper's experiments have them on.
+      batch: the model's one argument. At least 100 examples like those that it will train on.
+      init_scale: the standard deviation of the pre-activations, or a callable(layer) that returns
+        it for a layer.
+      training: passed to a model that has this argument: whether noise and dropout are active and
+        batch normalization uses the batch. In the paper's experiments they are and it does.
 
     Returns:
       The model's output for `batch`, after the initialization.
 
     Raises:
-      RuntimeError: a layer was initialized before (by this call, or before the checkpoint was
-        written); a recurrent layer or an embedding is reached; called in a tf.function, or in
-        strategy.run.
-      ValueError: a distributed batch for a model that is not of a strategy; no layer to set is
-        reached; moments that are not finite, an empty batch;
-        init_scale not positive; `training=False` for a model without that argument.
-      Whatever is raised, by the model too, all variables are as they were before.
+      RuntimeError: a layer was initialized before, by this call or in a restored checkpoint; the
+        model called a recurrent layer or an embedding; called in a tf.function or in strategy.run.
+      ValueError: a distributed batch for a model that is not of a strategy; the model called no
+        layer that can be set; moments that are not finite; an empty batch; init_scale is not
+        positive; `training=False` for a model without that argument.
+      After any error, of the model too, all variables are as they were before.
 
     >>> layer = tfwn.Dense(3)
     >>> x = tf.random.normal([100, 5], mean=2.0)
@@ -86,14 +85,15 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     first_pass = _FirstPass(before, init_scale)
 
     def forward(batch):
-        seen: set[int] = set()  # One for each replica: all of them take part in all moments.
+        seen: set[int] = set()  # One for each replica: all of them contribute to all moments.
         with initializing(lambda layer, t: first_pass.initialize(layer, t, seen)):
             return model(batch, **arguments)
 
     try:
         with _eager_functions():
             outputs = strategy.run(forward, (batch,)) if strategy else forward(batch)
-        if not first_pass.changed:
+        if not (first_pass.changed or first_pass.reached):
+            refuse_keras_2(model)
             raise ValueError(
                 "data_dependent_init reached no layer that it could set: the model must call "
                 "tfwn's Dense or convolutions, or Keras layers in tfwn.keras.WeightNormalization"
@@ -114,8 +114,10 @@ def _check_scale(init_scale: float, layer: str = "") -> float:
 def is_initialized(model) -> bool:
     """Whether `data_dependent_init` has set all layers of a model that it can set.
 
-    The answer is saved with the model, in checkpoints, SavedModels and .keras files. False for a
-    model without such layers, and for one with layers that have not been called yet.
+    The answer is saved with the model, in checkpoints, SavedModels and .keras files. A restored
+    checkpoint sets it also for layers that make their other variables in their first call. False
+    for a model without layers that can be set, and before the first call of a model that makes its
+    layers themselves in it.
 
     >>> layer = tfwn.Dense(3)
     >>> tfwn.is_initialized(layer)
@@ -130,7 +132,7 @@ def is_initialized(model) -> bool:
 def _has_mark(module) -> bool:
     if isinstance(module, FeedForward):
         return True
-    # Without importing Keras for it: where there is a wrapper, its module is loaded.
+    # Keras is not imported for this: if there is a wrapper, its module is loaded.
     keras_module = sys.modules.get("tfwn.keras")
     return (
         keras_module is not None
@@ -140,27 +142,34 @@ def _has_mark(module) -> bool:
 
 
 class _FirstPass:
-    """Sets each layer at its first call, and knows what it changed."""
+    """Sets each layer at its first call, and collects what it changed."""
 
     def __init__(self, before: "_Snapshot", init_scale: InitScale):
         self._before = before
         self._init_scale = init_scale
         self.changed: set[int] = set()
+        self.reached = False  # A layer that this call built, and a checkpoint then restored.
 
+    @tf.autograph.experimental.do_not_convert  # A model that is a tf.function calls this eagerly.
     def initialize(self, layer, t, seen):
         if id(layer.weight) in seen:
             return
         seen.add(id(layer.weight))
-        self._before.take(layer.variables)
+        self._before.take([*layer.variables, layer.initialized])
         if self._before.value(layer.initialized):
+            if getattr(layer, "restored", False):
+                self.reached = True
+                return
             raise RuntimeError(
-                f"{layer.name!r} is initialized already, and initializing it again would undo what "
-                "it learned since: skip data_dependent_init where tfwn.is_initialized(model), or "
-                "set layer.initialized.assign(False) for the layers to set again"
+                f"{layer.name!r} is initialized already, and another initialization would undo "
+                "what it has learned since: skip data_dependent_init if tfwn.is_initialized(model) "
+                "(for a model that makes its layers in its first call: after this call), or call "
+                "layer.initialized.assign(False) for the layers to set again"
             )
         mean, stddev = _moments(t, layer.name)
-        zero = stddev <= _ZERO_STDDEV * tf.abs(mean)
         old_g = tf.reshape(tf.cast(layer.weight.get_g(), mean.dtype), [-1])
+        # A unit with g = 0 is meant to start with w = 0, as the last layer of a residual branch.
+        zero = (stddev <= _ZERO_STDDEV * tf.abs(mean)) | (old_g == 0)
         scale = self._init_scale
         if callable(scale):
             scale = _check_scale(scale(layer), f" for {layer.name!r}")
@@ -172,15 +181,15 @@ class _FirstPass:
         if layer.b is not None:
             layer.b.assign(tf.cast(b, layer.b.dtype))
         layer.initialized.assign(True)
-        self.changed.update(id(variable) for variable in layer.variables)
+        self.changed.update(id(variable) for variable in [*layer.variables, layer.initialized])
 
 
 def _moments(t, name):
-    """Mean and standard deviation of each unit, over the batch, space and all replicas."""
+    """Returns mean and standard deviation of each unit, over the batch, space and all replicas."""
     t = tf.cast(t, tf.float64 if t.dtype == tf.float64 else tf.float32)
     count = _sum_over_replicas(tf.cast(tf.size(t) / tf.shape(t)[-1], t.dtype))
     mean = _sum(t) / count
-    # What rounding left of the mean, in the first sum, is a small number: exact enough.
+    # The rounding error of the first sum; it is small, so that its own is negligible.
     rest = _sum(t - mean) / count
     mean += rest
     stddev = tf.sqrt(_sum(tf.square(t - mean)) / count)
@@ -193,7 +202,7 @@ def _moments(t, name):
 
 
 def _sum(t):
-    """The sum over all axes but the last, one axis at a time, so that rounding stays small."""
+    """Returns the sum over all axes except the last, one at a time, so that rounding is small."""
     for _ in range(t.shape.rank - 1):
         t = tf.reduce_sum(t, -2)
     return _sum_over_replicas(t)
@@ -207,7 +216,7 @@ def _sum_over_replicas(x):
 
 
 def _in_all_replicas(function, *values):
-    """Calls function(*values), which assigns; the values are the same in all replicas."""
+    """Calls function(*values), which assigns variables; all replicas have the same values."""
     context = tf.distribute.get_replica_context()
     if context is None or not tf.distribute.has_strategy():
         function(*values)
@@ -221,7 +230,7 @@ def _in_all_replicas(function, *values):
 
 
 class _Snapshot:
-    """The values of variables, component by component where replicas have their own."""
+    """The values of variables, of each component if the replicas have their own."""
 
     def __init__(self):
         self._values = {}
@@ -229,7 +238,7 @@ class _Snapshot:
     def take(self, variables):
         for variable in variables:
             if id(variable) not in self._values:
-                # TensorFlow copies a buffer when it is written to, and not before.
+                # TensorFlow copies a buffer only when it is written to.
                 values = [(part, tf.identity(part)) for part in _components(variable)]
                 self._values[id(variable)] = (variable, values)
 
@@ -249,7 +258,7 @@ def _components(variable) -> tuple:
 
 
 def _strategy_of(batch, model) -> tf.distribute.Strategy | None:
-    """The strategy in whose replicas the model is to run; None where the batch is in one piece."""
+    """Returns the strategy whose replicas are to run the model; None for a batch in one piece."""
     if not any(isinstance(x, tf.distribute.DistributedValues) for x in tf.nest.flatten(batch)):
         return None
     found = [getattr(variable, "distribute_strategy", None) for variable in variables(model)]
@@ -279,8 +288,8 @@ _eager_lock = threading.RLock()
 
 @contextlib.contextmanager
 def _eager_functions():
-    """A tf.function runs as Python: one traced earlier would pass by the initialization."""
-    # The switch is the process's: initializations in several threads take turns.
+    """Runs tf.functions as Python: those traced earlier would skip the initialization."""
+    # The switch is global, so that initializations in several threads take turns.
     with _eager_lock:
         eager = tf.config.functions_run_eagerly()
         tf.config.run_functions_eagerly(True)

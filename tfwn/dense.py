@@ -1,14 +1,21 @@
 """Dense, the fully connected layer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import tensorflow as tf
 
-from tfwn.layer import FeedForward, check_positive
+from tfwn.layer import FeedForward, LayerOptions, check_positive
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Dense(FeedForward):
     """Fully connected layer: act(x . w + b), w = g * v / ||v|| with one g per unit (eq. 1 and 2).
 
-    Names and defaults are Keras', except the first v ~ N(0, 0.05) (paper, section 3). The variables
+    Names and defaults are Keras', but v is drawn from N(0, 0.05) (paper, section 3). The variables
     are weight.v [in, units], weight.g [units] and b [units].
 
     Arguments:
@@ -17,14 +24,13 @@ class Dense(FeedForward):
       use_bias: whether to add b.
       kernel_initializer: of v, see `tfwn.Weight`.
       bias_initializer: of b.
-      kernel_mask: fixed mask on v, [in, units] or broadcastable to it.
+      kernel_mask: fixed mask on v, [in, units] or a shape that broadcasts to it.
       name: of the layer.
-      weight_options: parameterization, exponential_g, g_initializer, dtype, compute_dtype, see
-        `tfwn.Weight`.
+      parameterization, exponential_g, g_initializer, dtype, compute_dtype: see `tfwn.Weight`.
 
     Raises:
-      ValueError: bad options; inputs of rank below 2 or with a number of channels that is unknown
-        or differs from the first call's.
+      ValueError: invalid options; inputs of rank below 2; a number of input channels that is
+        unknown or differs from the first call.
 
     Inputs are [..., in], outputs [..., units] in compute_dtype.
 
@@ -35,27 +41,8 @@ class Dense(FeedForward):
     ['dense/b:0', 'dense/weight/g:0', 'dense/weight/v:0']
     """
 
-    def __init__(
-        self,
-        units,
-        activation=None,
-        use_bias=True,
-        *,
-        kernel_initializer=None,
-        bias_initializer="zeros",
-        kernel_mask=None,
-        name=None,
-        **weight_options,
-    ):
-        super().__init__(
-            activation,
-            use_bias,
-            kernel_initializer=kernel_initializer,
-            bias_initializer=bias_initializer,
-            kernel_mask=kernel_mask,
-            name=name,
-            **weight_options,
-        )
+    def __init__(self, units, activation=None, use_bias=True, **options: Unpack[LayerOptions]):
+        super().__init__(activation, use_bias, **options)
         self.units = check_positive("units", units)
 
     def _weight_shape(self, channels):

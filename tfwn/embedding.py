@@ -1,9 +1,16 @@
 """Embedding: integers to rows of a table."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import tensorflow as tf
 
 from tfwn.layer import Layer, check_positive, refuse_initialization
-from tfwn.weight import Weight, check_weight_options
+from tfwn.weight import Weight, WeightOptions, check_weight_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Embedding(Layer):
@@ -17,16 +24,16 @@ class Embedding(Layer):
       input_dim: number of rows; ids lie in [0, input_dim).
       output_dim: length of a row.
       embeddings_initializer: of v, see `tfwn.Weight`. Default: Keras' "uniform".
-      mask_zero: whether id 0 is padding, as `compute_mask` then says.
+      mask_zero: whether id 0 is padding; `compute_mask` then returns a mask.
       name: of the layer.
       weight_options: parameterization, exponential_g, g_initializer, dtype, compute_dtype, see
         `tfwn.Weight`.
 
     Raises:
-      ValueError: bad options; ids that are not integers.
-      RuntimeError: reached by data-dependent initialization.
+      ValueError: invalid options; ids that are not integers.
+      RuntimeError: data-dependent initialization reached the layer.
 
-    Ids may have any shape; outputs have that shape with output_dim appended, in compute_dtype.
+    Ids may have any shape; outputs have that shape and a last axis of output_dim, in compute_dtype.
 
     >>> tfwn.Embedding(10, 4)(tf.constant([[1, 2, 1]])).shape
     TensorShape([1, 3, 4])
@@ -40,7 +47,7 @@ class Embedding(Layer):
         mask_zero=False,
         *,
         name=None,
-        **weight_options,
+        **weight_options: Unpack[WeightOptions],
     ):
         super().__init__(name=name)
         self.input_dim = check_positive("input_dim", input_dim)
@@ -59,7 +66,7 @@ class Embedding(Layer):
         return self.weight.rows(ids)
 
     def compute_mask(self, inputs) -> tf.Tensor | None:
-        """Returns inputs != 0 with `mask_zero`, the mask for a recurrent layer; otherwise None."""
+        """Returns the mask for a recurrent layer, inputs != 0, or None without `mask_zero`."""
         return tf.not_equal(inputs, 0) if self.mask_zero else None
 
     def _initialize(self, input_shape):

@@ -1,30 +1,46 @@
 """What all layers share: variables made once, and the feed-forward computation act(x . w + b).
 
 Data-dependent initialization (paper, section 3) enters here and nowhere else: while
-`initializing(callback)` is active, each feed-forward layer hands callback(layer, t) its
-t = x . v / ||v||, units along the last axis, before it computes its output. The callback sets
-g by layer.weight.set_g(g), layer.b where that is not None, and layer.initialized; the layer then
-goes on with them.
+`initializing(callback)` is active, each feed-forward layer passes its t = x . v / ||v||, with the
+units along the last axis, to callback(layer, t) before it computes its output. The callback sets g
+with layer.weight.set_g(g), layer.b unless it is None, and layer.initialized; the layer then
+computes its output with these values.
 """
+
+from __future__ import annotations
 
 import contextlib
 import contextvars
 import numbers
-import re
 import sys
 import threading
 import warnings
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from tfwn.weight import Weight, check_weight_options, initial_value
+from tfwn.activations import get_activation
+from tfwn.initializers import initial_value, snake_case
+from tfwn.weight import Weight, WeightOptions, check_weight_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # A dependency of TensorFlow's.
 
 # One lock for all layers, so that a layer can be copied and pickled. Reentrant: layers nest.
 _lock = threading.RLock()
 _callback: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
     "tfwn_initialization", default=None
 )
+
+
+class LayerOptions(WeightOptions, total=False):
+    """The keyword arguments that Dense and the convolutions have in common, see `tfwn.Dense`."""
+
+    kernel_initializer: Any
+    bias_initializer: Any
+    kernel_mask: Any
+    name: str | None
 
 
 @contextlib.contextmanager
@@ -43,18 +59,18 @@ def is_initializing() -> bool:
 
 
 def initialize(layer, t) -> None:
-    """Hands layer and t to the initialization that is running in this thread."""
+    """Passes layer and t to the initialization that is running in this thread."""
     if callback := _callback.get():
         callback(layer, t)
 
 
 def refuse_initialization(layer) -> None:
-    """Raises where `layer` cannot be initialized from data."""
+    """Raises an error if an initialization reaches `layer`, which it cannot set."""
     if is_initializing():
         raise RuntimeError(
             f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}. It "
-            "is not for recurrent layers (paper, section 3) or embeddings: initialize the "
-            "feed-forward part of the model only, with this layer's output as its batch"
+            "is not for recurrent layers (paper, section 3) or embeddings: initialize only the "
+            "feed-forward part of the model, with the output of this layer as its batch"
         )
 
 
@@ -62,13 +78,13 @@ class Layer(tf.Module):
     """A module that makes its variables once, in `_initialize`, when it first sees an input."""
 
     def __init__(self, name=None):
-        super().__init__(name=name or _snake_case(type(self).__name__))
+        super().__init__(name=name or snake_case(type(self).__name__))
         self._built = False
 
     def build(self, input_shape) -> None:
-        """Makes the variables for inputs of this shape; without effect when they exist.
+        """Makes the variables for inputs of this shape; does nothing if they exist.
 
-        Calling the layer does this too. Safe between threads and inside a tf.function.
+        Calling the layer does this too. It is safe in several threads and inside a tf.function.
         """
         if self._built:
             return
@@ -83,40 +99,36 @@ class Layer(tf.Module):
         raise NotImplementedError
 
     def _warn_in_keras(self) -> None:
-        # Keras is not imported to find out, and has no public way to ask.
+        # Keras has no public way to ask, and is not imported for this.
         state = sys.modules.get("keras.src.backend.common.global_state")
         if state and state.get_global_attribute("current_call_ctx"):
             warnings.warn(
                 f"{self.name!r} makes its variables in the call of a Keras layer or model. Keras "
-                "does not see those of a tf.Module: it neither trains nor saves them. There, take "
-                "Keras' layers in tfwn.keras.WeightNormalization",
+                "neither trains nor saves the variables of a tf.Module: use Keras' layers in "
+                "tfwn.keras.WeightNormalization there",
                 stacklevel=5,  # The caller of a feed-forward layer.
             )
 
 
-def _snake_case(name: str) -> str:
-    """Keras' way with digits: conv2d_transpose, where tf.Module has conv2_d_transpose."""
-    return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()
-
-
-def get_activation(activation):
-    """An activation from its Keras name, a callable, or None."""
-    return tf.keras.activations.get(activation) if isinstance(activation, str) else activation
-
-
 def check_positive(name: str, value) -> int:
-    """`value`, where it is a positive integer."""
+    """Returns `value` as an int if it is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
 
 
 class FeedForward(Layer):
-    """act(x . w + b): what Dense and the convolutions share. Subclasses give shapes and x . w.
+    """act(x . w + b): what Dense and the convolutions share. Subclasses define shapes and x . w.
 
-    A subclass sets `_rank` (of the inputs; 0: at least 2), and implements `_weight_shape`
-    and `_linear`. `data_format` is "channels_last" unless the subclass changes it.
+    A subclass sets `_rank` (the rank of the inputs; 0 means at least 2), and implements
+    `_weight_shape` and `_linear`. `data_format` is "channels_last" unless the subclass changes it.
     """
+
+    # The mark `initialized` is saved with the layer, but is none of its numbers: averages, noise
+    # and norms over `variables` must not see it.
+    _TF_MODULE_IGNORED_PROPERTIES = frozenset(
+        {"initialized", *tf.Module._TF_MODULE_IGNORED_PROPERTIES}
+    )
 
     data_format = "channels_last"
     _rank = 0
@@ -131,7 +143,7 @@ class FeedForward(Layer):
         bias_initializer="zeros",
         kernel_mask=None,
         name=None,
-        **weight_options,
+        **weight_options: Unpack[WeightOptions],
     ):
         super().__init__(name=name)
         self.activation = get_activation(activation)
@@ -143,32 +155,36 @@ class FeedForward(Layer):
         self.compute_dtype = self._weight_options["compute_dtype"]
         self._channels = None
         self.b = None
+        # Whether data-dependent initialization has set this layer. Made here and not with the other
+        # variables, so that a restored checkpoint sets it at once.
+        with tf.init_scope(), self.name_scope:
+            self.initialized = tf.Variable(False, trainable=False, name="initialized")
 
     def __call__(self, inputs, w=None) -> tf.Tensor:
         """Returns act(x . w + b).
 
         Arguments:
           inputs: x; cast to the layer's compute_dtype.
-          w: the effective weight where the caller has it already, as in a loop; default
+          w: the effective weight if the caller has it already, as in a loop; default
             `self.weight()`.
         """
         outputs = self.pre_activation(inputs, w)
         return outputs if self.activation is None else self.activation(outputs)
 
     def pre_activation(self, inputs, w=None) -> tf.Tensor:
-        """Returns x . w + b; arguments as for calling the layer."""
+        """Returns x . w + b; the arguments are those of the call."""
         x = tf.cast(inputs, self.compute_dtype)
         self._check_rank(x.shape)
         self.build(x.shape)
         self._check_channels(x.shape)
         first = self.data_format == "channels_first"
         if first:
-            # TensorFlow's CPU kernels know channels_last only; on a GPU Grappler and XLA remove
-            # the transposes they do not need.
+            # TensorFlow's CPU kernels support channels_last only; on a GPU Grappler and XLA remove
+            # the transposes that are not needed.
             x = tf.transpose(x, [0, *range(2, self._rank), 1])
         if is_initializing():
             initialize(self, self._linear(x, self.weight.direction()))
-            w = None  # The caller's was computed from the old g.
+            w = None  # The caller computed it from the old g.
         outputs = self._linear(x, self.weight() if w is None else w)
         if self.b is not None:
             outputs = tf.nn.bias_add(outputs, tf.cast(self.b, self.compute_dtype))
@@ -199,8 +215,6 @@ class FeedForward(Layer):
             self.b = tf.Variable(
                 initial_value(self.bias_initializer, shape, self._weight_options["dtype"]), name="b"
             )
-        # Whether data-dependent initialization has been here; checkpoints keep it.
-        self.initialized = tf.Variable(False, trainable=False, name="initialized")
         self._channels = channels
 
     def _check_rank(self, shape):

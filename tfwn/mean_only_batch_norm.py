@@ -2,29 +2,30 @@
 
 import tensorflow as tf
 
+from tfwn.initializers import initial_value
 from tfwn.layer import Layer, is_initializing
-from tfwn.weight import check_axis, initial_value
+from tfwn.weight import check_axis, check_float
 
 
 class MeanOnlyBatchNormalization(Layer):
     """Mean-only batch normalization: t - mu[t] + b (paper, section 4, eq. 7).
 
-    It follows a weight-normalized layer WITHOUT a bias and owns the b. mu[t] is the mean over the
-    batch and all axes but `axis`; gradients flow through it and are thereby centered (eq. 8). At
-    test time the running mean takes its place. Data-dependent initialization sets the g of the
-    layer before and nothing here: b stays as it is, the running mean too.
+    Use it after a weight-normalized layer WITHOUT a bias; the bias b is here. mu[t] is the mean
+    over the batch and all axes except `axis`. Gradients flow through it, which centers them
+    (eq. 8). At test time a running mean replaces mu[t]. Data-dependent initialization sets the g of
+    the layer before, and changes neither b nor the running mean.
 
     Arguments:
       axis: of the features; -1, or 1 for "channels_first".
       momentum: m <- momentum * m + (1 - momentum) * mu[t] at each call in training.
       bias_initializer: of b.
-      synchronized: take mu[t] over the batches of all replicas of a tf.distribute strategy.
+      synchronized: whether mu[t] is over the batches of all replicas of a tf.distribute strategy.
       dtype: of b and the running mean.
-      compute_dtype: of the outputs; default `dtype`. mu[t] is taken in float32 at least.
+      compute_dtype: of the outputs; default `dtype`. mu[t] is computed in at least float32.
       name: of the layer.
 
     Raises:
-      ValueError: bad options; an unknown number of features or rank.
+      ValueError: invalid options; an unknown rank or number of features.
 
     Variables: b [features] and moving_mean [features], which starts at 0.
 
@@ -53,15 +54,15 @@ class MeanOnlyBatchNormalization(Layer):
         self.momentum = momentum
         self.bias_initializer = bias_initializer
         self.synchronized = synchronized
-        self.dtype = tf.as_dtype(dtype)
-        self.compute_dtype = self.dtype if compute_dtype is None else tf.as_dtype(compute_dtype)
+        self.dtype = check_float("dtype", dtype)
+        self.compute_dtype = check_float("compute_dtype", compute_dtype or dtype)
 
     def __call__(self, inputs, training=False) -> tf.Tensor:
         """Returns t - mu[t] + b in training, t - moving_mean + b otherwise.
 
         Arguments:
           inputs: t.
-          training: whether to take mu[t] from `inputs` and to update the running mean.
+          training: whether to compute mu[t] from `inputs` and to update the running mean.
         """
         t = tf.cast(inputs, self.compute_dtype)
         self.build(t.shape)
@@ -75,9 +76,9 @@ class MeanOnlyBatchNormalization(Layer):
         return self._center(t, tf.convert_to_tensor(self.b), mean, axis)
 
     def _center(self, t, b, mean, axis):
-        """t - mean + b, with eq. 8 for the gradient of t, the part through the mean included.
+        """Returns t - mean + b. Its gradient for t is eq. 8, which includes the part through mean.
 
-        Autodiff would broadcast that part to a tensor of t's size before adding it.
+        Automatic differentiation would broadcast that part to the size of t before it adds it.
         """
 
         @tf.custom_gradient
@@ -92,11 +93,12 @@ class MeanOnlyBatchNormalization(Layer):
         return center(t, b, mean)
 
     def _mean(self, total, t):
-        """The mean of t from its sum, over all replicas where that is asked for."""
+        """Returns the mean of t from its sum, over all replicas if `synchronized`."""
         count = tf.cast(tf.size(t) / tf.size(total), total.dtype)
         if self.synchronized:
             replica = tf.distribute.get_replica_context()
-            if replica is None and not is_initializing():  # Initializing, the batch is whole.
+            # An initialization without replicas has the whole batch.
+            if replica is None and not is_initializing():
                 raise RuntimeError(
                     f"{self.name!r} with synchronized=True must be called in a replica, as in "
                     "strategy.run(step), got a call across replicas"
@@ -120,22 +122,22 @@ class MeanOnlyBatchNormalization(Layer):
             tf.zeros([features], self.dtype),
             trainable=False,
             name="moving_mean",
-            # Each replica keeps its own; read across replicas, as by a checkpoint, it averages.
+            # Each replica has its own; a read across replicas, as for a checkpoint, averages them.
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.MEAN,
         )
 
 
 def _sum(t, axis):
-    """The sum over all axes but `axis`, in float32 at least."""
+    """Returns the sum over all axes except `axis`, in at least float32."""
     t = tf.cast(t, tf.float64 if t.dtype == tf.float64 else tf.float32)
     others = [a for a in range(t.shape.rank) if a != axis]
-    # In two steps: twice as fast on a CPU as in one, and a tenth of its error.
+    # On a CPU two steps are twice as fast as one, with a tenth of the error.
     return tf.reduce_sum(tf.reduce_sum(t, others[1:], keepdims=True), others)
 
 
 def _along(axis, x, t):
-    """x, one number for each feature, as it broadcasts to t, in t's type."""
+    """Returns x, one number per feature, in t's type and a shape that broadcasts to t."""
     shape = [1] * t.shape.rank
     shape[axis] = -1
     return tf.cast(tf.reshape(x, shape), t.dtype)

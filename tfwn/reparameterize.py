@@ -1,17 +1,23 @@
-"""reparameterize: from w to v and g, in a model that exists already; fold: back to w."""
+"""reparameterize: from w to v and g in an existing model; fold: back to w."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tfwn.layer import Layer
-from tfwn.modules import attributes, is_keras_layer, submodules
+from tfwn.modules import (
+    attributes,
+    is_keras_layer,
+    refuse_keras_2,
+    submodules,
+)
+from tfwn.normalized_variable import NormalizedVariable
 from tfwn.ops import weight_norm
-from tfwn.weight import Weight, check_axis, norm
+from tfwn.traces import check_traces, forget_traces
+from tfwn.weight import Weight
 
-# Variables of rank 2 and more that are called so are not weights.
+# Variables of rank 2 and more with these names are not weights.
 _NOT_WEIGHTS = ("b", "bias", "offset", "scale", "beta", "gamma")
 
 
@@ -21,39 +27,39 @@ def reparameterize(
     select: Callable[[tf.Variable], bool] | None = None,
     axis: int | Sequence[int] | Callable[[tf.Variable], Any] | str | None = "auto",
 ):
-    """Weight-normalizes the weights of a model that exists, in place: g = ||w|| and v = w.
+    """Weight-normalizes the weights of an existing model in place: v = w and g = ||w||.
 
         w = g * v / ||v||                                                   (paper, eq. 2)
 
-    The model computes what it did, to the rounding of one product. Its weight variables become v;
-    there is a new g for each. `fold` is the inverse.
+    The model computes the same as before, to the rounding of one product. Its weight variables
+    become v, and each gets a new variable g. A unit with w = 0 gets a random direction v and g = 0,
+    so that it learns. `fold` is the inverse.
 
-    - A tf.Module, of Sonnet or your own: an attribute that held a variable w holds an object that
-      converts to the tensor w = g * v / ||v|| wherever TensorFlow wants a tensor, so that the
-      module's own code runs unchanged. Lists, tuples and dicts of variables too.
-    - A layer of tfwn with parameterization "normal" gets "weight_norm".
-    - A Keras layer is returned in a `tfwn.keras.WeightNormalization`. For a Sequential or
-      functional Keras model, whose graph cannot be changed, a new model of the same layers is
-      returned: use it in place of the old one, and compile it. In any other Keras model the layers
-      it has as attributes are wrapped in place.
+    - tf.Modules, from Sonnet or your own: an attribute with a variable w gets an object that
+      TensorFlow converts to the tensor w = g * v / ||v||, so that the module's own code runs
+      unchanged. So do variables in lists, tuples and dicts.
+    - Layers of tfwn with parameterization "normal" get "weight_norm".
+    - The layers of a Keras model of any kind are put in `tfwn.keras.WeightNormalization`, in place;
+      a built optimizer is made anew. A single Keras layer is returned in its wrapper.
 
     Arguments:
-      model: the model, called once before, so that its variables exist. A tf.function of yours that
-        called it earlier goes on with the old w: call this before it is traced. Those that are
-        methods of the model are traced anew.
-      select: for tf.Modules, whether a variable is a weight. Default: trainable ones of rank 2 and
-        more whose units have more than one element, and whose name does not say otherwise ("b",
-        "bias", "offset", "scale", "beta", "gamma").
+      model: the model, after its first call, so that its variables exist. tf.functions that are its
+        methods are traced anew. A tf.function outside of the model that called it earlier keeps the
+        old w: call this before it is traced.
+      select: for tf.Modules, whether a variable is a weight. Default: trainable variables of rank 2
+        or more, whose units have more than one element, and which are not named "b", "bias",
+        "offset", "scale", "beta" or "gamma".
       axis: for tf.Modules, the axis or axes of w that index its units, see `tfwn.weight_norm`, or a
         function of the variable that returns them. Default: by the name of the module's class, the
         last but one for "Transpose", the last two for "Depthwise", 0 for "Embed", else the last.
 
     Returns:
-      `model` itself, or for Keras layers and graphs what takes its place.
+      `model` itself, or for a single Keras layer its wrapper.
 
     Raises:
-      ValueError: no weight was found; a bad axis; a Keras model that is not built, or `select` or
-        `axis` for one; a tf.function in an attribute of the model that was traced before.
+      ValueError: no weight was found; an invalid axis; a Keras model that is not built, or `select`
+        or `axis` for one; a tf.function in an attribute of the model that was traced before.
+      TypeError: layers of Keras 2.
 
     >>> class Linear(tf.Module):
     ...     def __init__(self):
@@ -77,6 +83,7 @@ def reparameterize(
             )
         return _keras_module().reparameterize(model)
     _check_module("reparameterize", model)
+    refuse_keras_2(model)
     walk = _Walk(lambda owner, value: _normalized(owner, value, select, axis))
     walk.find(model)
     weights = [m for m in walk.modules if isinstance(m, Weight) and m.parameterization == "normal"]
@@ -84,9 +91,13 @@ def reparameterize(
         names = [variable.name for variable in model.variables]
         raise ValueError(
             f"reparameterize found no weight in {type(model).__name__}, whose variables are {names}"
-            ": call the module once so that it makes them, or say by select which are weights"
+            ": call the module once so that it makes them, or select its weights with `select`"
         )
+    for weight in weights:
+        weight.check_g(weight.get_g())
     walk.change()
+    for variable in walk.new:
+        variable.assign(variable.v)
     for weight in weights:
         _set_weight_norm(weight)
     return model
@@ -95,15 +106,15 @@ def reparameterize(
 def fold(model):
     """Folds v and g back into w, in place; the inverse of `reparameterize`.
 
-    What is left are plain variables, w = g * v / ||v||, and TensorFlow's own operations: a
-    SavedModel of it loads and serves where tfwn is not installed. It computes what the model did.
+    The model then has plain variables, w = g * v / ||v||, and TensorFlow's own operations. It
+    computes the same as before, and its SavedModel loads and serves where tfwn is not installed.
 
     Arguments:
       model: a tf.Module (tfwn's own layers get the parameterization "normal"), or a Keras layer or
         model with `tfwn.keras.WeightNormalization` in it.
 
     Returns:
-      `model` itself, or for Keras layers and graphs what takes its place, as for `reparameterize`.
+      `model` itself, or for `tfwn.keras.WeightNormalization` the layer in it.
 
     Raises:
       ValueError: nothing in the model is weight-normalized; a tf.function in an attribute of the
@@ -125,6 +136,7 @@ def fold(model):
         m for m in walk.modules if isinstance(m, Weight) and m.parameterization == "weight_norm"
     ]
     if not weights and not walk.changes:
+        refuse_keras_2(model)
         raise ValueError(f"fold found nothing weight-normalized in {type(model).__name__}")
     walk.change()
     for weight in weights:
@@ -132,65 +144,21 @@ def fold(model):
     return model
 
 
-class NormalizedVariable(tf.Module):
-    """In the place of a variable w: holds v and g, and converts to the tensor w = g * v / ||v||."""
-
-    def __init__(self, v: tf.Variable, axis):
-        super().__init__(name="normalized")
-        self.v = v
-        self.axis = check_axis(axis, v.shape.rank)
-        strategy = getattr(v, "distribute_strategy", None)
-        with strategy.scope() if strategy else contextlib.nullcontext():
-            self.g = tf.Variable(norm(v, self.axis), trainable=v.trainable, name="g")
-
-    def value(self) -> tf.Tensor:
-        """Returns w."""
-        return weight_norm(self.v, self.g, self.axis)
-
-    read_value = value
-
-    def assign(self, w) -> None:
-        """Makes `w` the value: v = w and g = ||w||."""
-        self.v.assign(w)
-        self.g.assign(norm(self.v, self.axis))
-
-    @property
-    def shape(self) -> tf.TensorShape:
-        """Of w."""
-        return self.v.shape
-
-    @property
-    def dtype(self) -> tf.DType:
-        """Of w."""
-        return self.v.dtype
-
-    def numpy(self):
-        """Returns w as an array."""
-        return self.value().numpy()
-
-    def __array__(self, dtype=None, copy=None):
-        return self.numpy() if dtype is None else self.numpy().astype(dtype)
-
-    def __tf_tensor__(self, dtype=None, name=None):
-        return tf.convert_to_tensor(self.value(), dtype=dtype, name=name)
-
-
-def _operator(name):
-    return lambda self, *arguments: getattr(self.value(), name)(*arguments)
-
-
-for _name in tf.Tensor.OVERLOADABLE_OPERATORS - {"__eq__", "__ne__"}:
-    setattr(NormalizedVariable, _name, _operator(_name))
-
-
 class _Walk:
-    """Finds, in all modules of a model, the attributes that `replace` makes others of."""
+    """Finds, in all modules of a model, the attributes whose value `replace` changes."""
 
     def __init__(self, replace: Callable[[Any, Any], Any]):
         self._replace = replace
-        self._replaced: dict[int, Any] = {}
+        # The value too: its id must not be given to another.
+        self._replaced: dict[int, tuple[Any, Any]] = {}
         self.modules: list = []
         self.changes: list[tuple[Any, str, Any]] = []
+
+    @property
+    def new(self) -> list[NormalizedVariable]:
+        """The normalized variables that `replace` made."""
+        made = [new for old, new in self._replaced.values() if new is not old]
+        return [new for new in made if isinstance(new, NormalizedVariable)]
 
     def find(self, model) -> None:
         """Collects what is to change, and changes nothing."""
@@ -216,35 +184,23 @@ class _Walk:
             table = {key: self._new(owner, item) for key, item in value.items()}
             return value if all(table[key] is value[key] for key in table) else table
         if id(value) not in self._replaced:
-            self._replaced[id(value)] = self._replace(owner, value)
-        return self._replaced[id(value)]
+            self._replaced[id(value)] = value, self._replace(owner, value)
+        return self._replaced[id(value)][1]
 
     def change(self) -> None:
         """Makes the changes, and drops what was traced before."""
         for module in self.modules:
-            _forget_traces(module)
+            check_traces(module)
+        for module in self.modules:
+            forget_traces(module)
         for module, name, new in self.changes:
             setattr(module, name, new)
 
 
-def _forget_traces(module) -> None:
-    function_type = tf.types.experimental.PolymorphicFunction
-    for name, value in attributes(module):
-        if isinstance(value, function_type) and value.experimental_get_tracing_count():
-            raise ValueError(
-                f"the tf.function {name!r} of {type(module).__name__} was traced already and would "
-                "go on with the old weights: change the model first, then make and call it"
-            )
-    for cls in type(module).__mro__:
-        for value in vars(cls).values():
-            if isinstance(value, function_type):
-                value._descriptor_cache.pop(module, None)
-
-
 def _normalized(owner, value, select, axis):
-    """What takes the place of an attribute's value."""
+    """Returns what replaces the value of an attribute."""
     if is_keras_layer(value):
-        return _keras_module().reparameterize(value)
+        return _keras_module().reparameterize(value, required=False)
     if not isinstance(value, tf.Variable) or not (select or _is_weight)(value):
         return value
     if callable(axis):
@@ -255,16 +211,12 @@ def _normalized(owner, value, select, axis):
 
 
 def _folded(owner, value):
-    if is_keras_layer(value) and any(_has_wrapper(layer) for layer in submodules(value)):
-        return _keras_module().fold(value)
+    if is_keras_layer(value):
+        return _keras_module().fold(value, required=False)
     if not isinstance(value, NormalizedVariable):
         return value
     value.v.assign(value.value())
     return value.v
-
-
-def _has_wrapper(layer) -> bool:
-    return isinstance(layer, _keras_module().WeightNormalization)
 
 
 def _is_weight(variable: tf.Variable) -> bool:
@@ -287,18 +239,10 @@ def _unit_axis(class_name: str):
 
 
 def _set_weight_norm(weight: Weight) -> None:
-    g = weight.get_g()
-    v = weight.w
+    w, g = weight.w, weight.get_g()
     del weight.w
-    weight.v = v
-    strategy = getattr(v, "distribute_strategy", None)
-    with strategy.scope() if strategy else contextlib.nullcontext(), weight.name_scope:
-        if weight.exponential_g:
-            weight.s = tf.Variable(g, name="s")
-        else:
-            weight.g = tf.Variable(g, name="g")
+    weight.make_v_and_g(tf.convert_to_tensor(w), g, variable=w)
     weight.parameterization = "weight_norm"
-    weight.set_g(g)
 
 
 def _set_normal(weight: Weight) -> None:
@@ -307,8 +251,8 @@ def _set_normal(weight: Weight) -> None:
     del weight.v
     delattr(weight, "s" if weight.exponential_g else "g")
     weight.w = v
+    weight.w.assign(w)
     weight.parameterization = "normal"
-    weight.assign(w)
 
 
 def _check_module(name, model):

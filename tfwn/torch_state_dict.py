@@ -1,45 +1,51 @@
-"""PyTorch's state dicts, of both generations of its weight norm, from and to layers of tfwn."""
+"""Weights of PyTorch, of both generations of its weight norm, from and to layers of tfwn."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from tfwn.conv import DepthwiseConv2D, _ConvND, _ConvNDTranspose
 from tfwn.dense import Dense
 from tfwn.embedding import Embedding
-from tfwn.recurrent import RNN, GRUCell, _Cell
+from tfwn.modules import is_keras_layer
+from tfwn.recurrent import RNN
+from tfwn.recurrent_cells import Cell, GRUCell
 
 GENERATIONS = ("parametrizations", "weight_g", "normal")
 
 
-def from_torch(state_dict: Mapping[str, Any], layers, *, strict: bool = True) -> None:
-    """Loads a PyTorch state dict into layers of tfwn.
+def from_torch(source, layers, *, strict: bool = True) -> None:
+    """Loads a PyTorch module or state dict into layers of tfwn, or Keras layers in its wrapper.
 
     Reads weights of both generations of PyTorch's weight norm, `weight_g` and `weight_v`
     (torch.nn.utils.weight_norm) or `parametrizations.weight.original0` and `original1`
-    (torch.nn.utils.parametrizations.weight_norm), and plain ones. v and g arrive as they are where
-    PyTorch's `dim` is the axis of the layer's units. Where it is another, as PyTorch's default is
-    for transposed convolutions, w arrives: v = w and g = ||w||. A layer with the "normal"
+    (torch.nn.utils.parametrizations.weight_norm), and plain ones. v and g are loaded as they are if
+    PyTorch's `dim` is the axis of the layer's units. If it is another, such as PyTorch's default
+    for transposed convolutions, w is loaded: v = w and g = ||w||. A layer with the "normal"
     parameterization gets w.
 
     PyTorch's modules and the layers for them: Linear, Dense; Conv1d to 3d, Conv1D to 3D, or
     DepthwiseConv2D for one group per channel; ConvTranspose1d to 3d, Conv1DTranspose to 3D;
-    Embedding; RNN, LSTM, GRU and their cells, SimpleRNN, LSTM, GRU. Layouts and the order of gates
-    are changed. Padding is the layers' own matter: PyTorch's padding=1 of a convolution with stride
-    2 is not "same".
+    Embedding; RNN, LSTM, GRU and their cells, SimpleRNN, LSTM, GRU. Instead of a layer of tfwn it
+    may be a `tfwn.keras.WeightNormalization` of the Keras layer with this name. Layouts and the
+    order of gates are changed. Padding is up to the layers: PyTorch's padding=1 of a convolution
+    with stride 2 is not "same".
 
     Arguments:
-      state_dict: names and tensors (on the CPU) or arrays. PyTorch need not be installed.
-      layers: dict from the prefix of a module's names, as "features.0", to its layer; or one layer,
-        for a state dict without prefixes. A recurrent layer gets what ends in "_l0"; "lstm@l1"
-        names the second one, and "lstm@l0_reverse" the backward one, of the module "lstm". Layers
-        without variables yet are built.
+      source: the module, or its state dict of names and tensors or arrays. For a state dict PyTorch
+        need not be installed.
+      layers: dict from the prefix of a module's names, like "features.0", to its layer; or one
+        layer, for names without prefix. A recurrent layer gets the names that end in "_l0";
+        "lstm@l1" is the second layer of the module "lstm", and "lstm@l0_reverse" its backward one.
+        Layers that have no variables yet are built.
       strict: whether names that belong to no layer are an error.
 
     Raises:
-      ValueError: a name that is missing or superfluous, a shape that is not the layer's; a layer
-        that PyTorch has no counterpart for. No layer is changed then.
+      ValueError: a missing or superfluous name; a shape that is not the layer's; a module or layer
+        that has no counterpart, such as a transposed convolution with groups. No layer is changed
+        then.
 
     >>> layer = tfwn.Dense(1)
     >>> state = {"weight_v": [[3.0, 4.0]], "weight_g": [[10.0]], "bias": [0.5]}
@@ -47,6 +53,7 @@ def from_torch(state_dict: Mapping[str, Any], layers, *, strict: bool = True) ->
     >>> layer(tf.ones([1, 2])).numpy()
     array([[14.5]], dtype=float32)
     """
+    state_dict = source if isinstance(source, Mapping) else source.state_dict()
     arrays = {name: as_array(value) for name, value in state_dict.items()}
     used: set[str] = set()
     values: list[tuple[Any, np.ndarray, np.ndarray | None]] = []
@@ -59,26 +66,27 @@ def from_torch(state_dict: Mapping[str, Any], layers, *, strict: bool = True) ->
             "or pass strict=False to leave them out"
         )
     for variable, value, g in values:
-        variable.assign(value)
-        if g is not None:
-            variable.set_g(g)
+        if g is None:
+            variable.assign(value)
+        else:
+            variable.assign_v_and_g(value, g)
 
 
 def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarray]:
     """Returns a PyTorch state dict of layers of tfwn, the inverse of `from_torch`.
 
     Arguments:
-      layers: as for `from_torch`, with variables.
+      layers: see `from_torch`; their variables must exist.
       generation: "parametrizations" (torch.nn.utils.parametrizations.weight_norm), "weight_g"
         (torch.nn.utils.weight_norm), or "normal" for plain weights w.
 
     Returns:
-      Arrays by name, to make tensors of by torch.from_numpy. For transposed convolutions apply
-      PyTorch's weight norm with dim=1, whose axis the output channels are; for all others dim=0.
+      Arrays by name, for torch.from_numpy. Apply PyTorch's weight norm to transposed convolutions
+      with dim=1, the axis of their output channels, and to all others with dim=0.
 
     Raises:
-      ValueError: another generation; a layer without variables, or that PyTorch has no counterpart
-        for.
+      ValueError: another generation; a layer without variables, or without a counterpart in
+        PyTorch.
 
     >>> layer = tfwn.Dense(2)
     >>> y = layer(tf.ones([1, 3]))
@@ -94,14 +102,17 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
             weight = getattr(cell, matrix.attribute, None)
             if weight is None:
                 raise ValueError(f"{cell.name!r} has no variables yet: call it once")
-            normal = weight.parameterization == "normal"
-            v = np.asarray(weight.w if normal else weight.v)
-            v = v if weight.mask is None else v * weight.mask
-            kept = [n if a in weight.axis else 1 for a, n in enumerate(v.shape)]
-            g = np.asarray(weight.get_g()).reshape(kept)
+            normal = weight.parameterization == "normal" or weight.axis != matrix.axis
+            if normal or generation == "normal":
+                v = np.asarray(weight()).copy()  # PyTorch wants arrays that can be written to.
+                g = array_norm(v, matrix.axis)
+            else:
+                v = np.asarray(weight.v)
+                v = v if weight.mask is None else v * weight.mask
+                kept = [n if a in weight.axis else 1 for a, n in enumerate(v.shape)]
+                g = np.asarray(weight.get_g()).reshape(kept)
             if generation == "normal":
-                w = v if normal else array_weight_norm(v, g, weight.axis)
-                state[matrix.prefix + matrix.name] = matrix.to_torch(w)
+                state[matrix.prefix + matrix.name] = matrix.to_torch(v)
                 continue
             # One g along each axis that the norm runs over.
             first = [slice(0, 1)] * v.ndim
@@ -120,10 +131,11 @@ class _Matrix(NamedTuple):
     prefix: str
     name: str
     attribute: str
+    axis: tuple[int, ...]  # of the units in our layout
     to_torch: Callable[[np.ndarray], np.ndarray]
     from_torch: Callable[[np.ndarray], np.ndarray]
-    torch_axis: int  # that indexes the layer's units
-    input_shape: Callable[[np.ndarray], list]  # with which the layer is built, from our layout
+    torch_axis: int  # of the units in PyTorch's
+    input_shape: Callable[[np.ndarray], list]  # to build the layer with, from our layout
 
 
 class _Biases(NamedTuple):
@@ -138,59 +150,109 @@ def _by_prefix(layers) -> list[tuple[str, Any]]:
     return [("", layers)]
 
 
+class _Kind(NamedTuple):
+    """How a kind of feed-forward layer is changed: see `_Matrix`."""
+
+    to_torch: Callable[[np.ndarray], np.ndarray]
+    from_torch: Callable[[np.ndarray], np.ndarray]
+    units: tuple[int, ...]
+    torch_axis: int
+    channels: Callable[[np.ndarray], int]
+
+
+def _kind(layer) -> str:
+    """Returns what a layer computes, "" if PyTorch has no counterpart."""
+    kinds = (
+        (RNN | Cell, "recurrent"),
+        (Dense, "dense"),
+        (DepthwiseConv2D, "depthwise"),
+        (_ConvND, "convolution"),
+        (_ConvNDTranspose, "transposed"),
+        (Embedding, "embedding"),
+    )
+    return next((kind for cls, kind in kinds if isinstance(layer, cls)), "")
+
+
 def _describe(prefix: str, layer) -> tuple[str, Any, list[_Matrix], _Biases]:
-    """The prefix of the names, the module with the variables, its weights, its biases."""
+    """Returns the prefix of the names, the module with the variables, its weights, its biases."""
     module, _, suffix = prefix.partition("@")
     module = f"{module}." if module else ""
-    if isinstance(layer, RNN | _Cell):
+    if is_keras_layer(layer):
+        from tfwn.keras.as_module import AsModule
+
+        layer = AsModule(layer)
+        kind = layer.kind
+    else:
+        kind = _kind(layer)
+    if not kind:
+        raise ValueError(
+            f"{layer!r} has no counterpart in PyTorch that is supported: layers must be tfwn's "
+            "Dense, convolutions, Embedding or recurrent layers, or Keras' in "
+            "tfwn.keras.WeightNormalization"
+        )
+    if kind == "recurrent":
         return _describe_recurrent(module, suffix, layer)
 
-    def matrix(to_torch, from_torch, torch_axis, channels):
-        def input_shape(w):
-            first = layer.data_format == "channels_first"
-            spatial = [None] * (w.ndim - 2 if w.ndim > 2 else 0)
-            return [None, channels(w), *spatial] if first else [None, *spatial, channels(w)]
+    spec = _feed_forward(kind, layer)
 
-        return [_Matrix(module, "weight", "weight", to_torch, from_torch, torch_axis, input_shape)]
+    def input_shape(w):
+        if kind == "embedding":
+            return [None]
+        first = getattr(layer, "data_format", "") == "channels_first"
+        spatial = [None] * (w.ndim - 2)
+        channels = spec.channels(w)
+        return [None, channels, *spatial] if first else [None, *spatial, channels]
 
-    biases = _Biases(["bias"], lambda b: [("bias", b)], lambda b: b)
-    if isinstance(layer, Dense):
-        matrices = matrix(np.transpose, np.transpose, 0, lambda w: w.shape[0])
-    elif isinstance(layer, DepthwiseConv2D):
-        multiplier = layer.depth_multiplier
-        matrices = matrix(
+    rank = len(layer.kernel_size) + 2 if hasattr(layer, "kernel_size") else 2
+    matrix = _Matrix(
+        module,
+        "weight",
+        "weight",
+        tuple(a % rank for a in spec.units),
+        spec.to_torch,
+        spec.from_torch,
+        spec.torch_axis,
+        input_shape,
+    )
+    return module, layer, [matrix], _Biases(["bias"], lambda b: [("bias", b)], lambda b: b)
+
+
+def _feed_forward(kind: str, layer) -> _Kind:
+    if kind == "dense":
+        return _Kind(np.transpose, np.transpose, (-1,), 0, lambda w: w.shape[0])
+    if kind == "embedding":
+        return _Kind(np.copy, np.copy, (0,), 0, lambda w: w.shape[0])
+    if kind == "depthwise":
+        return _Kind(
             lambda w: np.moveaxis(w, (-2, -1), (0, 1)).reshape(-1, 1, *w.shape[:-2]),
-            lambda w: np.moveaxis(w.reshape(-1, multiplier, *w.shape[2:]), (0, 1), (-2, -1)),
+            lambda w: np.moveaxis(
+                w.reshape(-1, layer.depth_multiplier, *w.shape[2:]), (0, 1), (-2, -1)
+            ),
+            (-2, -1),
             0,
             lambda w: w.shape[-2],
         )
-    elif isinstance(layer, _ConvND | _ConvNDTranspose):
-        transposed = isinstance(layer, _ConvNDTranspose)
-        matrices = matrix(
-            lambda w: np.moveaxis(w, (-1, -2), (0, 1)),
-            lambda w: np.moveaxis(w, (0, 1), (-1, -2)),
-            1 if transposed else 0,
-            lambda w: w.shape[-1] if transposed else w.shape[-2] * layer.groups,
-        )
-    elif isinstance(layer, Embedding):
-        layer_matrix = _Matrix(module, "weight", "weight", np.copy, np.copy, 0, lambda w: [None])
-        matrices = [layer_matrix]
-    else:
-        raise ValueError(
-            f"PyTorch has no counterpart that is known here for {layer!r}: layers must be tfwn's "
-            "Dense, convolutions, Embedding or recurrent layers"
-        )
-    return module, layer, matrices, biases
+
+    def to_torch(w):
+        return np.moveaxis(w, (-1, -2), (0, 1))
+
+    def from_torch(w):
+        return np.moveaxis(w, (0, 1), (-1, -2))
+
+    if kind == "transposed":
+        return _Kind(to_torch, from_torch, (-2,), 1, lambda w: w.shape[-1])
+    return _Kind(to_torch, from_torch, (-1,), 0, lambda w: w.shape[-2] * layer.groups)
 
 
 def _describe_recurrent(module, suffix, layer):
+    one_step = isinstance(layer, Cell) or getattr(layer, "one_step", False)
     cell = layer.cell if isinstance(layer, RNN) else layer
-    suffix = f"_{suffix or 'l0'}" if isinstance(layer, RNN) else ""
-    gru = isinstance(cell, GRUCell)
+    suffix = "" if one_step else f"_{suffix or 'l0'}"
+    gru = cell.gru if hasattr(cell, "gru") else isinstance(cell, GRUCell)
     if gru and not cell.reset_after:
-        raise ValueError(f"PyTorch has no GRU like {cell.name!r}, with reset_after=False")
+        raise ValueError(f"PyTorch has no GRU with reset_after=False, like {cell.name!r}")
     if getattr(cell, "peepholes", False):
-        raise ValueError(f"PyTorch has no LSTM like {cell.name!r}, with peepholes")
+        raise ValueError(f"PyTorch has no LSTM with peepholes, like {cell.name!r}")
 
     def gates(a):
         # PyTorch's r, z, n are z, r, h here; an LSTM's gates have one order.
@@ -204,6 +266,7 @@ def _describe_recurrent(module, suffix, layer):
             module,
             name + suffix,
             attribute,
+            (1,),
             lambda w: gates(w.T),
             lambda w: gates(w).T,
             0,
@@ -226,7 +289,7 @@ def _describe_recurrent(module, suffix, layer):
 
 
 def _names(matrix: _Matrix, generation: str) -> list[str]:
-    """The names of g and v, or of w."""
+    """Returns the names of g and v, or of w."""
     prefix, name = matrix.prefix, matrix.name
     if generation == "parametrizations":
         return [f"{prefix}parametrizations.{name}.original{i}" for i in (0, 1)]
@@ -236,11 +299,12 @@ def _names(matrix: _Matrix, generation: str) -> list[str]:
 
 
 def _read(arrays, prefix, layer, used) -> list[tuple[Any, np.ndarray, np.ndarray | None]]:
-    """What to assign: a variable or Weight, its value, and where it is a Weight with a g, g."""
+    """Returns what to assign: variables or Weights, their values, and g for Weights that get it."""
     module, cell, matrices, biases = _describe(prefix, layer)
     values = []
     for matrix in matrices:
         v, g = _read_matrix(arrays, matrix, used)
+        _refuse_groups(matrix, cell, v)
         w = matrix.from_torch(v)
         if not hasattr(cell, matrix.attribute):
             cell.build(matrix.input_shape(w))
@@ -252,7 +316,7 @@ def _read(arrays, prefix, layer, used) -> list[tuple[Any, np.ndarray, np.ndarray
             )
         values.append(_value(weight, matrix, v, g))
     found = [module + name for name in biases.names if module + name in arrays]
-    b = getattr(cell, "b", None)  # An Embedding never has one.
+    b = getattr(cell, "b", None)  # An Embedding has none.
     if len(found) != (0 if b is None else len(biases.names)):
         raise ValueError(
             f"{cell.name!r} has {'no' if b is None else 'a'} bias, but the state dict has "
@@ -263,8 +327,19 @@ def _read(arrays, prefix, layer, used) -> list[tuple[Any, np.ndarray, np.ndarray
         value = biases.from_torch(*[arrays[name] for name in found])
         if value.shape != tuple(b.shape):
             raise ValueError(f"{found} make a bias of shape {value.shape}, not {b.shape}")
-        values.append((b, value.astype(b.dtype.as_numpy_dtype), None))
+        values.append((b, value.astype(tf.as_dtype(b.dtype).as_numpy_dtype), None))
     return values
+
+
+def _refuse_groups(matrix, layer, v):
+    """PyTorch's transposed convolutions with groups have the shape [in, out / groups, ...]."""
+    filters = layer.filters if matrix.torch_axis == 1 else 0
+    if matrix.torch_axis == 1 and v.shape[1] < filters and filters % v.shape[1] == 0:
+        raise ValueError(
+            f"{matrix.prefix}{matrix.name} is of a transposed convolution with "
+            f"groups={filters // v.shape[1]}, got shape {v.shape} for {filters} filters: "
+            "TensorFlow's have no groups; use one Conv1DTranspose (2D, 3D) for each group"
+        )
 
 
 def _read_matrix(arrays, matrix, used):
@@ -288,7 +363,7 @@ def _value(weight, matrix, v, g):
     same_units = all(
         v.shape[a] == 1 or (a in normed) == (a != matrix.torch_axis) for a in range(v.ndim)
     )
-    if same_units and weight.parameterization == "weight_norm":
+    if same_units and weight.axis == matrix.axis and weight.parameterization == "weight_norm":
         g = matrix.from_torch(np.broadcast_to(g, v.shape))
         g = g[tuple(slice(None) if a in weight.axis else 0 for a in range(g.ndim))]
         if weight.exponential_g and not np.all(g > 0):
@@ -302,7 +377,7 @@ def _value(weight, matrix, v, g):
 
 
 def as_array(value) -> np.ndarray:
-    """A NumPy array of an array, a tensor of TensorFlow or one of PyTorch."""
+    """Returns an array, a tensor of TensorFlow or a tensor of PyTorch as a NumPy array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
         if str(value.dtype) == "torch.bfloat16":  # which NumPy does not have
@@ -311,15 +386,15 @@ def as_array(value) -> np.ndarray:
 
 
 def array_norm(v: np.ndarray, axes) -> np.ndarray:
-    """||v|| with the axes it runs over kept, of size 1."""
+    """Returns ||v||; the axes that the norm is over stay, with size 1."""
     others = tuple(a for a in range(v.ndim) if a not in axes)
-    # Divided by the largest first, so that no square under- or overflows.
+    # Divided by the largest element, no square underflows or overflows.
     largest = np.max(np.abs(v), others, keepdims=True, initial=0).astype(np.float64)
     scaled = v / np.where(largest > 0, largest, 1)
     return (largest * np.sqrt(np.sum(scaled**2, others, keepdims=True))).astype(v.dtype)
 
 
 def array_weight_norm(v: np.ndarray, g: np.ndarray, axes) -> np.ndarray:
-    """w = g * v / ||v||, 0 for v = 0; g broadcasts."""
+    """Returns w = g * v / ||v||, 0 for v = 0; g broadcasts."""
     norm = array_norm(v.astype(np.float64), axes)
     return (g * (v / np.where(norm > 0, norm, 1))).astype(v.dtype)

@@ -1,15 +1,19 @@
-"""Checkpoints of a run: whole or not there, the last few and the best, the damaged passed over.
+"""Checkpoints of a run: tf.train.CheckpointManager, and what it leaves to its users.
 
-checkpoints/step-000000120000/   tf.index, tf.data-*  variables (tf.train.Checkpoint)
-                                 state.json, arrays.npz  everything else that decides the future
-                                 files.json  size and CRC of each file, written last
+It writes, rotates and checks sums. Here: state outside of TensorFlow, passing over damaged
+checkpoints, refusing weights that are not finite, a full disk, and finding the one to use.
+
+checkpoints/step-20.index, step-20.data-*    variables, and `state`: step, extras, ...
+checkpoints/best/step-10.index, ...          the best so far, without extras
 """
 
 import dataclasses
+import io
+import itertools
 import json
-import os
+import re
 import shutil
-import zlib
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from models.common import run_folder
-from models.common.errors import NotFinite, UserError
+from models.common.errors import NotFinite, UserError, first_line
 
 
 class Stateful(Protocol):
@@ -28,7 +32,7 @@ class Stateful(Protocol):
         """Returns nested dicts and lists of arrays, bytes, numbers, strings, None."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what state_dict returned."""
+        """Restores what state_dict returned."""
 
 
 class Checkpoints:
@@ -39,7 +43,7 @@ class Checkpoints:
       trackables: what tf.train.Checkpoint takes: modules, optimizers, variables.
       extras: other state by name.
       keep: how many of the latest to keep.
-      say: told, in one line, of what was passed over.
+      say: prints a line.
       write: False in the workers of a cluster that are not the chief.
     """
 
@@ -53,52 +57,42 @@ class Checkpoints:
         write: bool = True,
     ):
         self.folder = folder / "checkpoints"
-        self._trackables = dict(trackables)
-        self._tf = tf.train.Checkpoint(**trackables)
-        self._extras = dict(extras or {})
-        self._keep = keep
-        self._say = say
-        self._write = write
+        self._trackables, self._extras = dict(trackables), dict(extras or {})
+        self._say, self._write = say, write
+        self._state = _State()
+        self._tf = tf.train.Checkpoint(**trackables, state=self._state)
+        self._managers = {
+            best: tf.train.CheckpointManager(
+                self._tf, str(self.folder / "best" if best else self.folder),
+                max_to_keep=1 if best else keep, checkpoint_name="step",
+            )
+            for best in (False, True)
+        }  # fmt: skip
 
-    def save(self, step: int, metadata: dict[str, Any], best: bool = False) -> Path:
+    def save(self, step: int, metadata: dict[str, Any], best: bool = False) -> None:
         """Writes a checkpoint; on a full disk the earlier ones stay and a UserError says so."""
-        final = self.folder / ("best" if best else f"step-{step:012d}")
-        worker = "" if self._write else f"-worker-{os.getpid()}"
-        temporary = self.folder / f".writing-{final.name}{worker}"
         self._refuse_nan(step)
+        extras = {} if best else {name: e.state_dict() for name, e in self._extras.items()}
+        self._state.value = {"step": step, **metadata, "extras": extras}
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            state = {} if best else {k: e.state_dict() for k, e in self._extras.items()}
-            self._tf.write(str(temporary / "tf"))
-            write_state(temporary, {"step": step, **metadata, "extras": state})
-            _seal(temporary)
             if self._write:
-                old = self.folder / f".old-{final.name}"
-                shutil.rmtree(old, ignore_errors=True)
-                if final.exists():
-                    final.replace(old)
-                temporary.replace(final)
-                _sync(self.folder)
-                shutil.rmtree(old, ignore_errors=True)
+                self._managers[best].save(checkpoint_number=step, check_interval=False)
+            else:  # All workers take part, because variables may be spread over them.
+                with tempfile.TemporaryDirectory() as unused:
+                    self._tf.write(f"{unused}/step")
         except (OSError, tf.errors.OpError) as error:
-            free = shutil.disk_usage(self.folder).free / 2**30
             kept = self.latest()
+            free = shutil.disk_usage(self.folder).free / 2**30
+            self._clean(self.folder / "best" if best else self.folder, f"step-{step}")
             raise UserError(
-                f"could not write the checkpoint of step {step} ({_first_line(error)}; "
+                f"could not write the checkpoint of step {step} ({first_line(error)}; "
                 f"{free:.1f} GiB free at {self.folder}): make room, then --resume from "
                 + (f"{kept.name}, which is intact" if kept else "the start")
             ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if not best:
-            for path in self.all()[: -self._keep]:
-                shutil.rmtree(path, ignore_errors=True)
-        return final
 
     def all(self) -> list[Path]:
         """Returns the checkpoints, the oldest first."""
-        return sorted(self.folder.glob("step-*"))
+        return [path for path in _list(self.folder) if path.name != "tf"]
 
     def latest(self) -> Path | None:
         """Returns the newest checkpoint that is intact."""
@@ -106,22 +100,36 @@ class Checkpoints:
 
     def restore(self) -> dict[str, Any] | None:
         """Restores the newest intact checkpoint and returns its metadata; None without any."""
+        for rest in self.folder.glob("**/step-*_temp") if self._write else ():  # Of a dead process.
+            shutil.rmtree(rest, ignore_errors=True)
         for path in reversed(self.all()):
-            problem = damage(path)
-            if problem:
+            if problem := damage(path):
                 self._say(f"{path.name} is damaged ({problem}); trying the one before it")
                 continue
-            state = read_state(path)
-            _restore_variables(self._tf, path)
+            _read(self._tf, path)
+            state = self._state.value
             for name, extra in self._extras.items():
                 extra.load_state_dict(state["extras"][name])
             return {key: value for key, value in state.items() if key != "extras"}
         if self.all():
             raise UserError(f"every checkpoint in {self.folder} is damaged: start a new run")
+        if _list(self.folder):
+            raise UserError(
+                f"{self.folder} was written by an earlier version, "
+                f"{_version(self.folder.parent)}: resume it with that one; only the other commands "
+                "work with this one"
+            )
         return None
 
+    def _clean(self, folder: Path, name: str) -> None:
+        """Removes what an interrupted write has left."""
+        shutil.rmtree(folder / f"{name}_temp", ignore_errors=True)
+        if damage(folder / name):
+            for file in folder.glob(f"{name}.*"):
+                file.unlink()
+
     def _refuse_nan(self, step: int) -> None:
-        for variable in _variables(self._trackables):
+        for variable in _variables(list(self._trackables.values())):
             value = tf.convert_to_tensor(variable)
             if value.dtype.is_floating and not bool(tf.reduce_all(tf.math.is_finite(value))):
                 kept = self.latest()
@@ -133,106 +141,114 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A checkpoint to use, not to go on from: its path, its run folder and the run's Config."""
+    """A checkpoint to use, not to resume: its path, its run folder and the run's Config."""
 
     path: Path
     folder: Path
     config: Any
 
     def restore(self, **trackables: Any) -> None:
-        """Restores variables: all of the trackables', by their names in Run.begin."""
-        _restore_variables(tf.train.Checkpoint(**trackables), self.path).expect_partial()
+        """Restores all variables of the trackables, by their names in Run.begin."""
+        _read(tf.train.Checkpoint(**trackables), self.path)
 
 
 def open_run(path: str | Path, config_class: type) -> Found:
     """Returns the checkpoint that `find` finds, with the Config of its run."""
     found = find(path)
-    folder = found.resolve().parent.parent
+    above = found.resolve().parents
+    folder = next((f for f in above if f.name == "checkpoints"), above[1]).parent
     if not (folder / "config.json").exists():
         raise UserError(
             f"{path}: a checkpoint outside of its run, whose config.json says what it holds; put "
-            f"it back as RUN/checkpoints/NAME, or copy the run's config.json to {folder}"
+            "it back as RUN/checkpoints/NAME"
         )
     return Found(found, folder, run_folder.load_config(folder, config_class))
 
 
 def find(path: str | Path) -> Path:
-    """Returns the checkpoint a user means: a checkpoint itself, or the best or last of a run."""
+    """Returns the prefix of the checkpoint a user means: this one, or the best or last of a run."""
     path = Path(path)
-    if (path / "files.json").exists():
-        chosen = [path]
-    else:
+    candidates = [path] if Path(f"{path}.index").exists() else _list(path)
+    if not candidates:
         run_folder.load(path)
-        chosen = [path / "checkpoints" / "best"]
-        chosen += sorted((path / "checkpoints").glob("step-*"), reverse=True)
-        chosen = [p for p in chosen if p.exists()]
-    if not chosen:
+        folder = path / "checkpoints"
+        candidates = [*_list(folder), *_list(folder / "best")]
+    if not candidates:
         raise UserError(f"{path}: the run has no checkpoint yet")
-    for candidate in chosen:
+    for candidate in reversed(candidates):
         problem = damage(candidate)
         if problem is None:
             return candidate
-        print(f"{candidate.name} is damaged ({problem})", flush=True)
+        print(f"{candidate} is damaged ({problem})", flush=True)
     raise UserError(f"{path}: no checkpoint is intact")
 
 
 def damage(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint's files, None when they are as written."""
+    """Returns what is wrong with a checkpoint's files, None when all can be read."""
     try:
-        files = json.loads((path / "files.json").read_text())
-    except (OSError, ValueError):
-        return "files.json is missing or unreadable"
-    for name, (size, crc) in files.items():
-        try:
-            if (path / name).stat().st_size != size:
-                return f"{name} has {(path / name).stat().st_size} bytes, {size} were written"
-            if _crc(path / name) != crc:
-                return f"{name} has changed"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+        reader = tf.train.load_checkpoint(str(path))
+        for name in reader.get_variable_to_shape_map():
+            reader.get_tensor(name)  # Checks its sum.
+    except Exception as error:  # Of many kinds, which depend on the damage.
+        return first_line(error)
     return None
 
 
-def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Writes nested dicts and lists: arrays and bytes to arrays.npz, the rest to state.json."""
-    arrays: dict[str, np.ndarray] = {}
+def _list(folder: Path) -> list[Path]:
+    """Returns the prefixes of the checkpoints in a folder, the oldest first.
 
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        if isinstance(value, bytes):
-            arrays[f"a{len(arrays)}"] = np.frombuffer(value, np.uint8)
-            return {"__bytes__": f"a{len(arrays) - 1}"}
-        if isinstance(value, np.ndarray):
-            arrays[f"a{len(arrays)}"] = value
-            return {"__array__": f"a{len(arrays) - 1}"}
-        if isinstance(value, np.generic):
-            return value.item()
-        return value
+    Not CheckpointManager.checkpoints, because that needs a file that may be damaged itself.
+    Earlier versions wrote step-NNN/tf and best/tf.
+    """
 
-    text = json.dumps(plain(state))
-    np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
-    (folder / "state.json").write_text(text)
+    def step(prefix: Path) -> int:
+        return int(re.sub(r"\D", "", (prefix.parent if prefix.name == "tf" else prefix).name) or 0)
+
+    files = itertools.chain(*map(folder.glob, ("step-*.index", "tf.index", "step-*/tf.index")))
+    return sorted((file.with_suffix("") for file in files), key=step)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Returns what write_state wrote."""
-    with np.load(folder / "arrays.npz") as arrays:
+class _State(tf.train.experimental.PythonState):
+    """Nested dicts and lists as bytes: an archive of arrays, and the rest as JSON."""
 
-        def rich(value: Any) -> Any:
-            if isinstance(value, list):
-                return [rich(v) for v in value]
+    value: dict[str, Any]
+
+    def serialize(self) -> bytes:
+        """Returns `value` as bytes."""
+        arrays: dict[str, np.ndarray] = {}
+
+        def plain(value: Any) -> Any:
             if isinstance(value, dict):
-                if "__array__" in value:
-                    return arrays[value["__array__"]]
-                if "__bytes__" in value:
-                    return arrays[value["__bytes__"]].tobytes()
-                return {k: rich(v) for k, v in value.items()}
-            return value
+                return {str(k): plain(v) for k, v in value.items()}
+            if isinstance(value, list | tuple):
+                return [plain(v) for v in value]
+            if isinstance(value, bytes):
+                return {"__bytes__": plain(np.frombuffer(value, np.uint8))}
+            if isinstance(value, np.ndarray):
+                arrays[name := f"a{len(arrays)}"] = value
+                return {"__array__": name}
+            return value.item() if isinstance(value, np.generic) else value
 
-        return rich(json.loads((folder / "state.json").read_text()))
+        text, file = json.dumps(plain(self.value)), io.BytesIO()
+        np.savez(file, text=np.array(text), **arrays)  # type: ignore[arg-type]
+        return file.getvalue()
+
+    def deserialize(self, string_value: bytes) -> None:
+        """Sets `value` to what was serialized."""
+        with np.load(io.BytesIO(string_value)) as arrays:
+
+            def rich(value: Any) -> Any:
+                if isinstance(value, list):
+                    return [rich(v) for v in value]
+                if isinstance(value, dict):
+                    if "__array__" in value:
+                        return arrays[value["__array__"]]
+                    if "__bytes__" in value:
+                        return rich(value["__bytes__"]).tobytes()
+                    return {k: rich(v) for k, v in value.items()}
+                return value
+
+            self.value = rich(json.loads(arrays["text"].item()))
 
 
 def _variables(value: Any) -> list[Any]:
@@ -245,42 +261,15 @@ def _variables(value: Any) -> list[Any]:
     return list(getattr(value, "variables", ()))
 
 
-def _restore_variables(target: tf.train.Checkpoint, path: Path) -> Any:
-    """Reads all variables of `target` from a checkpoint; returns TensorFlow's load status."""
+def _read(target: tf.train.Checkpoint, path: Path) -> None:
+    """Reads all variables of `target` from a checkpoint, which may have more."""
     try:
-        return target.read(str(path / "tf")).assert_existing_objects_matched()
+        target.read(str(path)).expect_partial().assert_existing_objects_matched()
     except (tf.errors.OpError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{path}: does not fit this configuration ({_first_line(error)})"
-        ) from error
+        raise UserError(f"{path}: does not fit this configuration ({first_line(error)})") from error
 
 
-def _seal(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        _sync(path)
-        files[path.name] = (path.stat().st_size, _crc(path))
-    (folder / "files.json").write_text(json.dumps(files))
-    _sync(folder / "files.json")
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _crc(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def _first_line(error: BaseException) -> str:
-    text = getattr(error, "message", None) or getattr(error, "strerror", None) or str(error)
-    return str(text).splitlines()[0][:160]
+def _version(folder: Path) -> str:
+    session = run_folder.load(folder)["sessions"][-1]
+    version = session["versions"].get("tensorflow-weight-norm", "version unknown")
+    return f"{version}, commit {session['git'].get('commit', 'unknown')[:10]}"

@@ -1,4 +1,4 @@
-"""Image data sets by TFDS, decoded once into uint8 arrays, and a cache for what is made of them."""
+"""Image data sets by TFDS as uint8 arrays, and a cache for what is computed from them."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.common.errors import UserError, nearest
+from models.common.errors import UserError, first_line, nearest
 
 # Where TFDS downloads each from.
 SOURCES = {
@@ -45,12 +45,12 @@ def load(name: str, data_dir: str = "") -> Images:
     """Returns a data set: "cifar10", "mnist", "synthetic_cifar10" or "synthetic_mnist".
 
     Args:
-      name: of the data set.
-      data_dir: where it is, in TFDS's layout; default $TFWN_DATA_DIR, else TFDS's own. TFDS
-        downloads it there where it is missing and there is a network.
+      name: the data set.
+      data_dir: its folder, in TFDS's layout; default $TFWN_DATA_DIR, else TFDS's own. A missing
+        data set is downloaded to it.
 
     Raises:
-      UserError: an unknown name; data that are missing and cannot be downloaded, or damaged.
+      UserError: an unknown name; data that are damaged, or missing and not to be downloaded.
     """
     if name not in NAMES:
         known = ", ".join(NAMES)
@@ -74,7 +74,7 @@ def load(name: str, data_dir: str = "") -> Images:
             builder.download_and_prepare()
         except Exception as error:
             raise UserError(
-                f"{name} is not in {where}, and downloading it failed ({_first_line(error)}): "
+                f"{name} is not in {where}, and downloading it failed ({first_line(error)}): "
                 f"run {remedy}"
             ) from error
     try:
@@ -85,18 +85,18 @@ def load(name: str, data_dir: str = "") -> Images:
         caveat = _caveat(builder)
     except Exception as error:
         raise UserError(
-            f"{name} in {builder.data_path} is damaged ({_first_line(error)}): remove that folder "
+            f"{name} in {builder.data_path} is damaged ({first_line(error)}): remove that folder "
             f"and run `tfds build {name} --data_dir {where}`"
         ) from error
     return Images(train_x, train_y, test_x, test_y, caveat)
 
 
 def binarize(*parts: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-    """Returns uint8 images as 0 or 1: each pixel 1 with the probability of its grey.
+    """Returns uint8 images as 0 or 1: each pixel 1 with the probability of its gray value.
 
     Args:
       parts: uint8 [examples, ...]; 255 is always 1, 0 never.
-      seed: of the draw, which goes through the parts one after the other.
+      seed: seeds the draw, which goes through the parts in order.
     """
     random = np.random.default_rng(seed)
     # Integers, because floats would need 200 MB.
@@ -104,15 +104,10 @@ def binarize(*parts: np.ndarray, seed: int = 0) -> list[np.ndarray]:
 
 
 def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarray]]) -> dict:
-    """Returns make(), from the user's cache folder when it is there for the same `source`.
+    """Returns make(), {name: array}, a function of `source` that is cached in the user's folder.
 
-    The folder is $XDG_CACHE_HOME/tfwn (~/.cache/tfwn). A file that is damaged is made again, and
-    a folder that cannot be written is done without.
-
-    Args:
-      name: of the file.
-      source: the array the result is a function of; its bytes are in the file's name.
-      make: makes {name: array}.
+    The folder is $XDG_CACHE_HOME/tfwn (~/.cache/tfwn); a digest of `source` is part of the file's
+    name. A damaged file is made again. If the folder cannot be written, nothing is cached.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfwn"
     digest = hashlib.blake2b(source.tobytes(), digest_size=12).hexdigest()
@@ -123,27 +118,25 @@ def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarra
             return dict(arrays)
     except Exception:  # Missing, cut short or not an archive: zipfile and NumPy raise many kinds.
         result = make()
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        # Two processes may be here at once: each writes its own file, the last to finish stays.
+        # Two processes may be here at once: each writes its own file, the last one stays.
         handle, temporary = tempfile.mkstemp(suffix=".npz", dir=folder)
         with os.fdopen(handle, "wb") as file:
             np.savez(file, allow_pickle=False, **result)
         os.replace(temporary, path)
-    except OSError:
-        pass
     return result
 
 
 def _reach(url: str) -> None:
-    """Raises where there is no way to a server: TFDS itself would try for many minutes."""
+    """Raises if a server cannot be reached, because TFDS would try for many minutes."""
     # Any answer will do.
     with contextlib.suppress(urllib.error.HTTPError):
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=15).close()
 
 
 def _synthetic(name: str, train: int = 1000, test: int = 200) -> Images:
-    """Enough to see a loss fall: noisy copies of ten random pictures, or, for MNIST, discs."""
+    """Returns images that a loss can fall on: noisy copies of ten pictures, or discs for MNIST."""
     random = np.random.default_rng(0)
     count = train + test
     if name == "synthetic_mnist":
@@ -152,7 +145,7 @@ def _synthetic(name: str, train: int = 1000, test: int = 200) -> Images:
         labels = random.integers(0, 10, count)
         radii = (3 + labels / 3)[:, None, None]
         inside = radii + 0.5 - np.hypot(y - middles[0], x - middles[1])
-        images = 255 * inside.clip(0, 1)[..., None]  # The edges are grey.
+        images = 255 * inside.clip(0, 1)[..., None]  # The edges are gray.
     else:
         pictures = random.integers(0, 256, (10, 32, 32, 3))
         labels = random.integers(0, 10, count)
@@ -163,7 +156,7 @@ def _synthetic(name: str, train: int = 1000, test: int = 200) -> Images:
 
 
 def _caveat(builder) -> str:
-    """TFDS stores these data sets as PNG; a copy in JPEG has lost something."""
+    """Returns what is wrong with the images: TFDS stores PNG, but some copies are lossy JPEG."""
     import tensorflow_datasets as tfds
 
     raw = builder.as_dataset(
@@ -173,7 +166,3 @@ def _caveat(builder) -> str:
     if encoded.startswith(b"\xff\xd8"):
         return "images re-encoded as JPEG (lossy): results are not those of the original data"
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

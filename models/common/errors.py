@@ -1,25 +1,25 @@
-"""The exception for everything a user can put right: shown in one line, without a traceback."""
+"""The exception for all that a user can correct: printed in one line, without a traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake or a bad day, told in one line: what, the actual value, and the remedy."""
+    """A mistake or a failure of the machine in one line: what, the actual value, the remedy."""
 
 
 class NotFinite(UserError):
     """A loss or a weight became infinite or NaN."""
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, to quote it in another."""
+    text = getattr(error, "message", None) or getattr(error, "strerror", None) or str(error)
+    return (str(text).splitlines() or [type(error).__name__])[0][:160]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean A?", or "A or B?" where both are about as near, else ""."""
-    word = word.lower().lstrip("-")
-    near = {}
-    for name in known:
-        ratio = difflib.SequenceMatcher(None, word, name.lower().lstrip("-")).ratio()
-        if ratio >= 0.7:
-            near[name] = ratio
-    best = max(near.values(), default=0)
-    chosen = sorted((n for n in near if near[n] > best - 0.05), key=near.__getitem__, reverse=True)
-    return f"; did you mean {' or '.join(chosen[:2])}?" if chosen else ""
+    """Returns "; did you mean NAME?" for the name most like a word, "" if none is."""
+    names = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), names, 1, cutoff=0.7)
+    return f"; did you mean {names[close[0]]}?" if close else ""

@@ -1,7 +1,8 @@
-"""Layers of tfwn as a program's Config asks for them, and the convolution that doubles a size."""
+"""Layers of tfwn as a program's Config asks for them."""
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -10,49 +11,53 @@ import tfwn
 
 
 class Layers:
-    """Makes a network's layers, v ~ N(0, 0.05): one parameterisation, and each with its own seed.
+    """Makes a network's layers.
 
-    Each has `init_scale`, the standard deviation that its pre-activations are to get from
-    data-dependent initialization.
+    Each layer has an attribute `init_scale`: the standard deviation that data-dependent
+    initialization gives to its pre-activations.
 
     Args:
-      config: with `seed` and `parameterization`.
-      dtype: compute type.
+      parameterization: "normal" or "weight_norm".
+      initializer: returns v's initializer for the n-th layer, n counted from 0.
+      compute_dtype: of inputs and products.
+      dtype: of the variables.
     """
 
-    def __init__(self, config: Any, dtype):
-        self._config, self._dtype, self._count = config, dtype, itertools.count()
+    def __init__(
+        self,
+        parameterization: str,
+        initializer: Callable[[int], Any],
+        compute_dtype: tf.DType = tf.float32,
+        dtype: tf.DType = tf.float32,
+    ):
+        self._shared = {
+            "parameterization": parameterization,
+            "compute_dtype": compute_dtype,
+            "dtype": dtype,
+        }
+        self._initializers = map(initializer, itertools.count())
 
-    def _make(self, kind, *sizes, init_scale=1.0, **choices) -> Any:
-        seed = [self._config.seed, next(self._count)]
-        layer = kind(
-            *sizes,
-            parameterization=self._config.parameterization,
-            kernel_initializer=functools.partial(
-                tf.random.stateless_normal, seed=seed, stddev=0.05
-            ),
-            compute_dtype=self._dtype,
-            **choices,
-        )
+    def dense(self, units: int, *, init_scale: float = 1.0, **choices: Any) -> tfwn.Dense:
+        """Returns a fully connected layer; `choices` are tfwn.Dense's."""
+        return self._make(tfwn.Dense, init_scale, units, choices)
+
+    def conv(
+        self, filters: int, kernel: int = 3, strides: int = 1, *, init_scale: float = 1.0,
+        padding: str = "same", **choices: Any,
+    ) -> tfwn.Conv2D:  # fmt: skip
+        """Returns a convolution; `choices` are tfwn.Conv2D's."""
+        choices |= {"kernel_size": kernel, "strides": strides, "padding": padding}
+        return self._make(tfwn.Conv2D, init_scale, filters, choices)
+
+    def _make(self, kind: Any, init_scale: float, units: int, choices: dict[str, Any]) -> Any:
+        v = next(self._initializers)
+        layer = kind(units, **{**self._shared, "kernel_initializer": v, **choices})
         layer.init_scale = init_scale
         return layer
 
-    def dense(self, units, **choices) -> tfwn.Dense:
-        """Returns a fully connected layer."""
-        return self._make(tfwn.Dense, units, **choices)
 
-    def conv(self, filters, kernel=3, strides=1, **choices) -> tfwn.Conv2D:
-        """Returns a convolution."""
-        return self._make(tfwn.Conv2D, filters, kernel, strides, padding="same", **choices)
-
-
-class Upsampling(tf.Module):
-    """A convolution that doubles height and width."""
-
-    def __init__(self, layers: Layers, filters, kernel=3, **choices):
-        super().__init__()
-        self.conv = layers.conv(4 * filters, kernel, **choices)
-
-    def __call__(self, x):
-        """Returns [batch, 2 height, 2 width, filters]."""
-        return tf.nn.depth_to_space(self.conv(x), 2)
+def normal(seed: int) -> Callable[[int], Any]:
+    """Returns the initializers of section 3: v ~ N(0, 0.05), drawn for each layer anew."""
+    return lambda index: functools.partial(
+        tf.random.stateless_normal, seed=[seed, index], stddev=0.05
+    )

@@ -1,15 +1,14 @@
-"""Adamax without the correction of bias, as the paper's codes have it; Keras' has one."""
+"""Adamax as in the paper's codes: without Keras' bias correction."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 
-class Adamax(tf.Module):
+class Adamax(tf.keras.optimizers.Optimizer):
     """m <- beta_1 m + (1 - beta_1) grad;  u <- max(beta_2 u, |grad|);  p <- p - lr m / (u + eps).
 
     Args:
-      variables: the parameters p, float32.
       learning_rate: lr.
       beta_1: decay of the momentum m.
       beta_2: decay of the infinity norm u.
@@ -19,34 +18,32 @@ class Adamax(tf.Module):
 
     def __init__(
         self,
-        variables: Sequence[tf.Variable],
         learning_rate: float,
         beta_1: float = 0.9,
         beta_2: float = 0.999,
         epsilon: float = 1e-8,
         epsilon_in_max: bool = False,
     ):
-        super().__init__()
-        self._variables, self._learning_rate = variables, learning_rate
-        self._beta_1, self._beta_2, self._epsilon = beta_1, beta_2, epsilon
-        self._epsilon_in_max = epsilon_in_max
-        self.m = [tf.Variable(tf.zeros_like(p), trainable=False) for p in variables]
-        self.u = [tf.Variable(tf.zeros_like(p), trainable=False) for p in variables]
+        super().__init__(learning_rate, name="adamax")
+        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
+        self.epsilon_in_max = epsilon_in_max
 
-    def apply(self, gradients: Sequence[tf.Tensor]) -> None:
-        """Makes one step; in a replica, with the sum of all replicas' gradients."""
-        context = tf.distribute.get_replica_context()
-        if context is not None and context.num_replicas_in_sync > 1:
-            gradients = context.all_reduce(tf.distribute.ReduceOp.SUM, gradients)
-        beta_2, epsilon = self._beta_2, self._epsilon
-        for p, m, u, gradient in zip(self._variables, self.m, self.u, gradients, strict=True):
-            if self._epsilon_in_max:
-                # With this u the maximum and the epsilon of the operation below change nothing.
-                raised = tf.maximum(self._beta_2 * u, tf.abs(gradient) + self._epsilon)
-                tf.raw_ops.AssignVariableOp(resource=u.handle, value=raised)
-                beta_2, epsilon = 1.0, 0.0
-            # beta1_power = 0: no bias correction.
-            tf.raw_ops.ResourceApplyAdaMax(
-                var=p.handle, m=m.handle, v=u.handle, beta1_power=0.0, lr=self._learning_rate,
-                beta1=self._beta_1, beta2=beta_2, epsilon=epsilon, grad=gradient,
-            )  # fmt: skip
+    def build(self, variables: Any) -> None:
+        """Makes m and u, zero, for each variable."""
+        super().build(variables)
+        self.m = self.add_optimizer_variables(variables, "m")
+        self.u = self.add_optimizer_variables(variables, "u")
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Updates one variable."""
+        index = self._get_variable_index(variable)
+        m, u = self.m[index].value, self.u[index].value
+        beta_2, epsilon = self.beta_2, self.epsilon
+        if self.epsilon_in_max:
+            u.assign(tf.maximum(beta_2 * u, tf.abs(gradient) + epsilon))
+            beta_2, epsilon = 1.0, 0.0  # u is final: the operation below leaves it as it is.
+        # One pass over memory. A first power of 0 turns its bias correction off.
+        tf.raw_ops.ResourceApplyAdaMax(
+            var=variable.handle, m=m.handle, v=u.handle, beta1_power=0.0, lr=learning_rate,
+            beta1=self.beta_1, beta2=beta_2, epsilon=epsilon, grad=gradient,
+        )  # fmt: skip

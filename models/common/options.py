@@ -1,215 +1,167 @@
-"""Options as dataclasses: documented fields that become flags, and presets of their values."""
+"""Options as dataclasses: what every program's Config has, what a field may hold, and presets."""
 
-import ast
 import dataclasses
-import inspect
 import math
-import textwrap
-import types
 import typing
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal
 
 from models.common.errors import UserError
 
 
-def ranges(positive: str = "", probability: str = "") -> dict[str, tuple[float, float]]:
-    """Returns the RANGES of a Config: names of numbers from 1 on, and of those from 0 to 1."""
-    found = dict.fromkeys(["keep", *positive.split()], (1.0, math.inf))
-    found |= dict.fromkeys(["seed", "seeds"], (0, 2**32 - 1))  # NumPy's.
-    return found | dict.fromkeys(probability.split(), (0.0, 1.0))
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The limits of a number, in Annotated[int, Range(1)]; a number without has Range()."""
+
+    low: float = 0
+    high: float = math.inf
+
+
+Count = Annotated[int, Range(1)]
+Fraction = Annotated[float, Range(0, 1)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # The seeds that NumPy takes.
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Named values for some of a Config's fields; every other field keeps the paper's."""
+    """Named values for some of a Config's fields; the other fields keep the paper's."""
 
     about: str
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
+def option(
+    default: Any,
+    *,
+    resume: Literal["ask", "free", "never"] = "ask",
+    named: bool = False,
+    memory: bool = False,
+    was: str = "",
+) -> Any:
+    """A field of a Config that is more than its default.
+
+    Args:
+      default: the paper's value.
+      resume: whether a resumed run may change it: with --accept-changes, always, or never.
+      named: results name its value anyway, so changing it does not make another preset.
+      memory: lowering it saves memory; named when memory runs out.
+      was: its earlier name, which command lines and config.json may still use.
+    """
+    metadata = {"resume": resume, "named": named, "memory": memory, "was": was}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Options every program has; a program's Config inherits them and adds its own.
+    """The options that every program has; a program's Config inherits them and adds its own.
 
-    The defaults of a program's Config are the paper's values. A comment at the end of a field's
+    The defaults of a program's Config are the paper's values. The comment at the end of a field's
     line is its help text.
     """
 
-    preset: str = "paper"  # A named set of values, see below.
-    seed: int = 0  # Seeds everything: weights, data order, noise, environments.
-    out: str = ""  # The run folder (default: runs/PROGRAM-PRESET-PARAMETERIZATION-SEED).
-    resume: bool = False  # Go on with the run in --out; its own options are taken up again.
-    accept_changes: bool = False  # Resume although hyper-parameters differ from the run's.
-    data_dir: str = ""  # Where data sets are (TFDS layout; default: $TFWN_DATA_DIR).
+    preset: str = option("paper", resume="never")  # A named set of values, see above.
+    seed: Seed = 0  # Seeds everything: weights, data order, noise, environments.
+    out: str = option("runs/{program}-{preset}-{seed}", resume="free")  # The run folder.
+    resume: bool = option(False, resume="free")  # Continue the run in --out, with its options.
+    accept_changes: bool = option(False, resume="free")  # Resume with changed hyper-parameters.
+    data_dir: str = option("", resume="free")  # Data sets, in TFDS's layout ($TFWN_DATA_DIR).
     mixed_precision: Literal["none", "bfloat16"] = "none"  # Compute type; weights stay float32.
     jit_compile: bool = False  # Compile the training step with XLA.
     strategy: Literal["none", "mirrored", "multi_worker"] = "none"  # Replicas (tf.distribute).
-    checkpoint_every: float = 300.0  # Seconds between checkpoints (and one at the end).
-    keep: int = 2  # Checkpoints kept, besides the best one.
-    deterministic: bool = False  # Deterministic TensorFlow ops: the same seed, the same bits.
+    checkpoint_every: float = option(300.0, resume="free")  # Seconds between checkpoints.
+    keep: Count = option(2, resume="free")  # Checkpoints kept, besides the best one.
+    deterministic: bool = False  # Use TensorFlow's deterministic ops.
 
-    # Fields that may differ when a run is resumed.
-    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"out", "resume", "accept_changes", "data_dir", "checkpoint_every", "keep"}
-    )
-    # Fields that may not, even with --accept-changes: the state would not fit them.
-    FIXED: ClassVar[frozenset[str]] = frozenset()
-    # Fields that are named beside each result anyway: a flag that sets one does not count as a
-    # change of the preset, except to synthetic data.
-    NAMED: ClassVar[frozenset[str]] = frozenset({"parameterization", "dataset", "game"})
-    # Fields whose values are in the default name of the run folder, after the program's.
-    FOLDER_FIELDS: ClassVar[tuple[str, ...]] = ()
-    # Where numbers lie, made by ranges(); those not named are not negative.
-    RANGES: ClassVar[Mapping[str, tuple[float, float]]] = ranges()
-    # Flags to lower when memory runs out, named in the error.
-    MEMORY_FLAGS: ClassVar[tuple[str, ...]] = ("--batch-size",)
+    PRESETS: ClassVar[dict[str, Preset]] = {"paper": Preset("the paper's values")}
 
+    @classmethod
+    def of_preset(cls, name: str, **values: Any) -> Any:
+        """Returns the Config of a preset, with these values instead of the preset's."""
+        return cls(**{**cls.PRESETS[name].values, "preset": name, **values})
 
-@dataclasses.dataclass(frozen=True)
-class Option:
-    """One field of an options class, ready to become a flag."""
-
-    name: str
-    kind: type
-    choices: tuple[Any, ...] | None
-    optional: bool
-    many: bool
-    default: Any
-    help: str
-    owner: type
-
-    @property
-    def flag(self) -> str:
-        """The flag, as typed on the command line."""
-        return "--" + self.name.replace("_", "-")
-
-
-def options_of(cls: type) -> list[Option]:
-    """Returns the fields of a dataclass as options, in order of definition."""
-    hints = typing.get_type_hints(cls)
-    owners = {
-        name: base
-        for base in reversed(cls.__mro__)
-        for name in vars(base).get("__annotations__", ())
-    }
-    comments: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        comments |= _comments(base)
-    result = []
-    for field in dataclasses.fields(cls):
-        kind, choices, optional, many = _unpack(hints[field.name])
-        result.append(
-            Option(
-                field.name, kind, choices, optional, many,
-                field.default, comments.get(field.name, ""), owners[field.name],
+    def check(self) -> None:
+        """Raises UserError for values that do not go together; Configs add to it."""
+        if self.jit_compile and self.strategy != "none":
+            raise UserError(
+                f"--jit-compile does not work with --strategy {self.strategy}: leave one out"
             )
-        )  # fmt: skip
-    return result
 
+    def differences(self, preset: Preset | None = None) -> dict[str, tuple[Any, Any]]:
+        """Returns {hyper-parameter: (the paper's or preset's value, this one's)} where they differ.
 
-def check_ranges(values: Any) -> None:
-    """Raises UserError for a number of an options object that is outside of its range."""
-    ranges = getattr(values, "RANGES", {})
-    for option in options_of(type(values)):
-        low, high = ranges.get(option.name, (0, math.inf))
-        value = getattr(values, option.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if option.kind not in (int, float) or number is None:
+        Args:
+          preset: the preset to compare with, instead of the paper.
+        """
+        shared = {field.name for field in dataclasses.fields(RunConfig)} - {"mixed_precision"}
+        found = {}
+        for field in dataclasses.fields(self):
+            expected = preset.values.get(field.name, field.default) if preset else field.default
+            free = field.name in shared or field.metadata.get("resume") == "free"
+            if not free and getattr(self, field.name) != expected:
+                found[field.name] = expected, getattr(self, field.name)
+        return found
+
+    def changes(self) -> str:
+        """Returns what differs from the preset, "changed: width 4, no-whiten", or ""."""
+        named = {"parameterization", "dataset", "game"}
+        named |= {f.name for f in dataclasses.fields(self) if f.metadata.get("named")}
+        preset = self.PRESETS.get(self.preset, Preset(""))
+        words = []
+        for name, (_, value) in self.differences(preset).items():
+            if name in named and not str(value).startswith("synthetic"):
                 continue
-            shown = [f"{n:,}" if isinstance(n, int) else f"{n:g}" for n in (low, high, number)]
-            if not math.isfinite(number):
-                rule = "a finite number"
-            elif not low <= number <= high:
-                rule = (
-                    f"at least {shown[0]}" if high == math.inf else "from {} to {}".format(*shown)
-                )
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                words.append(flag if value else f"no-{flag}")
             else:
-                continue
-            raise UserError(f"{option.flag} must be {rule}, got {shown[2]}")
+                words.append(f"{flag} {show(value).lower()}")
+        return f"changed: {', '.join(words)}" if words else ""
+
+    def note(self, *caveats: str) -> str:
+        """Returns what to add to this run's results, " (...)": what is scaled, and the caveats."""
+        scaled = self.PRESETS[self.preset].about if self.preset != "paper" else ""
+        text = "; ".join(part for part in (scaled, shorten(self.changes()), *caveats) if part)
+        return text and f" ({text})"
 
 
-def note(presets: Mapping[str, Preset], config: RunConfig, *caveats: str) -> str:
-    """Returns what to say beside a run's results, " (...)": what is scaled, and the caveats."""
-    scaled = presets[config.preset].about if config.preset != "paper" else ""
-    changed = shorten(changes(presets, config))
-    told = "; ".join(text for text in (scaled, changed, *caveats) if text)
-    return told and f" ({told})"
-
-
-def changes(presets: Mapping[str, Preset], config: RunConfig) -> str:
-    """Returns what differs from the run's preset, "changed: width 4, no-whiten"; "" for nothing."""
-    preset = presets[config.preset].values if config.preset in presets else {}
-    told = []
-    for name, (_, value) in differences(config, preset).items():
-        if name in config.NAMED and not str(value).startswith("synthetic"):
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            told.append(flag if value else f"no-{flag}")
-        else:
-            several = value if isinstance(value, tuple) else (value,)
-            shown = (f"{v:g}" if isinstance(v, float) else str(v).lower() for v in several)
-            told.append(" ".join([flag, *shown]))
-    return f"changed: {', '.join(told)}" if told else ""
-
-
-def shorten(changed: str) -> str:
-    """Returns a text with `changes` in it, of which all but the first two are counted."""
-    before, mark, told = changed.partition("changed: ")
-    parts = told.split(", ")
+def shorten(text: str) -> str:
+    """Returns a text that ends in `changes`, of which only the first two are kept."""
+    before, mark, changes = text.partition("changed: ")
+    parts = changes.split(", ")
     more = f" and {len(parts) - 2} more" if len(parts) > 2 else ""
     return before + mark + ", ".join(parts[:2]) + more
 
 
-def differences(
-    config: RunConfig, preset: dict[str, Any] | None = None
-) -> dict[str, tuple[Any, Any]]:
-    """Returns {hyper-parameter: (the paper's value, this configuration's)} where they differ.
-
-    With the values of a preset: {hyper-parameter: (the preset's value, this configuration's)}.
-    """
-    shared = {field.name for field in dataclasses.fields(RunConfig)} - {"mixed_precision"}
-    values = {field.name: field.default for field in dataclasses.fields(config)} | (preset or {})
-    return {
-        name: (value, getattr(config, name))
-        for name, value in values.items()
-        if name not in shared | config.MAY_CHANGE and getattr(config, name) != value
-    }
+def show(value: Any) -> str:
+    """Returns a value as it is typed on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(show, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _unpack(hint: Any) -> tuple[type, tuple[Any, ...] | None, bool, bool]:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        (inner,) = (a for a in args if a is not type(None))
-        kind, choices, _, many = _unpack(inner)
-        return kind, choices, True, many
-    if origin is Literal:
-        return type(args[0]), args, False, False
-    if origin is tuple:
-        return args[0], None, False, True
-    return hint, None, False, False
+def flag_of(name: str) -> str:
+    """Returns a field's flag."""
+    return "--" + name.replace("_", "-")
 
 
-def _comments(cls: type) -> dict[str, str]:
-    """Reads the comment at the end of each field's last line, else the lines above it."""
-    try:
-        source = textwrap.dedent(inspect.getsource(cls))
-    except (OSError, TypeError):
-        return {}
-    lines = source.splitlines()
-    found = {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        tail = lines[(node.end_lineno or 0) - 1][node.end_col_offset :]
-        if "#" in tail:
-            found[node.target.id] = tail.split("#", 1)[1].strip()
-            continue
-        above: list[str] = []
-        row = node.lineno - 2
-        while row >= 0 and lines[row].strip().startswith("#"):
-            above.insert(0, lines[row].strip().lstrip("# "))
-            row -= 1
-        found[node.target.id] = " ".join(above)
-    return found
+def check_ranges(options: Any) -> None:
+    """Raises UserError for a number of an options object that is out of its Range."""
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        limits = _range(hints[field.name]) or Range()
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not limits.low <= number <= limits.high:
+                rule = f"at least {limits.low:,}"
+                if limits.high < math.inf:
+                    rule = f"from {limits.low:,} to {limits.high:,}"
+            elif number == math.inf:
+                rule = "finite"
+            else:
+                continue
+            raise UserError(f"{flag_of(field.name)} must be {rule}, got {number:,}")
+
+
+def _range(hint: Any) -> Range | None:
+    if isinstance(hint, Range):
+        return hint
+    return next(filter(None, map(_range, typing.get_args(hint))), None)

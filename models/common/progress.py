@@ -1,9 +1,10 @@
-"""How far a long piece of work is: a live line in a terminal, an occasional plain one elsewhere."""
+"""The progress of long work: a live line in a terminal, an occasional plain one elsewhere."""
 
 import collections
 import contextlib
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import rich.console
@@ -17,16 +18,16 @@ _BAR = 18  # Columns of the spinner, the bar, the percentage and the gaps around
 class Progress:
     """Shows step, rate, time left, values and epoch; a context manager.
 
-    The rate is the median of the last quarters of a second, so that a pause, as for a test, does
-    not count; the time left is without such pauses.
+    The rate is a median over quarters of a second, so that pauses, as for an evaluation, do not
+    count; neither do they in the time left.
 
     Args:
       total: the last step.
-      start: the step begun with.
-      warm_up: no rate is shown up to this step: those before it are faster or slower.
-      unit: what a step is called in the rate ("frames", "images", ...).
-      per_step: how many units a step is.
-      steps_per_epoch: shows the epoch where given.
+      start: the first step.
+      warm_up: the rate is measured from this step on.
+      unit: what the rate counts ("images", ...).
+      per_step: units in a step.
+      steps_per_epoch: to show the epoch.
       console: where to print.
       delay: seconds before a terminal shows anything.
     """
@@ -42,41 +43,40 @@ class Progress:
         console: rich.console.Console | None = None,
         delay: float = 0,
     ):
-        self._total, self._unit, self._per_step = total, unit, per_step
-        self._step = start
-        self._steps_per_epoch = steps_per_epoch
+        self._total, self._step, self._warm_up = total, start, warm_up
+        self._unit, self._per_step, self._steps_per_epoch = unit, per_step, steps_per_epoch
         self._console = console or rich.console.Console()
         self._values: dict[str, Any] = {}
-        self._warm_up = warm_up
-        self._since: tuple[float, int] | None = None  # When and where the present measure began.
+        self._since: tuple[float, int] | None = None  # Time and step of the last measurement.
         self._paces: collections.deque[float] = collections.deque(maxlen=100)  # Seconds per step.
-        self._pace: float | None = None
-        self._printed = time.monotonic() - PLAIN_EVERY / 2
         self._shown_from = time.monotonic() + delay
-        self._bar: rich.progress.Progress | None = None
-        if self._console.is_terminal:
-            self._bar = rich.progress.Progress(
-                rich.progress.SpinnerColumn(),  # Turns also while a test holds up the steps.
-                rich.progress.BarColumn(bar_width=10),
-                rich.progress.TaskProgressColumn(),
-                rich.progress.TextColumn("{task.fields[text]}"),
-                console=self._console,
-                transient=True,
-                refresh_per_second=4,
-            )
-            self._task = self._bar.add_task("", total=total, completed=start, text="")
+        self._printed = time.monotonic() - PLAIN_EVERY / 2
+        self._bar = rich.progress.Progress(
+            rich.progress.SpinnerColumn(),  # It turns while an evaluation holds up the steps.
+            rich.progress.BarColumn(bar_width=10),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TextColumn("{task.fields[text]}"),
+            console=self._console,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._task = self._bar.add_task("", total=total, completed=start, text="")
 
     def __enter__(self) -> "Progress":
-        if self._bar and time.monotonic() >= self._shown_from:
-            self._bar.start()
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
+        if self._console.is_terminal:
             self._bar.stop()
 
+    @property
+    def rate(self) -> float | None:
+        """Steps per second, None while it is not known."""
+        return 1 / statistics.median(self._paces) if self._paces else None
+
     def show(self, **values: Any) -> None:
-        """Sets values of the line, None for not; the latest come first."""
+        """Sets values on the line, the latest first; None removes one."""
         values |= {n: v for n, v in self._values.items() if n not in values}
         self._values = {n: v for n, v in values.items() if v is not None}
 
@@ -84,39 +84,36 @@ class Progress:
         """Moves to a step."""
         now = time.monotonic()
         if self._since is None:
-            if step > self._warm_up:  # Not before the end of the first body, which compiles.
+            if step > self._warm_up:  # The first step, which compiles, does not count.
                 self._since = now, step
         elif now - self._since[0] >= 0.25 and step > self._since[1]:
             self._paces.append((now - self._since[0]) / (step - self._since[1]))
-            self._pace = statistics.median(self._paces)
             self._since = now, step
         self._step = step
         self.refresh()
 
     def refresh(self) -> None:
-        """Shows the line as it now is."""
-        now, step = time.monotonic(), self._step
-        if self._bar:
-            room = self._console.width - _BAR
-            self._bar.update(self._task, completed=step, text=escape(self.line(step, room)))
-            if now >= self._shown_from:
-                self._bar.start()
+        """Shows the line."""
+        now = time.monotonic()
+        if self._console.is_terminal:
+            text = escape(self.line(self._step, self._console.width - _BAR))
+            self._bar.update(self._task, completed=self._step, text=text)
+            self._start()
         elif now - self._printed >= PLAIN_EVERY:
             self._printed = now
-            self.say(self.line(step))
+            self.say(self.line(self._step))
 
     def say(self, text: str) -> None:
         """Prints a line above the live one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def line(self, step: int, room: int | None = None) -> str:
-        """Returns the line's text, with as many of the values as there is room for."""
-        line = f"step {step:,}/{self._total:,}"
-        if self._pace is not None:
-            rate = f"{_short(self._per_step / self._pace)} {self._unit}/s"
-            line += f"  {rate}"
+        """Returns the text of the line, with the values that fit into `room` columns."""
+        line, rate = f"step {step:,}/{self._total:,}", self.rate
+        if rate:
+            line += f"  {_short(self._per_step * rate)} {self._unit}/s"
             if step < self._total:
-                line += f"  {duration((self._total - step) * self._pace)} left"
+                line += f"  {duration((self._total - step) / rate)} left"
         values = [f"{name} {_short(value)}" for name, value in self._values.items()]
         if self._steps_per_epoch:
             values.append(f"epoch {step / self._steps_per_epoch:.1f}")
@@ -126,28 +123,23 @@ class Progress:
             line += f"  {value}"
         return line
 
+    def _start(self) -> None:
+        if self._console.is_terminal and time.monotonic() >= self._shown_from:
+            self._bar.start()
 
-class Test:
-    """Shows how far a test is, if it takes long: called with what is done, and of how much.
 
-    A context manager, for a command; in a run it is `Run.testing` that is called.
-    """
+@contextlib.contextmanager
+def evaluation() -> Iterator[Callable[[int, int], None]]:
+    """Gives report(done, total), which shows the progress of a command that takes long."""
+    with contextlib.ExitStack() as stack:
+        lines: list[Progress] = []
 
-    def __init__(self) -> None:
-        self._stack = contextlib.ExitStack()
-        self._line: Progress | None = None
+        def report(done: int, total: int) -> None:
+            if not lines:
+                lines.append(stack.enter_context(Progress(total, delay=3)))
+            lines[0].update(done)
 
-    def __enter__(self) -> "Test":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Shows it."""
-        if self._line is None:
-            self._line = self._stack.enter_context(Progress(total, delay=3))
-        self._line.update(done)
+        yield report
 
 
 def duration(seconds: float) -> str:
@@ -166,6 +158,4 @@ def _short(value: Any) -> str:
     if isinstance(value, str):
         return value
     number = float(value)
-    if abs(number) >= 100:
-        return f"{number:,.0f}"
-    return f"{number:.3g}"
+    return f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"

@@ -1,6 +1,13 @@
-"""One batch on several replicas: parts of it, and noise that is the same however many there are."""
+"""One batch on several replicas: its parts, and noise that does not depend on their number."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
+
+# fold_in(seed, number) is another seed, int64 [2]. The default algorithm depends on the device.
+fold_in = functools.partial(tf.random.experimental.stateless_fold_in, alg="philox")
 
 
 def share(x):
@@ -8,6 +15,17 @@ def share(x):
     replica = tf.distribute.get_replica_context()
     n = replica.num_replicas_in_sync
     return x if n == 1 else x[replica.replica_id_in_sync_group :: n]
+
+
+def summed(strategy: tf.distribute.Strategy, step: Callable, jit_compile: bool = False) -> Any:
+    """Returns a tf.function that runs a step on all replicas and sums up what they return."""
+
+    @functools.partial(tf.function, jit_compile=jit_compile)
+    def on_all(*arguments):
+        sums = strategy.run(step, arguments)
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
+
+    return on_all
 
 
 def total(x) -> tf.Tensor:
@@ -21,19 +39,19 @@ def total(x) -> tf.Tensor:
 def normal_like(x, seed) -> tf.Tensor:
     """Returns float32 standard normal numbers of x's shape, x being this replica's share.
 
-    Drawn for the whole batch, so that the numbers are the same for any number of replicas, and
-    a function of `seed` (int64 [2]) alone (under XLA another function than without).
+    They are drawn for the whole batch, so they depend on `seed` (int64 [2]) alone, not on the
+    number of replicas. XLA draws other numbers.
     """
     return _draw(tf.random.stateless_normal, x, seed)
 
 
 def uniform_like(x, seed) -> tf.Tensor:
-    """Returns float32 numbers in [0, 1), as `normal_like`."""
+    """Returns float32 numbers in [0, 1), otherwise like `normal_like`."""
     return _draw(tf.random.stateless_uniform, x, seed)
 
 
 def _draw(distribution, x, seed):
     n = tf.distribute.get_replica_context().num_replicas_in_sync
     shape = tf.concat([[tf.shape(x)[0] * n], tf.shape(x)[1:]], 0)
-    # Named, because the default algorithm depends on the device.
+    # The default algorithm depends on the device.
     return share(distribution(shape, seed, alg="philox"))

@@ -1,4 +1,4 @@
-"""One run of a program: its folder, state, metrics and step loop; the program owns the body."""
+"""One run of a program: its folder, state, metrics and loops, whose bodies are the program's."""
 
 import contextlib
 import functools
@@ -8,41 +8,50 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from models.common import checkpoints, metrics, options, progress, run_folder, runtime
+from models.common import checkpoints, metrics, options, progress, run_folder, runtime, tensorboard
 from models.common.errors import NotFinite
 
 
 class Run:
     """Opens the run folder of a Config; a context manager.
 
-    Attributes:
+    Args:
       config: the Config.
-      path: the run folder.
+      title: what is run, printed at once.
+      note: what to add to its results; kept in note.txt.
+
+    Attributes:
+      config, path: the Config and the run folder.
       strategy: build model and optimizer under strategy.scope(), step by strategy.run().
       dtype: the compute type (`--mixed-precision`).
+      chief: whether this process writes the run folder.
       step: completed steps.
       best: the best score so far (see keep_best), None before the first.
     """
 
-    def __init__(self, config: options.RunConfig, program: str = ""):
-        self.config = config
+    def __init__(self, config: options.RunConfig, title: str = "", note: str = ""):
+        self.config, self.path, self._note = config, Path(config.out), note
         self.chief = runtime.is_chief(config)
         self._stop: signal.Signals | None = None
         self.strategy = runtime.configure(config)
         self.dtype = runtime.compute_dtype(config)
-        self._program = program or run_folder.program_of(type(config))
         self._folder = run_folder.RunFolder(config) if self.chief else None
-        self.path = self._folder.path if self._folder else run_folder.Path(config.out)
         self.step = 0
         self.best: float | None = None
         self._done = ""  # What to say at the end.
+        self._saved: dict[str, Any] | None = None  # What the last checkpoint says.
         self._metrics: metrics.Metrics | None = None
+        self._tensorboard: tensorboard.TensorBoard | None = None
         self._progress: progress.Progress | None = None
         self._open = contextlib.ExitStack()  # From the first step on: signals, the progress line.
+        if title:
+            self.say(f"{title}, preset {config.preset}{note}")
 
     def __enter__(self) -> "Run":
         return self
@@ -50,8 +59,8 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._progress = None
         self._open.close()
-        if self._metrics:
-            self._metrics.close()
+        if self._tensorboard:
+            self._tensorboard.close()
         if self._folder:
             self._folder.close()
         if kind is None and self._done:
@@ -63,19 +72,24 @@ class Run:
         self,
         trackables: Mapping[str, Any],
         extras: Mapping[str, checkpoints.Stateful] | None = None,
+        sums: int = 0,
     ) -> int:
         """Names the run's whole state, restores it when resuming, and returns the step.
 
         Args:
           trackables: modules, optimizers (built), variables, tf.random.Generators, by name.
           extras: other state, by name: objects with state_dict() and load_state_dict(state).
+          sums: how many numbers Epoch.add takes.
         """
+        if sums:
+            self._totals = tf.Variable(tf.zeros([sums], tf.float64), name="totals")
+            trackables = {**trackables, "totals": self._totals}
         self._checkpoints = checkpoints.Checkpoints(
             self.path, trackables, extras, self.config.keep, self.say, self.chief
         )
         rows = 0
         if self.config.resume:
-            # An optimizer's checkpoint holds its learning rate; the one asked for now is the new.
+            # A checkpoint holds the optimizer's learning rate, which may have been changed since.
             found: list[Any] = [getattr(t, "learning_rate", None) for t in trackables.values()]
             rates = [(r, tf.convert_to_tensor(r)) for r in found if hasattr(r, "assign")]
             state = self._checkpoints.restore()
@@ -85,11 +99,14 @@ class Run:
             if state is None:
                 self.say("no checkpoint yet: starting from the beginning")
             else:
+                self._saved = state
                 self.step, rows, self.best = state["step"], state["rows"], state["best"]
                 self.say(f"resumed at step {self.step:,}")
         if self._folder:
-            self._folder.write_config(self.config, self._program)
-            self._metrics = metrics.Metrics(self.path, rows, self.step)
+            self._folder.write_config(self.config)
+            (self.path / "note.txt").write_text(self._note.strip())
+            self._metrics = metrics.Metrics(self.path, rows)
+            self._tensorboard = tensorboard.TensorBoard(self.path, self.step)
         return self.step
 
     def steps(
@@ -106,17 +123,17 @@ class Run:
         """Yields the number of completed steps until `total`, while the program trains.
 
         Between the bodies it saves (every `--checkpoint-every` seconds, every `save_every`
-        steps, at the end, and before leaving on SIGTERM or Ctrl-C) and shows progress. Signals and
-        the progress line stay as they are until the run ends, for a last test after the steps.
+        steps, at the end, and before leaving on SIGTERM or Ctrl-C) and shows progress. It still
+        does when the steps are over, for a last evaluation.
 
         Args:
           total: the last step.
-          stride: how many steps one body is.
-          save_every: also saves when so many steps have passed.
-          warm_up: shows no rate up to this step: those before it are faster or slower.
-          unit: the name of what the rate counts.
-          per_step: how many units a step is.
-          steps_per_epoch: shows the epoch where given.
+          stride: the steps that one body makes.
+          save_every: the most steps between checkpoints.
+          warm_up: the rate is measured from this step on.
+          unit: what the rate counts.
+          per_step: units in a step.
+          steps_per_epoch: to show the epoch.
         """
         saved_at, saved_step = time.monotonic(), self.step
         self._open.enter_context(self._signals())
@@ -127,7 +144,7 @@ class Run:
             yield self.step
             self.step += stride
             if self._progress:
-                self._progress.show(tested=None)
+                self._progress.show(evaluated=None)
                 self._progress.update(self.step)
             due = time.monotonic() - saved_at >= self.config.checkpoint_every or (
                 save_every is not None and self.step - saved_step >= save_every
@@ -142,8 +159,35 @@ class Run:
             self.save()
         self._done = f"{self.step:,} {unit if per_step == 1 else 'steps'} done"
 
+    def epochs(self, count: int, per_epoch: int, batch_size: int) -> Iterator["Epoch"]:
+        """Yields epochs, which yield their steps; see Epoch.
+
+        What comes after an epoch's steps changes no state: a run that is resumed there does it
+        again, in an epoch without steps.
+
+        Args:
+          count: the number of epochs.
+          per_epoch: steps in an epoch.
+          batch_size: examples in a step.
+        """
+        steps = self.steps(
+            count * per_epoch, unit="images", per_step=batch_size, steps_per_epoch=per_epoch
+        )
+        ahead = next(steps, None)
+
+        def until(end: int) -> Iterator[int]:
+            nonlocal ahead
+            while ahead is not None and ahead < end:
+                yield ahead
+                ahead = next(steps, None)  # Saves, also after the last step of an epoch.
+
+        for number in range(max(-(-self.step // per_epoch) - 1, 0), count):
+            here = until((number + 1) * per_epoch)
+            yield Epoch(number, here, per_epoch, batch_size, self._totals)
+
     def save(self) -> None:
         """Saves a checkpoint of the present state."""
+        self._saved = {"step": self.step, **self._metadata()}
         self._checkpoints.save(self.step, self._metadata())
 
     def keep_best(self, score: float) -> bool:
@@ -155,36 +199,33 @@ class Run:
         return True
 
     def log(self, step: int | None = None, **values: Any) -> None:
-        """Adds a row to metrics.csv and TensorBoard; stops the run where a loss is not finite."""
-        step = self.step if step is None else step
-        numbers = {name: float(value) for name, value in values.items()}
-        for name, value in numbers.items():
-            if "loss" in name and not math.isfinite(value):
-                kept = self._checkpoints.latest()
-                raise NotFinite(
-                    f"{name} is {value} at step {step}; the last good checkpoint is "
-                    f"{kept.name if kept else 'none'}: lower --learning-rate, or look for the "
-                    f"cause in {self.path / 'metrics.csv'}"
-                )
-        if self._metrics:
-            self._metrics.write(step, numbers)
+        """Adds a row to metrics.csv and TensorBoard, None as a blank.
 
-    def introduce(self, what: str, note: str) -> None:
-        """Says what is run, and keeps in note.txt what is to be said beside its results."""
-        self.say(f"{what}, preset {self.config.preset}{note}")
-        if self.chief:
-            (self.path / "note.txt").write_text(note.strip())
+        Raises:
+          NotFinite: a value named loss is not finite.
+        """
+        step = self.step if step is None else step
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
+        self._refuse_nan(step, numbers)
+        if self._metrics and self._tensorboard:
+            self._metrics.write(step, numbers)
+            self._tensorboard.write(step, numbers)
 
     def image(self, name: str, png: bytes) -> None:
         """Adds an encoded image to samples/ and TensorBoard."""
-        if self._metrics:
+        if self._tensorboard:
             folder = self.path / "samples"
             folder.mkdir(exist_ok=True)
             (folder / f"{name}-{self.step:09d}.png").write_bytes(png)
-            self._metrics.image(self.step, name, png)
+            self._tensorboard.image(self.step, name, png)
 
     def show(self, **values: Any) -> None:
-        """Sets values on the progress line."""
+        """Sets values on the progress line, which waits for them: not at every step.
+
+        Raises:
+          NotFinite: a value named loss is not finite.
+        """
+        self._refuse_nan(self.step, values)
         if self._progress:
             self._progress.show(**values)
 
@@ -197,23 +238,36 @@ class Run:
         else:
             print(text, flush=True)
 
-    def testing(self, done: int, total: int) -> None:
-        """Shows how far a test is, and saves and leaves when SIGTERM or Ctrl-C has come.
+    @property
+    def rate(self) -> float | None:
+        """Steps per second, pauses left out; None while it is not known."""
+        return self._progress.rate if self._progress else None
 
-        Call it now and then in a test inside a body, or after the steps, and only where the state
-        is that of `step`: before the body has changed anything.
+    def evaluating(self, done: int, total: int) -> None:
+        """Shows the progress of an evaluation; saves and leaves when SIGTERM or Ctrl-C has come.
+
+        To be called now and then in an evaluation, which must leave the state alone.
         """
         if self._progress:
-            self._progress.show(tested=f"{done / total:.0%}")
+            self._progress.show(evaluated=f"{done / total:.0%}")
             self._progress.refresh()
         if self._stop is not None and self.config.strategy != "multi_worker":
             self._leave()
 
+    def _refuse_nan(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if "loss" in name and not math.isfinite(value):
+                kept = self._checkpoints.latest()
+                raise NotFinite(
+                    f"{name} is {float(value)} at step {step}; the last good checkpoint is "
+                    f"{kept.name if kept else 'none'}: lower --learning-rate, or look for the "
+                    f"cause in {self.path / 'metrics.csv'}"
+                )
+
     def _leave(self) -> None:
-        self.save()
-        self.say(
-            f"stopped at step {self.step:,}, saved; go on with --resume --out {self.config.out}"
-        )
+        if self._saved != {"step": self.step, **self._metadata()}:
+            self.save()
+        self.say(f"stopped at step {self.step:,}, saved; continue: --resume --out {self.path}")
         sys.exit(128 + (self._stop or signal.SIGTERM))
 
     def _metadata(self) -> dict[str, Any]:
@@ -256,3 +310,42 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+class Epoch:
+    """One pass over the training examples; iterating over it yields its steps.
+
+    Attributes:
+      number: counted from 0.
+      slice: the present step's part of the epoch's examples.
+      seconds: how long its steps take, once they are over; None if a resumed run has made none.
+    """
+
+    def __init__(
+        self, number: int, steps: Iterator[int], per_epoch: int, batch_size: int, totals: Any
+    ):
+        self.number = number
+        self.seconds: float | None = None
+        self._steps, self._per_epoch, self._batch_size = steps, per_epoch, batch_size
+        self._totals = totals
+
+    def __iter__(self) -> Iterator[int]:
+        began, count = time.monotonic(), 0
+        for step in self._steps:
+            position = step % self._per_epoch
+            if position == 0:
+                self._totals.assign(tf.zeros_like(self._totals))
+            self.slice = slice(position * self._batch_size, (position + 1) * self._batch_size)
+            yield step
+            count += 1
+        if count:
+            self.seconds = (time.monotonic() - began) / count * self._per_epoch
+
+    def add(self, sums: tf.Tensor) -> None:
+        """Adds a step's sums over the batch to the epoch's totals."""
+        self._totals.assign_add(tf.cast(sums, tf.float64))
+
+    @property
+    def means(self) -> np.ndarray:
+        """Returns the totals divided by the number of examples, float64."""
+        return self._totals.numpy() / (self._per_epoch * self._batch_size)

@@ -1,10 +1,12 @@
-"""A run's folder: config.json, the lock against a second run, and what resuming may change."""
+"""A run's folder: config.json, its lock, and the hyper-parameters that resuming may change."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -16,14 +18,15 @@ from models.common.errors import UserError
 
 
 class RunFolder:
-    """The folder of one run, created or taken up again, and locked while the process lives."""
+    """The folder of a run, new or resumed, locked until it is closed."""
 
     def __init__(self, config: options.RunConfig):
         self.path = Path(config.out)
         check(config)
+        self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 held until the process ends
+            self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 closed by close()
         except OSError as error:
             raise UserError(
                 f"--out {self.path}: cannot write there ({error.strerror}); name another folder"
@@ -32,22 +35,26 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.seek(0)
-            holder = self._lock.read().strip()
-            self._lock.close()
-            raise UserError(
-                f"--out {self.path} is in use by another process ({holder}); "
-                "wait for it or name another folder"
-            ) from None
+            with self._lock:
+                raise UserError(
+                    f"--out {self.path} is in use by another process ({self._lock.read()}); wait "
+                    "for it or name another folder"
+                ) from None
         self._lock.truncate(0)
         self._lock.write(f"pid {os.getpid()} on {platform.node()}")
         self._lock.flush()
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Releases the lock; removes a folder in which no run has begun."""
+        if not (self.path / "config.json").exists():
+            (self.path / "lock").unlink()
+            for folder in self._made:
+                with contextlib.suppress(OSError):  # It is not empty.
+                    folder.rmdir()
         self._lock.close()
 
-    def write_config(self, config: options.RunConfig, program: str) -> None:
-        """Writes config.json: from here on there is a run in the folder."""
+    def write_config(self, config: options.RunConfig) -> None:
+        """Writes config.json, which makes the folder a run folder."""
         path = self.path / "config.json"
         history = json.loads(path.read_text())["sessions"] if path.exists() else []
         history.append(
@@ -60,11 +67,11 @@ class RunFolder:
             }
         )
         content = {
-            "program": program,
+            "program": program_of(type(config)),
             "config": dataclasses.asdict(config),
             "differs_from_paper": {
                 name: {"paper": paper, "here": here}
-                for name, (paper, here) in options.differences(config).items()
+                for name, (paper, here) in config.differences().items()
             },
             "sessions": history,
         }
@@ -77,15 +84,15 @@ def check(config: options.RunConfig) -> None:
         load(config.out)
     elif (Path(config.out) / "config.json").exists():
         raise UserError(
-            f"--out {config.out} holds a run already: go on with it by --resume, "
+            f"--out {config.out} holds a run already: continue it with --resume, "
             "or name another folder"
         )
 
 
 def program_of(cls: type) -> str:
-    """Returns the name of the module a class is defined in, also when run by `python -m`."""
+    """Returns the program that a Config is of: its package, or its module where that is all."""
     spec = getattr(sys.modules[cls.__module__], "__spec__", None)
-    return spec.name if spec else cls.__module__
+    return (spec.name if spec else cls.__module__).removesuffix(".config")
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -104,59 +111,48 @@ def load(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_config(path: str | Path, config_class: type) -> Any:
+def load_config(path: str | Path, config_class: type[options.RunConfig]) -> Any:
     """Returns the Config of a run; a field that is newer than the run keeps its default."""
-    return config_class(**saved_values(path, config_class))
-
-
-def saved_values(path: str | Path, config_class: type) -> dict[str, Any]:
-    """Returns what config.json has for the fields of a Config, which must be of its program."""
     content = load(path)
     if content["program"] != program_of(config_class):
         raise UserError(
             f"{path} is a run of {content['program']}, not of {program_of(config_class)}"
         )
-    names = {field.name for field in dataclasses.fields(config_class)}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in content["config"].items()
-        if name in names
-    }
+    saved: dict[str, Any] = content["config"]
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        for name in (field.metadata.get("was"), field.name):
+            if name in saved:
+                value = saved[name]
+                values[field.name] = tuple(value) if isinstance(value, list) else value
+    return config_class(**values)
 
 
-def resumed_values(
-    path: str, config_class: type[options.RunConfig], explicit: dict[str, Any]
-) -> dict[str, Any]:
-    """Returns the values to resume with: the run's own, and those given now where allowed."""
-    saved = saved_values(path, config_class)
-    changed = changes(saved, explicit, config_class)
-    if fixed := [told for name, told in changed.items() if name in config_class.FIXED]:
+def changes(saved: options.RunConfig, config: options.RunConfig) -> dict[str, str]:
+    """Returns {hyper-parameter: "--steps was 1 and is now 2"}, without those that are free."""
+    found = {}
+    for field in dataclasses.fields(config):
+        before, now = getattr(saved, field.name), getattr(config, field.name)
+        if field.metadata.get("resume") != "free" and before != now:
+            flag = options.flag_of(field.name)
+            found[field.name] = f"{flag} was {options.show(before)} and is now {options.show(now)}"
+    return found
+
+
+def refuse_changes(saved: options.RunConfig, config: options.RunConfig) -> None:
+    """Raises UserError where a run would be resumed with hyper-parameters it may not have."""
+    changed = changes(saved, config)
+    roles = {field.name: field.metadata.get("resume") for field in dataclasses.fields(config)}
+    if never := [text for name, text in changed.items() if roles[name] == "never"]:
         raise UserError(
-            f"--resume: {', '.join(fixed)}, which the run's state does not fit; leave the option "
-            "out, or start a new run"
+            f"--resume: {', '.join(never)}, which a run keeps; leave the option out, or start a "
+            "new run"
         )
-    if changed and not explicit.get("accept_changes"):
+    if changed and not config.accept_changes:
         raise UserError(
-            f"--resume: {', '.join(changed.values())}; leave the option out to go on as before, "
-            "or give --accept-changes to go on with the new value"
+            f"--resume: {', '.join(changed.values())}; leave the option out to continue as before, "
+            "or give --accept-changes to continue with the new value"
         )
-    result = {**saved, **explicit, "out": path, "resume": True}
-    result["preset"] = saved.get("preset", "paper")
-    result["accept_changes"] = bool(explicit.get("accept_changes"))
-    return result
-
-
-def changes(
-    saved: dict[str, Any], given: dict[str, Any], config_class: type[options.RunConfig]
-) -> dict[str, str]:
-    """Returns {hyper-parameter: "--steps was 1 and is now 2"} where the given value is another."""
-    # As a Config has them: it may have one spelling for several.
-    before, now = (dataclasses.asdict(config_class(**values)) for values in (saved, given))
-    return {
-        name: f"--{name.replace('_', '-')} was {before[name]} and is now {now[name]}"
-        for name in given
-        if name not in config_class.MAY_CHANGE and name in saved and before[name] != now[name]
-    }
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -175,47 +171,35 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version()}
     for name in ("tensorflow", "keras", "numpy", "ale-py", "tensorflow-weight-norm"):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def git_state() -> dict[str, Any]:
     """Returns the commit of the source tree and whether it has changes; {} outside git."""
-    here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20)
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD"),
-            "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
-        }
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD").strip(), "changed": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
 def hardware() -> dict[str, Any]:
-    """Returns the machine's processor, memory and accelerators."""
-    name = platform.processor() or platform.machine()
-    memory = None
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), name)
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (OSError, ValueError):
-        pass
-    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "memory_gib": memory}
+    """Returns the machine's processor, cores, memory and GPUs."""
+    found: dict[str, Any] = {"cpu": platform.machine(), "cores": os.cpu_count()}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        found["cpu"] = names[0] if names else found["cpu"]
+        bytes_of_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        found["memory_gib"] = round(bytes_of_memory / 2**30, 1)
     if "tensorflow" in sys.modules:
-        import tensorflow as tf
-
-        found["gpus"] = [
-            tf.config.experimental.get_device_details(gpu).get("device_name", gpu.name)
-            for gpu in tf.config.list_physical_devices("GPU")
-        ]
+        config = sys.modules["tensorflow"].config
+        details = map(config.experimental.get_device_details, config.list_physical_devices("GPU"))
+        found["gpus"] = [gpu.get("device_name", "unknown") for gpu in details]
     return found

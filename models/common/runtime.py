@@ -1,4 +1,4 @@
-"""TensorFlow set up as the run's options ask: seeds, determinism, compute type, strategy."""
+"""TensorFlow's settings for a run: seeds, determinism, compute type, strategy."""
 
 import functools
 import json
@@ -15,8 +15,7 @@ from models.common.errors import UserError
 def configure(config: options.RunConfig) -> tf.distribute.Strategy:
     """Seeds everything and returns the strategy to build the model under.
 
-    `--strategy none` is tf.distribute's default strategy: its scope() and run() do nothing more
-    than call, so a program is written once, for a strategy.
+    For `--strategy none` this is tf.distribute's default strategy, so programs need no other case.
     """
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
@@ -35,7 +34,7 @@ def configure(config: options.RunConfig) -> tf.distribute.Strategy:
     return strategy
 
 
-# The collectives of two strategies in one process, as in a sweep, would be taken for one another.
+# Two strategies in one process, as in a sweep, would confuse their collectives.
 _mirrored = functools.cache(tf.distribute.MirroredStrategy)
 
 
@@ -45,7 +44,7 @@ def compute_dtype(config: options.RunConfig) -> tf.DType:
 
 
 def is_chief(config: options.RunConfig) -> bool:
-    """Returns whether this process writes the run folder (always, but in a cluster's others)."""
+    """Returns whether this process writes the run folder: the only one, or a cluster's first."""
     if config.strategy != "multi_worker":
         return True
     task = _cluster().get("task", {})
@@ -54,10 +53,10 @@ def is_chief(config: options.RunConfig) -> bool:
 
 
 def generator(seed: int, *purpose: int) -> np.random.Generator:
-    """Returns NumPy's generator for a purpose: the same for the same seed and numbers.
+    """Returns NumPy's generator for a purpose, a function of the seed and these numbers.
 
-    `generator(seed, epoch).permutation(n)` is a data order that needs no saving: a resumed run
-    makes it again from the epoch.
+    A data order, `generator(seed, epoch).permutation(n)`, needs no saving: a resumed run
+    computes it again.
     """
     return np.random.default_rng([seed, *purpose])
 

@@ -1,4 +1,4 @@
-"""A grid of runs below one folder: the same command again goes on where it stopped."""
+"""A grid of runs below one folder; the same command again continues where it stopped."""
 
 import dataclasses
 import itertools
@@ -16,9 +16,9 @@ from models.common.errors import NotFinite, UserError
 def run(config: Any, train: Callable[[Any], None], **axes: tuple[Any, ...]) -> None:
     """Trains every combination of `config.seeds`, `config.learning_rates` and `axes`.
 
-    Each has its folder below `config.out`; OUT/sweep.json says which are finished or diverged (a
-    result of a grid, not tried again). Any other error ends the sweep. One that goes on with other
-    hyper-parameters than those of its runs is refused, as a run is.
+    Each run has its folder below `config.out`. OUT/sweep.json lists those that are finished and
+    those that diverged, which is a result and not tried again; any other error ends the sweep. A
+    sweep whose other hyper-parameters are not those of its runs is refused, as a run is.
 
     Args:
       config: the template of every run, with the fields sweep, seeds and learning_rates.
@@ -33,16 +33,14 @@ def run(config: Any, train: Callable[[Any], None], **axes: tuple[Any, ...]) -> N
     record = root / "sweep.json"
     ended: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
     axes = {"seed": config.seeds, **axes, "learning_rate": config.learning_rates}
-    given = dataclasses.asdict(dataclasses.replace(config, sweep=False))
-    fixed = {name: value for name, value in given.items() if name not in axes}
+    one = dataclasses.replace(config, sweep=False)
     for path in sorted(file.parent for file in root.glob("*/config.json")):
-        changed = run_folder.changes(
-            run_folder.saved_values(path, type(config)), fixed, type(config)
-        )
-        if changed and not config.accept_changes:
+        changed = run_folder.changes(run_folder.load_config(path, type(config)), one)
+        others = [text for name, text in changed.items() if name not in axes]
+        if others and not config.accept_changes:
             raise UserError(
-                f"--sweep: in {path} {', '.join(changed.values())}; give the options of before, "
-                "name another --out, or give --accept-changes to go on with the new value in the "
+                f"--sweep: in {path} {', '.join(others)}; repeat the options of before, name "
+                "another --out, or give --accept-changes to continue with the new value in the "
                 "runs that are not finished"
             )
     grid = [dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values())]
@@ -53,9 +51,8 @@ def run(config: Any, train: Callable[[Any], None], **axes: tuple[Any, ...]) -> N
         print(f"run {number} of {len(grid)}: {name}", flush=True)
         out = root / name
         begun = (out / "config.json").exists()
-        one = dataclasses.replace(config, sweep=False, resume=begun, out=str(out), **values)
         try:
-            train(one)
+            train(dataclasses.replace(one, resume=begun, out=str(out), **values))
             ended[name] = "finished"
         except NotFinite as error:
             ended[name] = f"diverged: {error}"

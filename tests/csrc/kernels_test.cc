@@ -194,7 +194,10 @@ int64_t Pick(std::mt19937_64* random, const std::vector<int64_t>& from) {
 // The devices differ in what decides how the work is cut, and in the order in which threads run.
 void PickDevice(std::mt19937_64* random) {
   cuda_on_cpu::multiprocessors = static_cast<int>(Pick(random, {1, 4, 16, 132}));
-  cuda_on_cpu::shared_memory_per_block = Pick(random, {48, 64, 99, 227}) << 10;
+  cuda_on_cpu::architecture = static_cast<int>(Pick(random, {80, 90}));
+  cuda_on_cpu::resident = static_cast<int>(Pick(random, {1, 4}));
+  cuda_on_cpu::max_clusters = static_cast<int>(Pick(random, {0, 16, 16}));
+  cuda_on_cpu::shared_memory_per_block = Pick(random, {64, 99, 227}) << 10;
   cuda_on_cpu::max_grid = static_cast<unsigned>(Pick(random, {3, 0x7fffffff, 0x7fffffff}));
   cuda_on_cpu::schedule = (*random)();
 }
@@ -202,7 +205,9 @@ void PickDevice(std::mt19937_64* random) {
 std::string DeviceName() {
   return "CUDA on CPU, " + std::to_string(cuda_on_cpu::multiprocessors) + " multiprocessors, " +
          std::to_string(cuda_on_cpu::shared_memory_per_block) + " bytes shared, grid up to " +
-         std::to_string(cuda_on_cpu::max_grid);
+         std::to_string(cuda_on_cpu::max_grid) + ", sm_" +
+         std::to_string(cuda_on_cpu::architecture) + ", " + std::to_string(cuda_on_cpu::resident) +
+         " resident, " + std::to_string(cuda_on_cpu::max_clusters) + " clusters";
 }
 
 template <class Arguments>
@@ -212,6 +217,8 @@ size_t ScratchBytes(const Arguments& arguments) {
 
 template <class Arguments>
 void Run(const Arguments& arguments, void* scratch, const tfwn::cpu::ParallelFor&) {
+  cuda_on_cpu::left_by_launch = scratch;
+  cuda_on_cpu::left_by_launch_bytes = ScratchBytes(arguments);
   const int error = tfwn::cuda::Run(arguments, cuda_on_cpu::multiprocessors, scratch, nullptr);
   Check(error == 0, tfwn::cuda::ErrorString(error));
 }
@@ -576,6 +583,14 @@ int main(int argc, char** argv) {
 #endif
   TestManyCuts(seed);
   TestRandomProblems(cases, seed);
+#ifdef TFWN_TEST_CUDA
+  std::printf("%lld launches: %lld of clusters, %lld that overlap the one before\n",
+              static_cast<long long>(cuda_on_cpu::launches),
+              static_cast<long long>(cuda_on_cpu::cluster_launches),
+              static_cast<long long>(cuda_on_cpu::overlapping_launches));
+  Check(cuda_on_cpu::cluster_launches > 0 && cuda_on_cpu::overlapping_launches > 0,
+        "a kind of launch was never tried");
+#endif
   std::printf(failures == 0 ? "passed\n" : "%d failures\n", failures);
   return failures != 0;
 }

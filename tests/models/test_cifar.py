@@ -1,26 +1,23 @@
-"""models/cifar.py: the paper's network, one start for all five, exact resume, replicas."""
+"""CIFAR-10: the paper's network, one start for all five, replicas, sweeps."""
 
 import dataclasses
 import json
-import os
-import random
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from support import finish, start, start_workers, weights
 
-from models import cifar
-from models.common import checkpoints, command_line, data, metrics, run_folder, runtime, sweep
-from models.common.batch_norm import BatchNormalization
+from models.cifar import images as cifar_images
+from models.cifar import network as cifar
+from models.cifar import training
+from models.cifar.__main__ import FUNCTIONS
+from models.cifar.batch_norm import BatchNormalization
+from models.cifar.config import PAPER, Config
+from models.common import data, metrics, run_folder, runtime, sweep
 from models.common.errors import NotFinite
 
-ROOT = Path(__file__).parents[2]
 TABLE_A = [  # Channels, and the x, y dimension, of each row after ZCA whitening.
     ("Gaussian noise", 3, 32),
     ("3x3 conv leaky ReLU", 96, 32),
@@ -42,7 +39,7 @@ TABLE_A = [  # Channels, and the x, y dimension, of each row after ZCA whitening
 
 
 def config_of(**values):
-    return cifar.Config(**{**cifar.PRESETS["smoke"].values, "preset": "smoke", **values})
+    return Config.of_preset("smoke", **values)
 
 
 def images_of(count, seed=0):
@@ -60,25 +57,10 @@ def layers_of(network):
     return [row for _, row in network.rows if isinstance(row, cifar.Layer)]
 
 
-def weights(folder):
-    """All of a run's final checkpoint, by name."""
-    reader = tf.train.load_checkpoint(str(checkpoints.find(folder) / "tf"))
-    return {
-        name: reader.get_tensor(name)
-        for name in reader.get_variable_to_shape_map()
-        if name != "_CHECKPOINTABLE_OBJECT_GRAPH"
-    }
-
-
-def assert_same_run(one, other):
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert sum(name.startswith("optimizer/_variables") for name in ours) > 20  # The slots too.
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name], name)
-    ours, theirs = metrics.read(one), metrics.read(other)
-    for name in ("step", "epoch", "loss", "train_error", "test_error", "learning_rate"):
-        assert ours[name] == theirs[name], name
+@pytest.fixture
+def run(command):
+    """Runs the command line; returns (exit status, stdout, stderr)."""
+    return lambda *argv: command(FUNCTIONS, *argv)
 
 
 def assert_same_run_but_for_rounding(one, other):
@@ -92,27 +74,8 @@ def assert_same_run_but_for_rounding(one, other):
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs the command line; returns (exit status, stdout, stderr)."""
-
-    def call(*argv):
-        status = 0
-        try:
-            command_line.main(
-                cifar.Config, cifar.train, cifar.PRESETS, {cifar.Evaluate: cifar.evaluate},
-                list(map(str, argv)),
-            )  # fmt: skip
-        except SystemExit as error:
-            status = error.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
-
-
 def test_the_network_is_table_a_row_by_row():
-    network = cifar.Network(cifar.Config())
+    network = cifar.Network(Config())
     x = tf.zeros([2, 32, 32, 3])
     for (name, row), (paper_name, channels, size) in zip(network.rows, TABLE_A, strict=True):
         x = row(x, False, None)
@@ -128,7 +91,7 @@ def test_the_network_is_table_a_row_by_row():
 def test_all_five_begin_as_the_same_function_and_weights():
     images, seed = images_of(100), tf.constant([0, 0], tf.int64)
     outputs, effective = {}, {}
-    for kind in cifar.PAPER:
+    for kind in PAPER:
         config = config_of(parameterization=kind, bn_epsilon=1e-12)  # Else not quite.
         network = initialized(config, images)
         outputs[kind] = network(images, training=True, seed=seed)
@@ -154,7 +117,7 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("kind", cifar.PAPER)
+@pytest.mark.parametrize("kind", PAPER)
 def test_first_losses(kind):
     assert first_losses(kind, tf.distribute.get_strategy()) == pytest.approx(GOLDEN[kind], rel=1e-3)
 
@@ -166,18 +129,18 @@ def first_losses(kind, strategy, steps=3, **values):
     with strategy.scope():
         network = cifar.Network(config)
         network(x[:1])
-        optimizer = cifar.make_optimizer(config, network.trainable_variables)
+        optimizer = training.make_optimizer(config, network.trainable_variables)
     cifar.initialize(config, network, x)
-    train_step, test_step = cifar.make_steps(config, strategy, network, optimizer)
+    train_step, evaluate_step = training.make_steps(config, strategy, network, optimizer)
     losses = [
         float(train_step(x, images.train_labels[:100], tf.constant([0, step], tf.int64))[0]) / 100
         for step in range(steps)
     ]
     # Of 99 images: the shares of two replicas differ.
-    return [*losses, float(test_step(x[:99], images.train_labels[:99])[0]) / 99]
+    return [*losses, float(evaluate_step(x[:99], images.train_labels[:99])[0]) / 99]
 
 
-@pytest.mark.parametrize("kind", cifar.PAPER)
+@pytest.mark.parametrize("kind", PAPER)
 def test_two_replicas_train_as_one(kind):
     mirrored = tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"])
     one = first_losses(kind, tf.distribute.get_strategy(), learning_rate=1e-3)
@@ -204,9 +167,9 @@ def test_first_loss_under_xla_and_in_bfloat16(kind, options):
     cifar.initialize(config, network, images)
     plain = dataclasses.replace(config, jit_compile=False, mixed_precision="none")
     reference = initialized(plain, images)
-    step, _ = cifar.make_steps(
+    step, _ = training.make_steps(
         config, tf.distribute.get_strategy(), network,
-        cifar.make_optimizer(config, network.trainable_variables),
+        training.make_optimizer(config, network.trainable_variables),
     )  # fmt: skip
     labels, seed = np.arange(100) % 10, tf.constant([0, 1], tf.int64)
     logits = reference(images, training=True, seed=seed)
@@ -221,7 +184,7 @@ def test_first_loss_under_xla_and_in_bfloat16(kind, options):
 def test_zca_whitens(rng):
     mixing = rng.normal(size=(12, 12))
     images = (rng.normal(size=(4000, 12)) @ mixing + 3).reshape(-1, 2, 2, 3).astype(np.float32)
-    whitening = cifar.zca(images, 1e-12)
+    whitening = cifar_images.zca(images, 1e-12)
     whitened = (images.reshape(4000, 12) - whitening["mean"]) @ whitening["w"]
     np.testing.assert_allclose(whitened.mean(0), 0, atol=1e-9)
     np.testing.assert_allclose(whitened.T @ whitened / 4000, np.eye(12), atol=1e-6)
@@ -234,10 +197,10 @@ def test_the_network_sees_whitened_images(monkeypatch, tmp_path, rng):
     raw = rng.integers(0, 256, (600, 4, 4, 3), dtype=np.uint8)
     raw = data.Images(raw[:500], np.zeros(500, int), raw[500:], np.zeros(100, int))
     monkeypatch.setattr(data, "load", lambda *_: raw)
-    loaded = cifar.load(config_of(whiten=True))
+    loaded = cifar_images.load(config_of(whiten=True))
     x = loaded.train_images.reshape(500, 48).astype(np.float64)
     np.testing.assert_allclose(x.T @ x / 500, np.eye(48), atol=1e-3)
-    whitening = cifar.zca((raw.train_images.astype(np.float32) - 127.5) / 128, 1e-5)
+    whitening = cifar_images.zca((raw.train_images.astype(np.float32) - 127.5) / 128, 1e-5)
     test = (raw.test_images.reshape(100, 48) - 127.5) / 128
     np.testing.assert_allclose(
         loaded.test_images.reshape(100, 48), (test - whitening["mean"]) @ whitening["w"], atol=1e-4
@@ -245,24 +208,24 @@ def test_the_network_sees_whitened_images(monkeypatch, tmp_path, rng):
 
 
 def test_schedule():
-    config = cifar.Config()
-    assert cifar.schedule(config, 0) == (0.003, 0.9)
-    assert cifar.schedule(config, 99) == (0.003, 0.9)
-    assert cifar.schedule(config, 100) == (0.003, 0.5)
-    assert cifar.schedule(config, 150) == (0.003 * 0.5, 0.5)
-    assert cifar.schedule(config, 199) == pytest.approx((0.003 * 0.01, 0.5))
+    config = Config()
+    assert training.schedule(config, 0) == (0.003, 0.9)
+    assert training.schedule(config, 99) == (0.003, 0.9)
+    assert training.schedule(config, 100) == (0.003, 0.5)
+    assert training.schedule(config, 150) == (0.003 * 0.5, 0.5)
+    assert training.schedule(config, 199) == pytest.approx((0.003 * 0.01, 0.5))
     normal = dataclasses.replace(config, parameterization="normal")
-    assert cifar.schedule(normal, 0) == (0.0003, 0.9)
-    assert cifar.schedule(dataclasses.replace(normal, learning_rate=0.01), 0) == (0.01, 0.9)
-    assert cifar.schedule(dataclasses.replace(config, epochs=8), 6) == (0.003 * 0.5, 0.5)
+    assert training.schedule(normal, 0) == (0.0003, 0.9)
+    assert training.schedule(dataclasses.replace(normal, learning_rate=0.01), 0) == (0.01, 0.9)
+    assert training.schedule(dataclasses.replace(config, epochs=8), 6) == (0.003 * 0.5, 0.5)
 
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_adam_keeps_its_slots_when_beta_1_is_switched(rng, inside):
-    config = cifar.Config(epsilon_inside_root=inside, epsilon=1e-4)
+    config = Config(epsilon_inside_root=inside, epsilon=1e-4)
     start = rng.normal(size=5)
     variable = tf.Variable(start, dtype=tf.float32)
-    adam = cifar.make_optimizer(config, [variable])
+    adam = training.make_optimizer(config, [variable])
     update = tf.function(lambda grad: adam.apply_gradients([(grad, variable)]))
     w, m, v = start.copy(), np.zeros(5), np.zeros(5)
     for t in range(1, 9):
@@ -345,11 +308,11 @@ def test_batch_norm_against_its_definition(rng, shape):
 
 def test_the_order_is_a_function_of_seed_and_epoch():
     config = config_of()
-    one = cifar.order(config, 3, 1000)
+    one = training.order(config, 3, 1000)
     assert sorted(one) == list(range(1000))
-    np.testing.assert_array_equal(one, cifar.order(config, 3, 1000))
-    assert (one != cifar.order(config, 4, 1000)).any()
-    assert (one != cifar.order(config_of(seed=1), 3, 1000)).any()
+    np.testing.assert_array_equal(one, training.order(config, 3, 1000))
+    assert (one != training.order(config, 4, 1000)).any()
+    assert (one != training.order(config_of(seed=1), 3, 1000)).any()
 
 
 def test_a_run_on_two_replicas_is_the_run_on_one(run, tmp_path, monkeypatch):
@@ -374,84 +337,6 @@ def test_a_run_learns_logs_and_evaluates(run, tmp_path):
     assert "synthetic" in out
 
 
-@pytest.mark.parametrize("kind", ["batch_norm", "weight_norm_mean_only_bn"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys, kind):
-    """Stopped in an epoch, between two, after the last step, and in the test after that."""
-    whole = config_of(parameterization=kind, out=str(tmp_path / "whole"))
-    cifar.train(whole)
-    broken = dataclasses.replace(whole, out=str(tmp_path / "broken"), checkpoint_every=0.0)
-    steps = cifar.Run.steps
-    for stop in (1, 10, 13, 20):
-
-        def until(self, total, stop=stop, **options):
-            for step in steps(self, total, **options):
-                if step == stop:
-                    raise InterruptedError
-                yield step
-            raise InterruptedError
-
-        monkeypatch.setattr(cifar.Run, "steps", until)
-        with pytest.raises(InterruptedError):
-            cifar.train(broken)
-        broken = dataclasses.replace(broken, resume=True)
-    monkeypatch.setattr(cifar.Run, "steps", steps)
-    testing = cifar.Run.testing
-
-    def ask(self, done, total):
-        os.kill(os.getpid(), signal.SIGTERM)
-        testing(self, done, total)
-
-    monkeypatch.setattr(cifar.Run, "testing", ask)
-    with pytest.raises(SystemExit, match="143"):
-        cifar.train(broken)
-    monkeypatch.setattr(cifar.Run, "testing", testing)
-    assert f"stopped at step 20, saved; go on with --resume --out {broken.out}" in (
-        capsys.readouterr().out
-    )
-    cifar.train(broken)
-    assert_same_run(whole.out, broken.out)
-
-
-def start(*argv, program=("-m", "models.cifar"), **variables):
-    return subprocess.Popen(
-        [sys.executable, *program, *map(str, argv)],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["weight_norm_mean_only_bn", "batch_norm"])
-def test_killed_at_random_moments_and_resumed(tmp_path, kind):
-    options = ["--preset", "smoke", "--epochs", "40", "--parameterization", kind]
-    options += ["--checkpoint-every", "2", "--out"]
-    whole = start(*options, tmp_path / "whole")
-    assert "epoch 40" in whole.communicate(timeout=300)[0]
-    killed, moments, reached, resume = tmp_path / "killed", random.Random(0), [], []
-
-    def last():
-        return max((path.name for path in killed.glob("checkpoints/step-*")), default="")
-
-    for _ in range(3):
-        process, before = start(*options, killed, *resume), last()
-        deadline = time.monotonic() + 200
-        while last() == before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 1.5))
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-        reached.append(last())
-        resume = ["--resume"]
-    assert sorted(set(reached)) == reached  # Each got further than the one before.
-    end = start(*options, killed, "--resume")
-    assert "epoch 40" in end.communicate(timeout=300)[0]
-    assert_same_run(tmp_path / "whole", killed)
-
-
 IN_FLOAT64 = """
 import runpy, sys
 import tensorflow as tf
@@ -462,29 +347,14 @@ runpy.run_module("models.cifar", run_name="__main__", alter_sys=True)
 """
 
 
-def two_workers(options, program=("-m", "models.cifar")):
-    sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
-    addresses = [f"localhost:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
-    workers = []
-    for index in range(2):
-        task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": index}}
-        options_and_strategy = [*options, "--strategy", "multi_worker"]
-        workers.append(start(*options_and_strategy, program=program, TF_CONFIG=json.dumps(task)))
-    outputs = [worker.communicate(timeout=600)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
-
-
 @pytest.mark.slow
 def test_two_workers_train_as_one(tmp_path):
     """Ten steps in float64: weights, running means and Adam's slots, to float32's rounding."""
     program = ("-c", IN_FLOAT64)
     options = ["--preset", "smoke", "--epochs", "1", "--out"]
     options = ["--parameterization", "weight_norm_mean_only_bn", *options]
-    single = start(*options, tmp_path / "single", program=program)
-    assert "epoch 1" in single.communicate(timeout=600)[0]
-    two_workers([*options, tmp_path / "pair"], program)
+    finish(start(*options, tmp_path / "single", program=program))
+    finish(*start_workers(*options, tmp_path / "pair", program=program))
     assert_same_run_but_for_rounding(tmp_path / "single", tmp_path / "pair")
 
 
@@ -492,9 +362,8 @@ def test_two_workers_train_as_one(tmp_path):
 def test_two_workers_train_with_batch_norm(tmp_path):
     # Its moments are float32, and from there rounding grows with the steps.
     options = ["--preset", "smoke", "--epochs", "1", "--parameterization", "batch_norm", "--out"]
-    single = start(*options, tmp_path / "single")
-    assert "epoch 1" in single.communicate(timeout=600)[0]
-    two_workers([*options, tmp_path / "pair"])
+    finish(start(*options, tmp_path / "single"))
+    finish(*start_workers(*options, tmp_path / "pair"))
     one, two = metrics.read(tmp_path / "single"), metrics.read(tmp_path / "pair")
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-2)
 
@@ -509,7 +378,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
         name = Path(one.out).name
         seen.append((name, one.resume))
         folder = run_folder.RunFolder(one)
-        folder.write_config(one, "models.cifar")
+        folder.write_config(one)
         folder.close()
         assert name == f"{one.parameterization}-{one.learning_rate:g}-{one.seed}"
         assert not one.sweep
@@ -536,25 +405,24 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
     capsys.readouterr()
     sweep.run(config, train, parameterization=kinds)
     assert seen == []
-    told = capsys.readouterr().out
-    assert told == f"all 8 runs are finished, 1 of them diverged; they are in {tmp_path}\n"
+    assert "all 8 runs are finished, 1 of them diverged" in capsys.readouterr().out
 
 
 def test_a_sweep_does_not_go_on_with_other_hyper_parameters_unless_accepted(run, tmp_path):
     argv = ["--preset", "smoke", "--sweep", "--learning-rates", 0.003, "--out", tmp_path]
     config = config_of(out=str(tmp_path / "normal-0.003-0"), parameterization="normal", epochs=1)
     folder = run_folder.RunFolder(config)
-    folder.write_config(config, "models.cifar")
+    folder.write_config(config)
     folder.close()
-    names = [f"{kind}-0.003-{seed}" for kind in cifar.PAPER for seed in (0, 1)]
+    names = [f"{kind}-0.003-{seed}" for kind in PAPER for seed in (0, 1)]
     (tmp_path / "sweep.json").write_text(json.dumps(dict.fromkeys(names, "finished")))
     status, _, err = run(*argv, "--epochs", 2, "--noise", 0, "--seeds", 1)
     assert (status, err.count("\n")) == (2, 1)
-    assert f"in {config.out} --noise was 0.15 and is now 0.0, --epochs was 1 and is now 2" in err
+    assert f"in {config.out} --noise was 0.15 and is now 0, --epochs was 1 and is now 2" in err
     status, out, _ = run(*argv, "--epochs", 2, "--seeds", 1, "--accept-changes")
-    assert (status, out) == (0, f"all 5 runs are finished; they are in {tmp_path}\n")
+    assert (status, "all 5 runs" in out) == (0, True)
     status, out, _ = run(*argv, "--epochs", 1, "--seeds", 0, 1)  # The grid may grow.
-    assert (status, out) == (0, f"all 10 runs are finished; they are in {tmp_path}\n")
+    assert (status, "all 10 runs" in out) == (0, True)
 
 
 def test_a_sweep_trains_all_five(run, tmp_path):
@@ -564,7 +432,7 @@ def test_a_sweep_trains_all_five(run, tmp_path):
     )  # fmt: skip
     assert status == 0
     ended = json.loads((tmp_path / "grid" / "sweep.json").read_text())
-    assert ended == {f"{kind}-0.001-0": "finished" for kind in cifar.PAPER}
+    assert ended == {f"{kind}-0.001-0": "finished" for kind in PAPER}
     for name in ended:
         assert metrics.read(tmp_path / "grid" / name)["epoch"] == [1]
 
@@ -579,18 +447,19 @@ def test_a_learning_rate_that_is_too_high_ends_with_its_step(run, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--parameterization", "weightnorm"], "weight_norm"),
-        (["--data-dir", "no/such/folder"], "--data-dir no/such/folder: there is no such folder"),
-        (["--strategy", "multi_worker", "--sweep"], "--sweep is for one machine"),
-        (["--preset", "smoke", "--batch-size", "2000"], "more than the 1000 training images"),
+        (["--parameterization", "weightnorm"], "--parameterization"),
+        (["--jit-compile", "--deterministic"], "--deterministic"),
+        (["--data-dir", "no/such/folder"], "--data-dir no/such/folder"),
+        (["--strategy", "multi_worker", "--sweep"], "--sweep"),
+        (["--preset", "smoke", "--batch-size", "2000"], "--batch-size"),
         (["--sweep", "--seeds", "0", "1e12"], "--seeds must be from 0 to 4,294,967,295"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(run, tmp_path, argv, message):
+def test_a_mistake_names_the_flag_and_leaves_nothing(run, tmp_path, argv, message):
     status, _, err = run(*argv, "--out", tmp_path / "a")
     assert status == 2
     assert message in err
-    assert len(err.splitlines()) == 1
+    assert "Traceback" not in err
     assert not (tmp_path / "a").exists()
 
 

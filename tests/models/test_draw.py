@@ -1,28 +1,25 @@
-"""models/draw.py against NumPy, one start for both, exact resume, what `sample` writes."""
+"""DRAW against NumPy, one start for both parameterizations, what `sample` writes."""
 
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from support import assert_same_run
 
-from models import draw
-from models.common import checkpoints, command_line, data, metrics, runtime
+from models.common import data, metrics, runtime
+from models.draw import network as draw
+from models.draw import pictures, training
+from models.draw.__main__ import FUNCTIONS
+from models.draw.config import Config
 
-ROOT = Path(__file__).parents[2]
 SIDE = 7
 ATTENTION = pytest.mark.parametrize("attention", [True, False], ids=["attention", "whole images"])
 KINDS = pytest.mark.parametrize("kind", ["normal", "weight_norm"])
 
 
 def config_of(**values):
-    return draw.Config(**{**draw.PRESETS["smoke"].values, "preset": "smoke", **values})
+    return Config.of_preset("smoke", **values)
 
 
 def tiny(attention=True, **values):
@@ -49,29 +46,16 @@ def with_random_biases(network, seed=1):
 
 
 @pytest.fixture
-def run(capsys):
+def run(command):
     """Runs the command line; returns (exit status, stdout, stderr)."""
-
-    def call(*argv):
-        status = 0
-        try:
-            command_line.main(
-                draw.Config, draw.train, draw.PRESETS,
-                {draw.Evaluate: draw.evaluate, draw.Sample: draw.sample}, list(map(str, argv)),
-            )  # fmt: skip
-        except SystemExit as error:
-            status = error.code
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
+    return lambda *argv: command(FUNCTIONS, *argv)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a finished run of two epochs."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    draw.train(config_of(out=str(out)))
+    training.train(config_of(out=str(out)))
     return out
 
 
@@ -79,11 +63,11 @@ def trained(tmp_path_factory):
 
 
 def numpy_filterbank(g, log_delta, log_variance, size, side):
-    centre = (g + 1) / 2 * side
+    center = (g + 1) / 2 * side
     delta = (side - 1) / (size - 1) * np.exp(log_delta)
     f = np.zeros((size, side))
     for i in range(size):
-        mu = centre + (i - size / 2 + 0.5) * delta
+        mu = center + (i - size / 2 + 0.5) * delta
         for a in range(side):
             f[i, a] = np.exp(-((a - mu) ** 2) / (2 * np.exp(log_variance)))
         f[i] /= f[i].sum() + 1e-4
@@ -199,23 +183,24 @@ def test_filterbanks_against_numpy(size, parameters):
 
 
 def test_a_window_of_the_images_size_sees_the_image():
-    """delta = 1, sigma small: filter i lies on pixel i + 1/2 + centre - size/2."""
+    """delta = 1, sigma small: filter i lies on pixel i + 1/2 + center - size/2."""
     size = 6
-    parameters = [[-1 / size, -1 / size, 0, -8, 0]]  # The centre lies between pixels 2 and 3.
+    parameters = [[-1 / size, -1 / size, 0, -8, 0]]  # The center lies between pixels 2 and 3.
     seen = draw.window(tf.constant(parameters, tf.float32), size, size)
     f_y, _ = draw.filterbanks(seen, size, size)
     np.testing.assert_allclose(f_y[0], np.eye(size), atol=2e-4)
 
 
+@pytest.mark.parametrize("size", [25, 45])
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("which", range(5))
-def test_gradients_are_finite_at_the_attentions_borders(which, sign):
+def test_gradients_are_finite_at_the_attentions_borders(which, sign, size):
     """Far outside; delta, sigma, gamma very small or very large."""
     config = tiny()
     network = draw.Network(config, SIDE)
     for layer in (network.reader, network.writer):
         b = layer.b.numpy()
-        b[which] = sign * (12 if which == 4 else 25)
+        b[which] = sign * size if which < 4 else sign * 12
         layer.b.assign(b)
     x, u = inputs_of(config)
     total, gradients = gradients_of(network, x, u)
@@ -273,7 +258,7 @@ def test_both_begin_as_the_same_function_and_weights(attention):
 
 
 def test_every_matrix_has_a_g_for_each_column():
-    network = draw.Network(draw.Config())
+    network = draw.Network(Config())
     shapes = [(v.name.split("/")[-1], v.shape.as_list()) for v in network.trainable_variables]
     g, v = (sorted(shape for name, shape in shapes if name == letter) for letter in ("g:0", "v:0"))
     assert g == [[5], [30], [200], [1024], [1024], [1024], [1024]]
@@ -293,14 +278,14 @@ def losses_of(strategy=None, steps=3, **values):
     """The sums that `steps` training steps return, then those of a test step."""
     strategy = strategy or tf.distribute.get_strategy()
     config = config_of(**values)
-    images = draw.load(config).train_images[:100]
+    images = training.load(config).train_images[:100]
     with strategy.scope():
         network = draw.Network(config)
-        optimizer = draw.make_optimizer(config, network.trainable_variables)
-    train_step, test_step = draw.make_steps(config, strategy, network, optimizer)
+        optimizer = training.make_optimizer(config, network.trainable_variables)
+    train_step, evaluate_step = training.make_steps(config, strategy, network, optimizer)
     seeds = [tf.constant([config.seed, step], tf.int64) for step in range(steps + 1)]
     sums = [train_step(images, seed) for seed in seeds[:-1]]
-    return np.array([*sums, test_step(images, seeds[-1])])
+    return np.array([*sums, evaluate_step(images, seeds[-1])])
 
 
 def test_jit_compile_changes_nothing():
@@ -324,11 +309,11 @@ def test_bfloat16_is_near():
 
 def test_the_gradient_is_clipped_as_a_whole(monkeypatch):
     config = config_of(clip_norm=0.01, initial_stddev=0.1)
-    images = draw.load(config).train_images[:100]
+    images = training.load(config).train_images[:100]
     network = draw.Network(config)
     sgd = tf.keras.optimizers.SGD(1.0)
     sgd.build(network.trainable_variables)
-    train_step, _ = draw.make_steps(config, tf.distribute.get_strategy(), network, sgd)
+    train_step, _ = training.make_steps(config, tf.distribute.get_strategy(), network, sgd)
     before = [variable.numpy() for variable in network.trainable_variables]
     train_step(images, tf.constant([0, 0], tf.int64))
     moved = [v.numpy() - b for v, b in zip(network.trainable_variables, before, strict=True)]
@@ -336,7 +321,7 @@ def test_the_gradient_is_clipped_as_a_whole(monkeypatch):
 
 
 def test_every_glimpse_and_image_has_noise_of_its_own():
-    u = draw.noise(config_of(glimpses=8), tf.zeros([50, 2, 2]), tf.constant([0, 1], tf.int64))
+    u = training.noise(config_of(glimpses=8), tf.zeros([50, 2, 2]), tf.constant([0, 1], tf.int64))
     assert u.shape == [8, 50, 10]
     assert len(np.unique(u)) > 0.999 * 8 * 50 * 10
     assert np.std(u) == pytest.approx(1, rel=0.03)
@@ -344,7 +329,7 @@ def test_every_glimpse_and_image_has_noise_of_its_own():
 
 
 def test_adam_is_the_codes():
-    adam = draw.make_optimizer(draw.Config(), [])
+    adam = training.make_optimizer(Config(), [])
     assert (float(adam.learning_rate), adam.beta_1, adam.beta_2) == (
         pytest.approx(3e-4),
         0.9,
@@ -356,53 +341,30 @@ def test_adam_is_the_codes():
 # Data
 
 
-def test_synthetic_images_are_binary_and_the_binarisation_is_that_of_its_seed():
-    images = draw.load(config_of(train_images=500))
+def test_synthetic_images_are_binary_and_the_binarization_is_that_of_its_seed():
+    images = training.load(config_of(train_images=500))
     assert images.train_images.shape == (500, 28, 28)
     assert images.test_images.shape == (200, 28, 28)
     np.testing.assert_array_equal(np.unique(images.train_images), [0, 1])
     assert "synthetic" in images.caveat
 
 
-def test_mnist_is_binarised_once_in_the_files_order(data_dir):
+def test_mnist_is_binarized_once_in_the_files_order(data_dir):
     raw = data.load("mnist", str(data_dir))
-    config = draw.Config(data_dir=str(data_dir))
-    one, two = draw.load(config), draw.load(dataclasses.replace(config, seed=5))
-    other = draw.load(dataclasses.replace(config, binarization_seed=1))
+    config = Config(data_dir=str(data_dir))
+    one, two = training.load(config), training.load(dataclasses.replace(config, seed=5))
+    other = training.load(dataclasses.replace(config, binarization_seed=1))
     assert one.train_images.shape == (50_000, 28, 28)
     assert one.test_images.shape == (10_000, 28, 28)
     np.testing.assert_array_equal(one.train_images, two.train_images)
     assert 0.01 < np.mean(one.train_images != other.train_images) < 0.1
-    grey = raw.train_images[:50_000, ..., 0]
-    assert (one.train_images[grey == 255] == 1).all()
-    assert (one.train_images[grey == 0] == 0).all()
-    assert one.train_images[grey == 128].mean() == pytest.approx(128 / 255, abs=0.02)
+    gray = raw.train_images[:50_000, ..., 0]
+    assert (one.train_images[gray == 255] == 1).all()
+    assert (one.train_images[gray == 0] == 0).all()
+    assert one.train_images[gray == 128].mean() == pytest.approx(128 / 255, abs=0.02)
 
 
 # Runs
-
-
-def weights(folder):
-    """All of a run's final checkpoint, by name."""
-    reader = tf.train.load_checkpoint(str(checkpoints.find(folder) / "tf"))
-    return {
-        name: reader.get_tensor(name)
-        for name in reader.get_variable_to_shape_map()
-        if name != "_CHECKPOINTABLE_OBJECT_GRAPH"
-    }
-
-
-def assert_same_run(one, other):
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys()
-    assert sum(name.startswith("optimizer/_variables") for name in ours) > 20  # The slots too.
-    for name, value in ours.items():
-        np.testing.assert_array_equal(value, theirs[name], name)
-    ours, theirs = metrics.read(one), metrics.read(other)
-    for name in ours.keys() - {"time", "epoch_seconds"}:
-        np.testing.assert_array_equal(ours[name], theirs[name], name)
-    for picture in sorted(Path(one, "samples").glob("samples-*.png")):
-        assert picture.read_bytes() == Path(other, "samples", picture.name).read_bytes()
 
 
 def test_a_run_learns_logs_and_evaluates(run, trained, tmp_path):
@@ -432,85 +394,10 @@ def test_a_run_learns_logs_and_evaluates(run, trained, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_run(trained, tmp_path):
-    draw.train(config_of(out=str(tmp_path / "again")))
+    training.train(config_of(out=str(tmp_path / "again")))
     assert_same_run(trained, tmp_path / "again")
-    draw.train(config_of(out=str(tmp_path / "other"), seed=1, epochs=1))
+    training.train(config_of(out=str(tmp_path / "other"), seed=1, epochs=1))
     assert metrics.read(tmp_path / "other")["loss"][0] != metrics.read(trained)["loss"][0]
-
-
-def test_a_resumed_run_is_the_uninterrupted_one(trained, tmp_path, monkeypatch, capsys):
-    """Stopped in an epoch, between two, after the last step, and in the test after that."""
-    broken = config_of(out=str(tmp_path / "broken"), checkpoint_every=0.0)
-    steps = draw.Run.steps
-    for stop in (1, 10, 13, 20):
-
-        def until(self, total, stop=stop, **options):
-            for step in steps(self, total, **options):
-                if step == stop:
-                    raise InterruptedError
-                yield step
-            raise InterruptedError
-
-        monkeypatch.setattr(draw.Run, "steps", until)
-        with pytest.raises(InterruptedError):
-            draw.train(broken)
-        broken = dataclasses.replace(broken, resume=True)
-    monkeypatch.setattr(draw.Run, "steps", steps)
-    testing = draw.Run.testing
-
-    def ask(self, done, total):
-        os.kill(os.getpid(), signal.SIGTERM)
-        testing(self, done, total)
-
-    monkeypatch.setattr(draw.Run, "testing", ask)
-    with pytest.raises(SystemExit, match="143"):
-        draw.train(broken)
-    monkeypatch.setattr(draw.Run, "testing", testing)
-    assert f"stopped at step 20, saved; go on with --resume --out {broken.out}" in (
-        capsys.readouterr().out
-    )
-    draw.train(broken)
-    assert_same_run(trained, broken.out)
-
-
-def start(*argv):
-    return subprocess.Popen(
-        [sys.executable, "-m", "models.draw", *map(str, argv)],
-        cwd=ROOT,
-        env=os.environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.mark.slow
-@KINDS
-def test_killed_and_resumed(tmp_path, kind):
-    options = ["--preset", "smoke", "--epochs", "40", "--parameterization", kind]
-    options += ["--checkpoint-every", "1", "--out"]
-    whole = start(*options, tmp_path / "whole")
-    assert "epoch 40" in whole.communicate(timeout=1200)[0]
-    killed, reached, resume = tmp_path / "killed", [], []
-
-    def last():
-        return max((path.name for path in killed.glob("checkpoints/step-*")), default="")
-
-    for delay in (0.1, 0.7):
-        process, before = start(*options, killed, *resume), last()
-        deadline = time.monotonic() + 1200
-        while last() == before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-        reached.append(last())
-        resume = ["--resume"]
-    assert "" < reached[0] < reached[1]
-    end = start(*options, killed, "--resume")
-    assert "epoch 40" in end.communicate(timeout=1200)[0]
-    assert_same_run(tmp_path / "whole", killed)
 
 
 def frames_of(path):
@@ -550,10 +437,10 @@ def test_the_frame_lies_where_the_window_does():
     config = config_of(write_size=5)
     # Centre (14, 7) in pixels, so that its filters lie at 10 to 18, and 3 to 11.
     parameters = np.array([0, -0.5, np.log(2 * 4 / 27), -20, 0], np.float32)
-    picture = draw.with_window(np.zeros((28, 28)), parameters, config, scale=4)
+    picture = pictures.with_window(np.zeros((28, 28)), parameters, config, scale=4)
     rows, columns = np.nonzero(red(picture.astype(int)))
     assert [rows.min(), rows.max(), columns.min(), columns.max()] == [42, 74, 14, 46]
-    assert not red(draw.with_window(np.ones((28, 28)), [], config, scale=4).astype(int)).any()
+    assert not red(pictures.with_window(np.ones((28, 28)), [], config, scale=4).astype(int)).any()
 
 
 def test_whole_images_are_drawn_without_windows(run, tmp_path):
@@ -565,59 +452,46 @@ def test_whole_images_are_drawn_without_windows(run, tmp_path):
 
 
 def test_the_presets_are_the_codes():
-    paper, other = draw.Config(), draw.Config(**draw.PRESETS["no-attention"].values)
+    paper, other = Config(), Config.of_preset("no-attention")
     assert (paper.attention, paper.glimpses, paper.learning_rate) == (True, 64, 3e-4)
     assert (paper.read_size, paper.write_size, paper.epochs) == (2, 5, 100)
     assert (other.attention, other.glimpses, other.learning_rate) == (False, 10, 1e-3)
-    assert draw.Config(**draw.PRESETS["cpu"].values).glimpses == 16
+    assert Config.of_preset("cpu").glimpses == 16
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--parameterization", "weightnorm"], "weight_norm"),
-        (["--glimpses", "0"], "--glimpses must be at least 1, got 0"),
+        (["--parameterization", "weightnorm"], "--parameterization"),
+        (["--glimpses", "0"], "--glimpses"),
         (["--write-size", "1"], "--write-size must be at least 2, got 1"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--train-images", "50"], "--train-images must lie between --batch-size 100 and the 1000"),
-        (["--strategy", "mirrored", "--jit-compile"], "--jit-compile cannot be used with"),
-        (["--strategy", "mirrored", "--batch-size", "51"], "must be a multiple of the 2 replicas"),
+        (["--train-images", "50"], "--train-images"),
+        (["--strategy", "mirrored", "--jit-compile"], "--jit-compile"),
+        (["--strategy", "mirrored", "--batch-size", "51"], "--batch-size"),
+        (["--data-dir", "no/such/folder", "--dataset", "mnist"], "--data-dir no/such/folder"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(run, tmp_path, argv, message):
+def test_a_mistake_names_the_flag_and_leaves_nothing(run, tmp_path, argv, message):
     status, _, err = run("--preset", "smoke", *argv, "--out", tmp_path / "a")
     assert status == 2
     assert message in err
-    assert len(err.splitlines()) == 1
-    assert not (tmp_path / "a" / "checkpoints").exists()
+    assert "Traceback" not in err
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["evaluate", "--draws", 0], "--draws must be at least 1, got 0"),
-        (["sample", "--scale", 0], "--scale must be at least 1, got 0"),
-        (["sample", "--out", __file__ + "/a"], "cannot write there"),
+        (["evaluate", "--draws", 0], "--draws"),
+        (["sample", "--scale", 0], "--scale"),
+        (["sample", "--out", __file__ + "/a"], "--out"),
     ],
 )
-def test_a_mistake_with_a_checkpoint_is_told_in_one_line(run, trained, argv, message):
+def test_a_mistake_of_a_command_is_told_in_one_line(run, trained, argv, message):
     status, _, err = run(argv[0], trained, *argv[1:])
     assert status == 2
     assert message in err
     assert len(err.splitlines()) == 1
-
-
-def test_a_folder_without_a_checkpoint(run, tmp_path):
-    status, _, err = run("sample", tmp_path)
-    assert status == 2
-    assert "not a run folder" in err
-
-
-def test_missing_data_leave_no_run(run, tmp_path):
-    status, _, err = run("--data-dir", tmp_path / "absent", "--out", tmp_path / "a")
-    assert status == 2
-    assert "there is no such folder" in err
-    assert not (tmp_path / "a").exists()
 
 
 def test_a_learning_rate_that_is_too_high_ends_with_its_step(run, tmp_path):

@@ -5,15 +5,20 @@ import json
 import numpy as np
 import pytest
 
-from models import cifar, dqn, draw, figures, vae
-from models.common import data
+from models import figures
+from models.cifar.config import Config as Cifar
+from models.common.figures import Axes
+from models.common.run_folder import program_of
+from models.dqn.config import Config as Dqn
+from models.draw.config import Config as Draw
+from models.vae.config import Config as Vae
 
 
-def write_config(folder, module, preset, **values):
+def write_config(folder, config_class, preset, **values):
     """A config.json with a preset's values and these."""
     folder.mkdir(parents=True)
-    config = {**module.PRESETS[preset].values, "preset": preset, **values}
-    content = {"program": module.__name__, "config": config}
+    config = {**config_class.PRESETS[preset].values, "preset": preset, **values}
+    content = {"program": program_of(config_class), "config": config}
     (folder / "config.json").write_text(json.dumps(content))
 
 
@@ -21,7 +26,7 @@ def make_run(
     folder, preset="paper", kind="weight_norm", rate=None, seed=0, ends=0.05, done=4, **config
 ):
     write_config(
-        folder, cifar, preset, parameterization=kind, learning_rate=rate, seed=seed, **config
+        folder, Cifar, preset, parameterization=kind, learning_rate=rate, seed=seed, **config
     )
     rows = [f"{500 * e},1,{e},{ends * done / e:.6g},{ends * 2}" for e in range(1, done + 1)]
     header = "step,time,epoch,train_error,test_error"
@@ -123,7 +128,7 @@ def test_runs_without_an_epoch_are_left_out(run, tmp_path):
 
 
 def make_vae_run(folder, dataset="mnist", kind="weight_norm", ends=-90.0, epochs=4, **config):
-    write_config(folder, vae, "cpu", dataset=dataset, parameterization=kind, **config)
+    write_config(folder, Vae, "cpu", dataset=dataset, parameterization=kind, **config)
     rows = ["step,time,epoch,test_bound,test_paper_axis,test_bits_per_dim,test_log_likelihood"]
     for e in range(1, epochs + 1):
         likelihood = ends + 3 if e == epochs else ""
@@ -198,12 +203,13 @@ def test_a_learning_rate_is_the_same_whether_given_or_not(run, tmp_path):
 
 def axes_of(monkeypatch, tmp_path, *argv):
     """The axes of the figures that a command line draws."""
-    seen, leave = [], figures.Axes.__exit__
+    seen, leave = [], Axes.__exit__
     with monkeypatch.context() as patch:
         patch.setattr(
-            figures.Axes, "__exit__", lambda self, *e: (seen.append(self.axes), leave(self, *e))[1]
+            Axes, "__exit__", lambda self, *e: (seen.append(self.axes), leave(self, *e))[1]
         )
-        figures.main([*map(str, argv), "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit, match="0"):
+            figures.main([*map(str, argv), "--out", str(tmp_path / "out")])
     return seen
 
 
@@ -237,8 +243,7 @@ def test_a_run_scaled_by_flags_does_not_pass_as_the_papers(
     assert (status, f"{folder} is --preset {label}" in err) == (2, True)
     (axes,) = axes_of(monkeypatch, tmp_path, paper)
     assert (axes.get_title(), axes.get_xlim()) == ("CIFAR-10", (0, 200))
-    config = cifar.Config(**changes)
-    assert cifar.note(config, data.Images(*[None] * 4)) == f" ({label.removeprefix('paper, ')})"
+    assert Cifar(**changes).note() == f" ({label.removeprefix('paper, ')})"
 
 
 def test_static_and_dynamic_binarization_are_not_mixed(run, tmp_path):
@@ -263,7 +268,7 @@ def test_the_log_likelihoods_number_of_samples_is_told_and_not_mixed(run, tmp_pa
 
 
 def make_dqn_run(folder, scores, game="Breakout", kind="weight_norm", preset="paper", **config):
-    write_config(folder, dqn, preset, game=game, parameterization=kind, **config)
+    write_config(folder, Dqn, preset, game=game, parameterization=kind, **config)
     rows = ["step,time,loss,epoch,test_score", "1000,1,0.5,,"]  # Most rows are not of tests.
     rows += [f"{e},1,,{e},{score}" for e, score in enumerate(scores, 1)]
     (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
@@ -306,18 +311,18 @@ def test_scores_of_different_tests_are_not_drawn_together(run, tmp_path):
     make_dqn_run(tmp_path / "runs" / "1", [10], kind="normal", test="nature")
     status, _, err, _ = run(tmp_path / "runs")
     assert (status, err.count("\n")) == (2, 1)
-    assert "some runs of Breakout have --test paper and some nature" in err
+    assert "some runs of Breakout have --protocol paper and some nature" in err
 
 
 def test_a_scaled_dqn_says_how_long_its_epochs_are(run, tmp_path):
     make_dqn_run(tmp_path / "runs" / "0", [10], preset="cpu", test_every=50_000)
     table = run(tmp_path / "runs")[3]
     assert "| Breakout, weight norm [cpu preset] |" in table
-    assert "cpu: epochs of 50,000 steps, for the paper's 250,000" in table
+    assert "50,000 steps" in table
 
 
 def make_draw_run(folder, kind, bounds, preset="paper", **config):
-    write_config(folder, draw, preset, parameterization=kind, **config)
+    write_config(folder, Draw, preset, parameterization=kind, **config)
     rows = [f"{500 * e},1,{e},{bound}" for e, bound in enumerate(bounds, 1)]
     (folder / "metrics.csv").write_text("\n".join(["step,time,epoch,test_bound", *rows]) + "\n")
     return folder
@@ -348,3 +353,17 @@ def test_figure_4_without_an_epoch(run, tmp_path):
     status, _, err, _ = run(make_draw_run(tmp_path / "a", "normal", []))
     assert status == 2
     assert "none of the DRAW runs has finished an epoch" in err
+
+
+def test_what_can_be_drawn_is_drawn_and_the_rest_reported(run, tmp_path):
+    make_run(tmp_path / "cifar")
+    make_draw_run(tmp_path / "draw", "normal", [])
+    make_run(tmp_path / "other", kind="spectral_norm")
+    names = ("absent", "draw", "other", "cifar")
+    status, _, err, table = run(*(tmp_path / name for name in names))
+    assert (status, err.count("\n")) == (2, 3)
+    assert "absent" in err
+    assert "spectral_norm" in err
+    assert "DRAW" in err
+    assert "| weight norm | 5.00 % | 10.00 % | 8.46 % | 1 |" in table
+    assert (tmp_path / "out" / "figure-1.png").exists()

@@ -1,10 +1,12 @@
 """tfwn.convert: against PyTorch itself, both generations, both directions."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import tfwn
+import tfwn.keras
 
 # PyTorch calls its first generation deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*weight_norm.*")
@@ -203,6 +205,67 @@ def test_a_training_step_goes_on_as_it_would_in_torch(torch, rng):
         variable.assign_sub(0.01 * gradient)
     for name, value in tfwn.convert.to_torch(layer).items():
         np.testing.assert_allclose(value, state_of(module)[name], rtol=1e-4, atol=1e-6)
+
+
+def keras_wrappers():
+    layers = keras.layers
+    return {
+        "linear": lambda: layers.Dense(3),
+        "no_bias": lambda: layers.Dense(3, use_bias=False),
+        "conv1d": lambda: layers.Conv1D(6, 3, groups=2),
+        "conv2d": lambda: layers.Conv2D(5, (2, 3)),
+        "conv3d": lambda: layers.Conv3D(3, 2),
+        "depthwise": lambda: layers.DepthwiseConv2D(3, depth_multiplier=2),
+        "transpose1d": lambda: layers.Conv1DTranspose(3, 3, strides=2),
+        "transpose2d": lambda: layers.Conv2DTranspose(5, 3),
+        "transpose3d": lambda: layers.Conv3DTranspose(3, 2),
+    }
+
+
+@generations
+@pytest.mark.parametrize("axis", ["auto", None])
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_into_wrapped_keras_layers(torch, name, axis, generation, rng):
+    module, _, shape, dim = modules(torch)[name]
+    module = normalize(torch, module, generation, dim=dim)
+    x = rng.normal(size=shape).astype(np.float32)
+    expected = run_torch(torch, module, x)
+    layer = tfwn.keras.WeightNormalization(keras_wrappers()[name](), axis=axis)
+    tfwn.convert.from_torch(module, layer)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+    back = tfwn.convert.to_torch(layer, generation)
+    module.load_state_dict({key: torch.from_numpy(value) for key, value in back.items()})
+    np.testing.assert_allclose(run_torch(torch, module, x), expected, rtol=1e-4, atol=1e-5)
+
+
+@generations
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_recurrent_modules_into_wrapped_keras_layers(torch, kind, generation, rng):
+    module = getattr(torch.nn, kind)(3, 4, batch_first=True)
+    module = normalize(torch, module, generation, ["weight_ih_l0", "weight_hh_l0"])
+    make = getattr(keras.layers, {"RNN": "SimpleRNN"}.get(kind, kind))
+    x = rng.normal(size=[2, 5, 3]).astype(np.float32)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x))[0].numpy()
+    for options in ({}, {"weight_names": ["recurrent_kernel"]}):
+        layer = tfwn.keras.WeightNormalization(make(4, return_sequences=True), **options)
+        tfwn.convert.from_torch(module, layer)
+        np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_counterpart(torch):
+    grouped = torch.nn.ConvTranspose1d(4, 6, 3, groups=2)
+    for layer in (
+        tfwn.Conv1DTranspose(6, 3),
+        tfwn.keras.WeightNormalization(keras.layers.Conv1DTranspose(6, 3)),
+    ):
+        with pytest.raises(ValueError, match="transposed convolution with groups=2"):
+            tfwn.convert.from_torch(grouped, layer)
+    einsum = tfwn.keras.WeightNormalization(keras.layers.EinsumDense("ab,bc->ac", [6]))
+    with pytest.raises(ValueError, match="no counterpart"):
+        tfwn.convert.from_torch(torch.nn.Linear(4, 6), einsum)
+    with pytest.raises(ValueError, match="is not weight-normalized"):
+        tfwn.convert.from_torch(torch.nn.Linear(4, 6), keras.layers.Dense(6))
 
 
 def test_torch_half_precision_tensors(torch):

@@ -11,11 +11,6 @@ import tensorflow as tf
 import tfwn
 from tfwn import ops
 
-MODES = [
-    pytest.param(lambda f: f, id="eager"),
-    pytest.param(tf.function, id="function"),
-    pytest.param(lambda f: tf.function(f, jit_compile=True), id="xla"),
-]
 REFUSED = {
     "g of another size": (
         dict(v=tf.ones([3, 4]), g=tf.ones([5])),
@@ -84,7 +79,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, mode):
     arguments, message = REFUSED[case]
@@ -136,14 +130,16 @@ def test_refused_when_the_graph_runs(jit_compile):
             run(v, g)
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_the_ops_themselves_refuse(mode):
     """What `weight_norm` never passes on, but an edited graph may."""
     v, g = tf.ones([3, 4, 5]), tf.ones([3, 5])
     types = dict(Tw=tf.float32, Tnorm=tf.float32)
     forward, backward = ops._library.tfwn_weight_norm, ops._library.tfwn_weight_norm_grad
     for run, message in [
-        (lambda: forward(v, g, axis=[0, 2], **types), "the op needs consecutive axes in ascending"),
+        (
+            lambda: forward(v, g, axis=[0, 2], **types),
+            "axis must name consecutive axes in ascending order, but is [0, 2]",
+        ),
         (lambda: forward(v, g[0], axis=[2], **types | {"Tnorm": tf.float64}), "norm must be float"),
         (lambda: backward(v[0], v, g[0], g[0], axis=[2]), "grad_w must have v's shape [3, 4, 5]"),
         (lambda: backward(v, v, g[0], g[1, :4], axis=[2]), "norm must have g's shape [5]"),

@@ -31,11 +31,6 @@ LAYOUTS = [
     pytest.param((9, 8, 7, 6), (0, 2), id="not adjacent"),
     pytest.param((9, 8, 7, 6), (3, 1), id="out of order"),
 ]
-MODES = [
-    pytest.param(lambda f: f, id="eager"),
-    pytest.param(tf.function, id="function"),
-    pytest.param(lambda f: tf.function(f, jit_compile=True), id="xla"),
-]
 TYPES = [tf.float16, tf.bfloat16, tf.float32, tf.float64]
 # What rounding the result to its type costs, and a little for the sums.
 TOLERANCES = {tf.float16: 2e-3, tf.bfloat16: 8e-3, tf.float32: 5e-7, tf.float64: 2e-15}
@@ -77,7 +72,6 @@ def random_arguments(rng, shape, axis, types=(tf.float32,) * 3):
     return [tf.constant(rng.normal(size=s), t) for s, t in zip(shapes, types, strict=True)]
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
 def test_float32_to_a_few_ulp(shape, axis, mode, rng):
     arguments = random_arguments(rng, shape, axis)
@@ -91,11 +85,11 @@ def types_id(types):
 
 
 @pytest.mark.parametrize("types", list(itertools.product(TYPES, repeat=3)), ids=types_id)
-def test_types_mix(types, rng):
+def test_types_mix(types, mode, rng):
     v_type, g_type, w_type = types
     for shape, axis in [((70, 19), -1), ((6, 5, 40), 1), ((3, 130), 0), ((20, 9), None)]:
         arguments = random_arguments(rng, shape, axis, types)
-        outputs = forward_and_backward(*arguments, axis)
+        outputs = forward_and_backward(*arguments, axis, mode)
         expected = truth(*arguments, axis)
         for out, truly, dtype in zip(outputs, expected, (w_type, v_type, g_type), strict=True):
             assert out.dtype == dtype
@@ -105,36 +99,16 @@ def test_types_mix(types, rng):
             assert relative_error(out, truly) <= tolerance
 
 
-# g's type matters least: one of each is enough, which XLA has to compile.
-@pytest.mark.parametrize(
-    "types",
-    [(v, g, w) for (v, w), g in zip(itertools.product(TYPES, TYPES), TYPES * 4, strict=True)],
-    ids=types_id,
-)
-def test_types_mix_under_xla(types, rng):
-    v_type, g_type, w_type = types
-    arguments = random_arguments(rng, (6, 5, 40), 1, types)
-    outputs = forward_and_backward(*arguments, 1, lambda f: tf.function(f, jit_compile=True))
-    for out, truly, dtype in zip(
-        outputs, truth(*arguments, 1), (w_type, v_type, g_type), strict=True
-    ):
-        assert out.dtype == dtype
-        norm_is_rounded = v_type != tf.float64 and dtype == tf.float64
-        tolerance = TOLERANCES[tf.float32 if norm_is_rounded else dtype]
-        assert relative_error(out, truly) <= tolerance
-
-
 @pytest.mark.parametrize("w_type", [tf.bfloat16, tf.float16])
-def test_half_weights_of_float32_parameters(w_type, rng):
+def test_half_weights_of_float32_parameters(w_type, mode, rng):
     arguments = random_arguments(rng, (300, 64), -1, (tf.float32, tf.float32, w_type))
-    w, grad_v, grad_g = forward_and_backward(*arguments)
+    w, grad_v, grad_g = forward_and_backward(*arguments, mode=mode)
     expected = truth(*arguments)
     assert relative_error(w, expected[0]) <= 2e-3
     assert relative_error(grad_v, expected[1]) <= 5e-7
     assert relative_error(grad_g, expected[2]) <= 5e-7
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
 @pytest.mark.parametrize("axis", [-1, 0, 1, None])
 def test_a_zero_unit_has_zero_weights_and_gradients(axis, dtype, mode, rng):
@@ -151,7 +125,6 @@ def test_a_zero_unit_has_zero_weights_and_gradients(axis, dtype, mode, rng):
         assert np.linalg.norm(out - expected) <= TOLERANCES[dtype] * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda t: t.name)
 def test_norms_from_1e_minus_30_to_1e30(dtype, mode, rng):
     v, g, grad_w = random_arguments(rng, (50, 7), -1, (dtype,) * 3)
@@ -176,7 +149,6 @@ def test_float16_norms_beyond_its_range():
     np.testing.assert_array_equal(tfwn.weight_norm(v, [1.0]), tf.fill([4, 1], 0.5))
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_nan_stays_in_its_unit(mode, rng):
     v, g, grad_w = random_arguments(rng, (40, 20), -1)
     v = v.numpy()
@@ -187,7 +159,6 @@ def test_nan_stays_in_its_unit(mode, rng):
         assert nan.sum() == nan[..., 5].size
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [((0, 4), -1), ((4, 0), -1), ((0, 4), 0), ((4, 0), 0), ((0,), None), ((2, 0, 3), (0, 2))],
@@ -199,7 +170,6 @@ def test_empty(shape, axis, mode, rng):
     np.testing.assert_array_equal(grad_g, np.zeros(g_shape(shape, axis)))
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
 @pytest.mark.parametrize(("shape", "axis"), [((1, 300), -1), ((300, 1), 0), ((1, 300, 1), 1)])
 def test_a_unit_of_one_element_has_no_direction_to_learn(shape, axis, dtype, mode, rng):
@@ -209,7 +179,6 @@ def test_a_unit_of_one_element_has_no_direction_to_learn(shape, axis, dtype, mod
     np.testing.assert_array_equal(grad_v, tf.zeros(shape))
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_the_only_unmasked_element_has_no_direction_to_learn(mode, rng):
     v, g, grad_w = random_arguments(rng, (50, 300), -1)
     mask = np.eye(50, 300, dtype=np.float32)[:, rng.permutation(300) % 50]
@@ -219,7 +188,6 @@ def test_the_only_unmasked_element_has_no_direction_to_learn(mode, rng):
         assert relative_error(out, expected) <= TOLERANCES[tf.float32]
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_what_is_not_rounding_stays(mode, rng):
     """grad_w within 1e-5 of v's direction: hardly any of it is grad_v, but that is."""
     v, g, across = random_arguments(rng, (400, 30), -1, (tf.float64,) * 3)
@@ -233,18 +201,18 @@ def test_what_is_not_rounding_stays(mode, rng):
     assert not np.isfinite(grad_v).any()
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_scalar(mode):
     outputs = forward_and_backward(*map(tf.constant, (-3.0, 2.0, 5.0)), None, mode)
     np.testing.assert_allclose(outputs, [-2.0, 0.0, -5.0], rtol=2e-7)
 
 
-def test_every_axis_kept_leaves_the_sign(rng):
-    v, g, _ = random_arguments(rng, (3, 4), (0, 1))
-    np.testing.assert_allclose(tfwn.weight_norm(v, g, (0, 1)), g * tf.sign(v), rtol=3e-7)
+def test_every_axis_kept_leaves_the_sign(mode, rng):
+    v, g, grad_w = random_arguments(rng, (3, 4), (0, 1))
+    w, _, _ = forward_and_backward(v, g, grad_w, (0, 1), mode)
+    np.testing.assert_allclose(w, g * tf.sign(v), rtol=3e-7)
 
 
-def test_three_witnesses(rng):
+def test_three_witnesses(mode, rng):
     """The kernel, eq. 3 in NumPy, and what TensorFlow derives from eq. 2."""
     for shape, axis in [((30, 7), -1), ((4, 5, 6), 1), ((4, 50), 0)]:
         v, g, grad_w = random_arguments(rng, shape, axis, (tf.float64,) * 3)
@@ -254,7 +222,7 @@ def test_three_witnesses(rng):
             length = tf.sqrt(tf.reduce_sum(v * v, axes, keepdims=True))
             w = tf.reshape(g, length.shape) * v / length
         derived = [w, *tape.gradient(w, [v, g], output_gradients=grad_w)]
-        outputs = forward_and_backward(v, g, grad_w, axis)
+        outputs = forward_and_backward(v, g, grad_w, axis, mode)
         for kernel, numpy, tensorflow in zip(
             outputs, truth(v, g, grad_w, axis), derived, strict=True
         ):
@@ -267,33 +235,37 @@ import hashlib, sys
 import numpy as np, tensorflow as tf
 tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
 import tfwn
+mode = {"eager": lambda f: f, "function": tf.function, "xla": tf.function(jit_compile=True)}
 rng = np.random.default_rng(0)
 digest = hashlib.sha256()
 for shape, axis, w_type in [
     ((1568, 512), -1, "float32"), ((99_999, 8), -1, "float32"), ((513, 1030), 0, "bfloat16"),
     ((3, 300_001), 0, "float32"), ((9, 64, 128), 1, "float16"), ((1_000_003,), None, "float32"),
+    ((5000, 1024), -1, "float32"),  # the CPU kernels' callers cut what moves 16 MiB
 ]:
     v, grad_w = (tf.constant(rng.standard_normal(shape, "float32")) for _ in "12")
     grad_w = tf.cast(grad_w, w_type)
     g = tf.constant(rng.standard_normal([] if axis is None else shape[axis]), "float32")
-    with tf.GradientTape() as tape:
-        tape.watch([v, g])
-        w = tfwn.weight_norm(v, g, axis, out_dtype=w_type)
-    for out in w, *tape.gradient(w, [v, g], output_gradients=grad_w):
+    def run(v, g, grad_w):
+        with tf.GradientTape() as tape:
+            tape.watch([v, g])
+            w = tfwn.weight_norm(v, g, axis, out_dtype=w_type)
+        return w, *tape.gradient(w, [v, g], output_gradients=grad_w)
+    for out in mode[sys.argv[2]](run)(v, g, grad_w):
         digest.update(out.numpy().tobytes())
 print(digest.hexdigest())
 """
 
 
-def test_bit_identical_for_any_number_of_threads():
+def test_bit_identical_for_any_number_of_threads_in_any_mode():
     digests = {
         subprocess.run(
-            [sys.executable, "-c", DIGEST, str(threads)],
+            [sys.executable, "-c", DIGEST, str(threads), mode],
             stdout=subprocess.PIPE,
             text=True,
             check=True,
         ).stdout
-        for threads in (1, 2, 7)
+        for threads, mode in [(1, "eager"), (2, "function"), (1, "xla"), (2, "xla"), (7, "xla")]
     }
     assert len(digests) == 1
     assert len(digests.pop().strip()) == hashlib.sha256().digest_size * 2
@@ -309,11 +281,17 @@ def shapes_and_axes(draw):
     return shape, axis
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
-@hypothesis.given(
-    shapes_and_axes(), st.tuples(*[st.sampled_from(TYPES)] * 3), st.integers(0, 2**32 - 1)
+@hypothesis.settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-def test_random_problems(shape_and_axis, types, seed):
+@hypothesis.given(
+    shape_and_axis=shapes_and_axes(),
+    types=st.tuples(*[st.sampled_from(TYPES)] * 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_random_problems(mode, shape_and_axis, types, seed):
     """Any layout and types, norms far from 1, units of zeros."""
     shape, axis = shape_and_axis
     rng = np.random.default_rng(seed)
@@ -326,7 +304,7 @@ def test_random_problems(shape_and_axis, types, seed):
     grad_w = rng.normal(size=shape)
     v, g, grad_w = (tf.constant(x, dtype) for x, dtype in zip((v, g, grad_w), types, strict=True))
 
-    outputs = forward_and_backward(v, g, grad_w, axis)
+    outputs = forward_and_backward(v, g, grad_w, axis, mode)
     computed = tf.float64 if v.dtype == grad_w.dtype == tf.float64 else tf.float32
     tolerances = [max(TOLERANCES[x.dtype], TOLERANCES[computed]) for x in outputs]
     # Next to 0 the numbers of a type are this far apart: float16 gets there.
@@ -338,14 +316,14 @@ def test_random_problems(shape_and_axis, types, seed):
         return reference.norm(x, axis)
 
     # Per unit, and relative to what eq. 3 subtracts from, since that may cancel.
-    factor = np.abs(np.asarray(g, np.float64)) * reference.inverse_norm(v, axis)
-    for name, error, scale, tolerance, step in zip(
+    scale = np.abs(np.asarray(g, np.float64)) * reference.inverse_norm(v, axis)
+    for name, error, size, tolerance, step in zip(
         ("w", "grad_v", "grad_g"),
         (length(w - true_w), length(grad_v - true_grad_v), np.abs(grad_g - true_grad_g)),
-        (length(true_w), factor * length(grad_w), length(grad_w)),
+        (length(true_w), scale * length(grad_w), length(grad_w)),
         tolerances,
         steps,
         strict=True,
     ):
-        excess = error / (tolerance * scale + step * np.sqrt(max(1, w.size) / max(1, factor.size)))
+        excess = error / (tolerance * size + step * np.sqrt(max(1, w.size) / max(1, scale.size)))
         assert np.max(excess, initial=0) <= 1, name

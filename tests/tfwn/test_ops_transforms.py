@@ -1,6 +1,8 @@
 """weight_norm under all that TensorFlow does to an op: differentiate it again, vectorize, compile,
 save, replicate, fold."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -57,18 +59,15 @@ def second_derivatives(f, v, g, c, axis):
     return outer.gradient(z, [v, g, c])
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
-def test_second_derivatives(shape, axis, jit_compile, rng):
+def test_second_derivatives(shape, axis, mode, rng):
     v, g, c = arguments(rng, shape, axis)
-    run = tf.function(second_derivatives, jit_compile=jit_compile)
-    assert_close(
-        run(tfwn.weight_norm, v, g, c, axis), second_derivatives(plain, v, g, c, axis), atol=1e-11
-    )
+    outputs = mode(second_derivatives)(tfwn.weight_norm, v, g, c, axis)
+    assert_close(outputs, second_derivatives(plain, v, g, c, axis), atol=1e-11)
 
 
 @pytest.mark.parametrize("output", ["grad_v", "grad_g"])
-def test_second_derivative_of_either_gradient_alone(output, rng):
+def test_second_derivative_of_either_gradient_alone(output, mode, rng):
     v, g, c = arguments(rng, (7, 5), -1)
 
     def run(f):
@@ -80,14 +79,13 @@ def test_second_derivative_of_either_gradient_alone(output, rng):
             grad = inner.gradient(y, v if output == "grad_v" else g)
         return outer.gradient(grad, [v, g], unconnected_gradients="zero")
 
-    assert_close(run(tfwn.weight_norm), run(plain))
+    assert_close(mode(run)(tfwn.weight_norm), run(plain))
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_third_derivatives(jit_compile, rng):
+def test_third_derivatives(mode, rng):
     v, g, c = arguments(rng, (4, 3), -1)
 
-    @tf.function(jit_compile=jit_compile)
+    @mode
     def run(f, v):
         with tf.GradientTape() as tape:
             tape.watch([v, g])
@@ -103,10 +101,10 @@ def test_third_derivatives(jit_compile, rng):
     assert_close(outputs, [x * zero for x in expected], rtol=1e-9, atol=1e-9)
 
 
-def test_hessian(rng):
+def test_hessian(mode, rng):
     v, g, c = arguments(rng, (4, 3), -1)
 
-    @tf.function
+    @mode
     def run(f):
         with tf.GradientTape() as outer:
             outer.watch(v)
@@ -121,12 +119,10 @@ def test_hessian(rng):
     assert_close(hessian, tf.transpose(hessian))
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_second_derivatives_of_a_zero_unit_are_zero(jit_compile, rng):
+def test_second_derivatives_of_a_zero_unit_are_zero(mode, rng):
     v, g, c = arguments(rng, (6, 4), -1, tf.float32)
     v = v * [1.0, 0.0, 1.0, 1.0]
-    run = tf.function(second_derivatives, jit_compile=jit_compile)
-    to_v, to_g, to_c = run(tfwn.weight_norm, v, g, c, -1)
+    to_v, to_g, to_c = mode(second_derivatives)(tfwn.weight_norm, v, g, c, -1)
     for out in to_v[:, 1], to_g[1], to_c[:, 1]:
         np.testing.assert_array_equal(out, tf.zeros_like(out))
     others = [0, 2, 3]
@@ -137,11 +133,6 @@ def test_second_derivatives_of_a_zero_unit_are_zero(jit_compile, rng):
     assert_close(outputs, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [lambda f: f, tf.function, lambda f: tf.function(f, jit_compile=True)],
-    ids=["eager", "function", "xla"],
-)
 def test_second_derivatives_of_a_unit_of_one_element_are_zero(mode, rng):
     """As its gradient: nothing but g moves it."""
     v, g, c = arguments(rng, (1, 300), -1, tf.float32)
@@ -160,7 +151,7 @@ def test_second_derivatives_of_a_unit_of_one_element_are_zero(mode, rng):
 
 
 @pytest.mark.parametrize("scale", [1e-15, 1e15, 1e30])
-def test_second_derivatives_of_extreme_norms(scale, rng):
+def test_second_derivatives_of_extreme_norms(scale, mode, rng):
     v, g, c = arguments(rng, (6, 4), -1)
 
     def run(f, dtype):
@@ -173,10 +164,11 @@ def test_second_derivatives_of_extreme_norms(scale, rng):
             grad_v = inner.gradient(y, v_) * scale
         return outer.gradient(grad_v, v_) * scale
 
-    assert_close(run(tfwn.weight_norm, tf.float32), run(plain, tf.float64), rtol=1e-4, atol=1e-5)
+    outputs = mode(run)(tfwn.weight_norm, tf.float32)
+    assert_close(outputs, run(plain, tf.float64), rtol=1e-4, atol=1e-5)
 
 
-def test_second_derivatives_of_mixed_types(rng):
+def test_second_derivatives_of_mixed_types(mode, rng):
     v, g, c = arguments(rng, (6, 4), -1)
     mixed = tf.cast(v, tf.float32), tf.cast(g, tf.bfloat16), tf.cast(c, tf.float16)
     exact = [tf.cast(x, tf.float64) for x in mixed]
@@ -184,14 +176,14 @@ def test_second_derivatives_of_mixed_types(rng):
     def f(v, g, axis):
         return tfwn.weight_norm(v, g, axis, out_dtype=tf.float16)
 
-    outputs = second_derivatives(f, *mixed[:2], mixed[2], -1)
+    outputs = mode(second_derivatives)(f, *mixed, -1)
     assert [x.dtype for x in outputs] == [tf.float32, tf.bfloat16, tf.float16]
     for out, truly in zip(outputs, second_derivatives(plain, *exact, -1), strict=True):
         error = np.linalg.norm(np.asarray(out, np.float64) - truly)
         assert error <= 0.02 * np.linalg.norm(truly)
 
 
-def test_forward_accumulator(rng):
+def test_forward_accumulator(mode, rng):
     v, g, c = arguments(rng, (7, 5), -1)
     v_tangent, g_tangent, _ = arguments(rng, (7, 5), -1)
 
@@ -200,8 +192,7 @@ def test_forward_accumulator(rng):
             w = f(v, g)
         return accumulator.jvp(w)
 
-    assert_close(run(tfwn.weight_norm), run(plain))
-    assert_close(tf.function(run)(tfwn.weight_norm), run(plain))
+    assert_close(mode(run)(tfwn.weight_norm), run(plain))
 
     def hessian_vector_product(f):
         with (
@@ -213,7 +204,8 @@ def test_forward_accumulator(rng):
             grads = tape.gradient(y, [v, g])
         return [accumulator.jvp(grad) for grad in grads]
 
-    assert_close(hessian_vector_product(tfwn.weight_norm), hessian_vector_product(plain))
+    outputs = mode(hessian_vector_product)(tfwn.weight_norm)
+    assert_close(outputs, hessian_vector_product(plain))
 
 
 # Vectorization and loops.
@@ -221,7 +213,7 @@ def test_forward_accumulator(rng):
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
 @pytest.mark.parametrize("batched", ["v", "g", "grad_w", "v g grad_w"])
-def test_vectorized_map(shape, axis, batched, rng):
+def test_vectorized_map(shape, axis, batched, mode, rng):
     names = "v", "g", "grad_w"
     same = dict(zip(names, arguments(rng, shape, axis), strict=True))
     six = {name: tf.constant(rng.normal(size=[6, *same[name].shape])) for name in batched.split()}
@@ -233,7 +225,7 @@ def test_vectorized_map(shape, axis, batched, rng):
             w = tfwn.weight_norm(v, g, axis)
         return w, *tape.gradient(w, [v, g], output_gradients=grad_w)
 
-    outputs = tf.vectorized_map(run, six, fallback_to_while_loop=False)
+    outputs = mode(tf.vectorized_map)(run, six, fallback_to_while_loop=False)
     one_by_one = [run({name: x[i] for name, x in six.items()}) for i in range(6)]
     for out, expected in zip(outputs, map(tf.stack, zip(*one_by_one, strict=True)), strict=True):
         # What does not depend on the elements of the map is not repeated.
@@ -241,12 +233,17 @@ def test_vectorized_map(shape, axis, batched, rng):
 
 
 @pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
-def test_jacobian(shape, axis, rng):
+def test_jacobian(shape, axis, mode, rng):
     v, g, _ = arguments(rng, shape, axis)
-    with tf.GradientTape() as tape:
-        tape.watch([v, g])
-        w = tfwn.weight_norm(v, g, axis)
-    by_v, by_g = tape.jacobian(w, [v, g])
+
+    @mode
+    def run():
+        with tf.GradientTape() as tape:
+            tape.watch([v, g])
+            w = tfwn.weight_norm(v, g, axis)
+        return tape.jacobian(w, [v, g])
+
+    by_v, by_g = run()
     for index in np.ndindex(*shape):
         grad_w = np.zeros(shape)
         grad_w[index] = 1
@@ -254,11 +251,10 @@ def test_jacobian(shape, axis, rng):
         assert_close([by_v[index], by_g[index]], expected)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_while_loop(jit_compile, rng):
+def test_while_loop(mode, rng):
     v, g, _ = arguments(rng, (4, 4), -1)
 
-    @tf.function(jit_compile=jit_compile)
+    @mode
     def run():
         with tf.GradientTape() as tape:
             tape.watch([v, g])
@@ -406,14 +402,15 @@ def test_constants_are_folded():
 
 
 class Linear(tf.Module):
-    def __init__(self, rng):
+    def __init__(self, rng, jit_compile):
         super().__init__()
         self.v = tf.Variable(rng.normal(size=(4, 3)), dtype=tf.float32)
         self.g = tf.Variable(rng.normal(size=3), dtype=tf.float32)
-
-    @tf.function(input_signature=[tf.TensorSpec([None, 4])])
-    def __call__(self, x):
-        return x @ tfwn.weight_norm(self.v, self.g)
+        self.call = tf.function(
+            lambda x: x @ tfwn.weight_norm(self.v, self.g),
+            input_signature=[tf.TensorSpec([None, 4])],
+            jit_compile=jit_compile,
+        )
 
 
 LOAD = """
@@ -423,16 +420,17 @@ import tfwn
 model = tf.saved_model.load(sys.argv[1])
 x = tf.constant(np.load(sys.argv[2]))
 with tf.GradientTape() as tape:
-    y = model(x)
+    y = model.call(x)
 np.savez(sys.argv[3], y, *tape.gradient(y, [model.v, model.g]))
 """
 
 
-def test_saved_model(tmp_path, rng):
-    model = Linear(rng)
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_saved_model(jit_compile, tmp_path, rng):
+    model = Linear(rng, jit_compile)
     x = tf.constant(rng.normal(size=(5, 4)), tf.float32)
     with tf.GradientTape() as tape:
-        y = model(x)
+        y = model.call(x)
     expected = [y, *tape.gradient(y, [model.v, model.g])]
 
     tf.saved_model.save(model, str(tmp_path / "model"))
@@ -480,7 +478,7 @@ def test_two_replicas_train_like_one(rng):
     )
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", ["auto", False, True])
 def test_keras_fit(jit_compile, rng):
     class Dense(tf.keras.layers.Layer):
         def build(self, _):
@@ -497,6 +495,116 @@ def test_keras_fit(jit_compile, rng):
     x = rng.normal(size=(64, 4)).astype("f")
     history = model.fit(x, x[:, :3], epochs=20, verbose=0).history["loss"]
     assert history[-1] < 0.9 * history[0]
+
+
+# XLA.
+
+XLA_LAYOUTS = [*LAYOUTS, pytest.param((64, 300), -1, id="columns"), pytest.param((), None, id="")]
+XLA_LAYOUTS += [pytest.param((0, 4), -1, id="no elements"), pytest.param((4, 0), -1, id="no units")]
+
+
+def forward_and_backward(v, g, grad_w, axis):
+    with tf.GradientTape() as tape:
+        tape.watch([v, g])
+        w = tfwn.weight_norm(v, g, axis, out_dtype=grad_w.dtype)
+    return w, *tape.gradient(w, [v, g], output_gradients=grad_w)
+
+
+@pytest.mark.parametrize(
+    "types",
+    [
+        (tf.float32, tf.float32, tf.float32),
+        (tf.bfloat16, tf.bfloat16, tf.bfloat16),
+        (tf.float16, tf.float32, tf.float16),
+        (tf.float64, tf.float64, tf.float64),
+        (tf.float32, tf.float64, tf.bfloat16),
+    ],
+    ids=lambda types: "-".join(t.name for t in types),
+)
+@pytest.mark.parametrize(("shape", "axis"), XLA_LAYOUTS)
+def test_xla_calls_the_same_kernels(shape, axis, types, rng):
+    inputs = [tf.cast(x, t) for x, t in zip(arguments(rng, shape, axis), types, strict=True)]
+    compiled = tf.function(forward_and_backward, jit_compile=True)
+    hlo = compiled.experimental_get_compiler_ir(*inputs, axis)(stage="hlo")
+    for target in ("tfwn_weight_norm", "tfwn_weight_norm_grad"):
+        assert f'custom_call_target="{target}"' in hlo
+    graph = tf.function(forward_and_backward)
+    for a, b in zip(graph(*inputs, axis), compiled(*inputs, axis), strict=True):
+        assert a.dtype == b.dtype
+        assert a.numpy().tobytes() == b.numpy().tobytes()
+
+
+def test_xla_sizes_that_are_known_when_it_runs_only(rng):
+    """XLA hands no such sizes to a custom call."""
+    v, g, c = arguments(rng, (10, 4), -1)
+    kept = tf.constant(rng.random(10) < 0.6)
+
+    @tf.function(jit_compile=True)
+    def run(v, g, c, kept):
+        with tf.GradientTape() as tape:
+            tape.watch([v, g])
+            w = tfwn.weight_norm(tf.boolean_mask(v, kept), g)
+            y = tf.reduce_sum(w * tf.boolean_mask(c, kept))
+        return w, *tape.gradient(y, [v, g])
+
+    w, grad_v, grad_g = run(v, g, c, kept)
+    v, c = v.numpy()[kept], c.numpy()[kept]
+    assert 0 < len(v) < 10
+    expected = reference.weight_norm(v, g), *reference.weight_norm_gradient(c, v, g)
+    assert_close([w, grad_v.numpy()[kept], grad_g], expected)
+
+
+WITHOUT_HANDLERS = """
+import numpy as np, tensorflow as tf
+import tfwn
+from tests import reference
+from tests.tfwn.test_ops_transforms import arguments, forward_and_backward
+
+rng = np.random.default_rng(0)
+compiled = tf.function(forward_and_backward, jit_compile=True)
+tolerance = {"float16": 2e-3, "bfloat16": 8e-3, "float32": 2e-6, "float64": 1e-14}
+for types in [
+    ["float32"] * 3, ["float64"] * 3, ["bfloat16"] * 3,
+    ["float32", "bfloat16", "float16"], ["float32", "float64", "float32"],
+]:
+    for (shape, axis), size in [
+        (((300, 7), -1), 1), (((7, 65, 33), 1), 1), (((9, 40), 0), 1), (((37, 41), None), 1),
+        (((5, 4, 3, 2), (-2, -1)), 1), (((), None), 1), (((0, 4), -1), 1), (((4, 0), -1), 1),
+        (((300, 7), -1), 1e-30), (((300, 7), -1), 1e29), (((1, 300), -1), 1),
+    ]:
+        v, g, c = arguments(rng, shape, axis)
+        v *= size
+        if shape == (7, 65, 33):
+            v *= tf.cast(tf.range(65) != 3, v.dtype)[:, None]
+        v, g, c = inputs = [tf.cast(x, t) for x, t in zip([v, g, c], types)]
+        hlo = compiled.experimental_get_compiler_ir(*inputs, axis)(stage="hlo")
+        assert "custom-call" not in hlo
+        assert ("f64[" in hlo) == ("float64" in types)
+        outputs = compiled(*inputs, axis)
+        grad_v, grad_g = reference.weight_norm_gradient(c, v, g, axis)
+        if shape in ((1, 300), ()):
+            grad_v[...] = 0  # where the reference leaves rounding
+        expected = reference.weight_norm(v, g, axis), grad_v, grad_g
+        for out, truly, wide in zip(outputs, expected, (c, v, g)):
+            assert out.dtype == wide.dtype
+            out = out.numpy().astype(np.float64)
+            assert out.shape == truly.shape and np.isfinite(out).all()
+            worst = max(tolerance[wide.dtype.name], tolerance[v.dtype.name])
+            error, largest = np.linalg.norm(out - truly), np.linalg.norm(truly)
+            assert error <= worst * largest, (types, shape, axis, size, error / largest)
+"""
+
+
+def test_xla_without_handlers():
+    """As on a platform that has none: eq. 2 and 3 in XLA's operations."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HANDLERS],
+        env=os.environ | {"TFWN_XLA_HANDLERS": "0"},
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 LATE = """

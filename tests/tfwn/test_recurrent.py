@@ -100,6 +100,31 @@ def test_masked_steps_may_hold_anything(rng):
     np.testing.assert_array_equal(layer(x, mask=mask), expected)
 
 
+@pytest.mark.parametrize("kind", [tfwn.SimpleRNN, tfwn.LSTM, tfwn.GRU])
+@pytest.mark.parametrize("options", [{"return_sequences": True}, {"go_backwards": True}])
+def test_a_folded_unrolled_layer_in_tensorflow_lite(kind, options, tmp_path):
+    class Model(tf.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = kind(5, unroll=True, **options)
+
+        @tf.function(input_signature=[tf.TensorSpec([2, 6, 3])])
+        def __call__(self, x):
+            return self.layer(x)
+
+    model, x = Model(), tf.random.stateless_normal([2, 6, 3], [1, 2])
+    expected = model(x).numpy()
+    tf.saved_model.save(tfwn.fold(model), str(tmp_path))
+    lite = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path)).convert()
+    with pytest.warns(UserWarning, match="tf.lite.Interpreter is deprecated"):
+        interpreter = tf.lite.Interpreter(model_content=lite)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x.numpy())
+    interpreter.invoke()
+    actual = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+
+
 ERRORS = {
     "cell must be a tfwn.SimpleRNNCell, .*, got keras.*LSTMCell": lambda: tfwn.RNN(
         tf.keras.layers.LSTMCell(4)

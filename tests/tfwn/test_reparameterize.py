@@ -302,22 +302,24 @@ def keras_model():
 
 def test_functional_keras_model(tmp_path):
     x = inputs(3, 6, 4)
-    plain = keras_model()
-    expected = plain(x)
-    model = tfwn.reparameterize(plain)
+    model = keras_model()
+    expected = model(x)
+    count = len(model.trainable_variables)
+    types = [type(layer) for layer in model.layers]
+    assert tfwn.reparameterize(model) is model
     np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
     # conv, shared, inner dense, 4 of the LSTMs, 4 of attention, dense
-    assert len(model.trainable_variables) == len(plain.trainable_variables) + 12
+    assert len(model.trainable_variables) == count + 12
     model.compile("adam", "mse")
     model.fit(x, tf.zeros([3, 2]), epochs=1, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(x), model(x))
     y = model(x)
-    folded = tfwn.fold(model)
-    np.testing.assert_allclose(folded(x), y, rtol=1e-4, atol=1e-5)
-    assert [type(layer) for layer in folded.layers] == [type(layer) for layer in plain.layers]
-    folded.export(tmp_path / "export", verbose=False)
+    assert tfwn.fold(model) is model
+    np.testing.assert_allclose(model(x), y, rtol=1e-4, atol=1e-5)
+    assert [type(layer) for layer in model.layers] == types
+    model.export(tmp_path / "export", verbose=False)
     check_serves_without_tfwn(tmp_path / "export", x, y)
 
 
@@ -325,27 +327,27 @@ def test_keras_models_with_operations():
     """A residual connection is an operation in the graph, and no layer."""
     kernel = keras.Input([6])
     hidden = keras.ops.relu(keras.layers.Dense(6)(kernel)) + kernel
-    plain = keras.Model(kernel, hidden * keras.layers.Dense(6)(hidden))
+    model = keras.Model(kernel, hidden * keras.layers.Dense(6)(hidden))
     x = inputs(4, 6)
-    model = tfwn.reparameterize(plain)
-    np.testing.assert_allclose(model(x), plain(x), rtol=1e-5, atol=1e-6)
-    assert len(model.trainable_variables) == len(plain.trainable_variables) + 2
-    folded = tfwn.fold(model)
-    np.testing.assert_allclose(folded(x), plain(x), rtol=1e-5, atol=1e-6)
-    assert len(folded.trainable_variables) == len(plain.trainable_variables)
+    expected, count = model(x), len(model.trainable_variables)
+    tfwn.reparameterize(model)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+    assert len(model.trainable_variables) == count + 2
+    tfwn.fold(model)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
+    assert len(model.trainable_variables) == count
 
 
-def test_folding_a_keras_model_leaves_it_the_same_function():
+def test_folding_a_keras_layer_leaves_its_wrapper_the_same_function():
     """Also with g < 0, and so that it can be folded again after more training."""
-    model = keras.Sequential([WeightNormalization(keras.layers.Dense(3))])
+    wrapper = WeightNormalization(keras.layers.Dense(3))
     x = inputs(5, 4)
-    model(x)
-    model.layers[0].g.assign([1.0, -2.0, 0.0])
-    y = model(x)
+    wrapper(x)
+    wrapper.g.assign([1.0, -2.0, 0.0])
+    y = wrapper(x)
     for _ in range(2):
-        folded = tfwn.fold(model)
-        np.testing.assert_allclose(folded(x), y, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(model(x), y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(tfwn.fold(wrapper)(x), y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(wrapper(x), y, rtol=1e-5, atol=1e-6)
 
 
 def test_subclassed_keras_model_in_place():

@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 import tfwn
+from tfwn.weight import with_direction
 
 OPTIONS = {
     "weight_norm": {},
@@ -255,3 +256,23 @@ def test_norm_of_v_never_decreases_under_gradient_descent(rng):
         np.testing.assert_allclose(after**2, before**2 + step**2, rtol=1e-12)
         before = after
     assert np.all(before > 1.01 * first)
+
+
+@pytest.mark.parametrize("axis", [(), (1,), (0,), (0, 1)])
+def test_units_of_zeros_get_a_direction_and_others_stay(axis):
+    zeros = with_direction(tf.zeros([30, 40]), axis)
+    assert np.all(zeros != 0)
+    np.testing.assert_allclose(np.std(zeros), 0.05, rtol=0.1)
+    np.testing.assert_array_equal(zeros, with_direction(tf.zeros([30, 40]), axis))
+    assert with_direction(tf.zeros([3, 4], tf.float16), axis).dtype == tf.float16
+
+
+def test_only_units_of_zeros_get_a_direction():
+    v = np.ones([3, 4], np.float32)
+    v[:, 1] = 0
+    v[0, 2] = 0
+    filled = with_direction(v, (1,)).numpy()
+    np.testing.assert_array_equal(filled[:, [0, 2, 3]], v[:, [0, 2, 3]])
+    assert np.all(filled[:, 1] != 0)
+    traced = tf.function(lambda v: with_direction(v, (1,)))
+    np.testing.assert_array_equal(traced(v), filled)

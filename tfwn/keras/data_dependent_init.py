@@ -6,8 +6,10 @@ import math
 import keras
 import tensorflow as tf
 
-from tfwn.keras.scope import Substitution, stored
+from tfwn.keras.internals import stored, stored_dtype
+from tfwn.keras.scope import Substitution
 from tfwn.layer import initialize, refuse_initialization
+from tfwn.weight import norm, with_direction
 
 TRANSPOSED = (
     keras.layers.Conv1DTranspose,
@@ -26,6 +28,9 @@ INITIALIZABLE = (
     *DEPTHWISE,
 )
 
+# Recurrent layers and tables (paper, section 3).
+NOT_INITIALIZABLE = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.Embedding)
+
 
 class _Unit:
     """A layer with one kernel, as data-dependent initialization sees the layers of tfwn."""
@@ -34,21 +39,27 @@ class _Unit:
         owner = normalized.owner
         self.name = wrapper.name if owner is wrapper.layer else normalized.v.path
         self.weight = self
-        self._g = stored(normalized.g)
+        self._axis = normalized.axis
+        self._v, self._g = stored(normalized.v), stored(normalized.g)
         self.b = None
         g_shape = normalized.g.shape
         if owner.bias is not None:
             self.b = _Bias(stored(owner.bias), _bias_order(owner, len(g_shape)), g_shape)
-        self.initialized = stored(wrapper.initialized)
-        self.variables = [self._g, self.initialized] + ([self.b.variable] if self.b else [])
+        self.initialized = wrapper.initialized
+        self.restored = False
+        self.variables = [self._v, self._g, self.initialized]
+        if self.b is not None:
+            self.variables.append(self.b.variable)
 
     def get_g(self):
-        """As `tfwn.Weight.get_g`."""
-        return tf.convert_to_tensor(self._g)
+        """As `tfwn.Weight.get_g`; 0 for a unit with v = 0, whose w is 0."""
+        g = tf.convert_to_tensor(self._g)
+        return tf.where(norm(self._v, self._axis) == 0, tf.zeros_like(g), g)
 
     def set_g(self, g):
-        """As `tfwn.Weight.set_g`."""
+        """As `tfwn.Weight.set_g`; a unit with v = 0 gets a direction."""
         self._g.assign(tf.reshape(tf.cast(g, self._g.dtype), self._g.shape))
+        self._v.assign(with_direction(self._v, self._axis))
 
 
 class _Bias:
@@ -104,15 +115,19 @@ class _InitializingCall:
     """The `call` of the layer that owns a kernel: first sets g and the bias, then calls it."""
 
     def __init__(self, wrapper, normalized):
-        self._unit = _Unit(wrapper, normalized)
+        if normalized.unit is None:  # One for all calls: the layer is set at the first.
+            normalized.unit = _Unit(wrapper, normalized)
+        self._unit = normalized.unit
+        # What this initialization built has a mark only if a checkpoint waited for the layer.
+        self._unit.restored = wrapper.built_while_initializing
         self._normalized = normalized
         self._call = normalized.owner.call
         self.users = 0
 
     def __call__(self, *args, **kwargs):
         n = self._normalized
-        direction = n.scaled(tf.ones(n.g.shape, n.g._dtype), n.v.dtype)
-        values = [(n.v, direction)]
+        ones = tf.ones(n.g.shape, stored_dtype(n.g))
+        values = [(n.v, lambda dtype: n.scaled(ones, dtype))]
         if n.owner.bias is not None:
             values.append((n.owner.bias, tf.zeros(n.owner.bias.shape, n.owner.bias.dtype)))
         activation, n.owner.activation = n.owner.activation, None
@@ -122,7 +137,7 @@ class _InitializingCall:
         finally:
             n.owner.activation = activation
         initialize(self._unit, _units_last(n.owner, t))
-        with Substitution([(n.v, n.w(n.v.dtype))]):
+        with Substitution([(n.v, n.w)]):
             return self._call(*args, **kwargs)
 
 
@@ -145,7 +160,7 @@ def initializing_call(wrapper, normalized):
 
 def refuse(layer):
     """Raises the error for a layer that cannot be initialized from data."""
-    if isinstance(layer, keras.layers.RNN | keras.layers.Bidirectional | keras.layers.Embedding):
+    if isinstance(layer, NOT_INITIALIZABLE):
         refuse_initialization(layer)
     raise RuntimeError(
         f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}, and does "

@@ -1,35 +1,70 @@
-"""reparameterize and fold for Keras layers and models."""
+"""reparameterize and fold for Keras: layers in a model change places with their wrappers."""
+
+from collections.abc import Callable
 
 import keras
-from keras.src.models import Functional
 
-from tfwn.keras.wrapper import WeightNormalization, is_weight
+from tfwn.keras import internals
+from tfwn.keras.normalized import is_weight
+from tfwn.keras.recipe import remember
+from tfwn.keras.wrapper import WeightNormalization
 from tfwn.modules import attributes
+from tfwn.traces import check_traces, forget_traces
 
 
-def reparameterize(model: keras.layers.Layer) -> keras.layers.Layer:
-    """`tfwn.reparameterize` for Keras: its layers in wrappers."""
-    if isinstance(model, keras.Model) and not model.built:
-        raise ValueError(f"the model {model.name!r} is not built: call it once, or build it")
-    return _replaced(model, _wrapped)
+def reparameterize(model: keras.layers.Layer, required: bool = True) -> keras.layers.Layer:
+    """`tfwn.reparameterize` for Keras: a model's layers in wrappers, or a layer in its wrapper.
+
+    Where nothing is found, an error is raised if `required`, or the model is returned as it is.
+    """
+    _check_traces(model)
+    change = _Change(_wrapped)
+    try:
+        change.find(model)
+    except BaseException:
+        for _, wrapper in change.replaced.values():
+            wrapper.fold()
+        raise
+    if required and not change.replaced and not _wrappers_in(model):
+        names = [variable.path for variable in model.variables]
+        raise ValueError(
+            f"reparameterize found no weight in {model.name!r}, whose variables are {names}: wrap "
+            "the layers by tfwn.keras.WeightNormalization(layer, weight_names=...)"
+        )
+    return change.make(model, "reparameterize")
 
 
-def fold(model: keras.layers.Layer) -> keras.layers.Layer:
-    """`tfwn.fold` for Keras: its layers out of their wrappers."""
-    if not any(isinstance(layer, WeightNormalization) for layer in model._flatten_layers()):
+def fold(model: keras.layers.Layer, required: bool = True) -> keras.layers.Layer:
+    """`tfwn.fold` for Keras: layers out of their wrappers; `required` as in `reparameterize`."""
+    wrappers = _wrappers_in(model)
+    if required and not wrappers:
         raise ValueError(f"fold found nothing weight-normalized in {model.name!r}")
-    return _replaced(model, _unwrapped)
+    for wrapper in wrappers:
+        for normalized in wrapper.normalized:
+            normalized.check_owner()
+    _check_traces(model)
+    change = _Change(_unwrapped)
+    change.find(model)
+    return change.make(model, "fold")
+
+
+def _wrappers_in(layer) -> list[WeightNormalization]:
+    return [one for one in internals.layers_in(layer) if isinstance(one, WeightNormalization)]
 
 
 def _wrapped(layer):
     """The layer in a wrapper, where it has something to normalize and is in none."""
-    layers = layer._flatten_layers()
-    if any(isinstance(one, WeightNormalization) for one in layers):
+    if isinstance(layer, WeightNormalization):
         return layer
-    variables = [v for one in layers for v in vars(one).values() if isinstance(v, keras.Variable)]
+    variables = [
+        value
+        for one in internals.layers_in(layer)
+        for value in vars(one).values()
+        if isinstance(value, keras.Variable)
+    ]
     if layer.built and not any(is_weight(v) for v in variables):
         return layer
-    wrapper = WeightNormalization(layer)
+    wrapper = WeightNormalization(layer, name=layer.name)
     if layer.built:
         wrapper.build()
     return wrapper
@@ -39,58 +74,118 @@ def _unwrapped(layer):
     return layer.fold() if isinstance(layer, WeightNormalization) else layer
 
 
-def _replaced(model, replace, replaced=None):
-    """The model with `replace` done to each layer in it; in place, where it is no graph."""
-    if not isinstance(model, keras.layers.Layer):
-        return model  # An operation of a functional model's graph, as of x + y.
-    replaced = {} if replaced is None else replaced
-    if id(model) not in replaced:
-        if isinstance(model, keras.Sequential | Functional):
-            new = keras.models.clone_model(
-                model, clone_function=lambda layer: _replaced(layer, replace, replaced)
-            )
-        elif isinstance(model, keras.Model) or _holds_wrappers(model):
-            new = model
-            _replace_attributes(model, lambda layer: _replaced(layer, replace, replaced))
-        else:
-            new = replace(model)
-        replaced[id(model)] = model, new  # The model too: its id must not be given to another.
-    return replaced[id(model)][1]
+class _Change:
+    """Puts other layers in the place of those in a model, in the model itself."""
+
+    def __init__(self, replace: Callable[[keras.layers.Layer], keras.layers.Layer]):
+        self._replace = replace
+        self._seen: dict[int, keras.layers.Layer] = {}  # The layer too: an id is used again.
+        self._holders: list[keras.layers.Layer] = []
+        self.replaced: dict[int, tuple[keras.layers.Layer, keras.layers.Layer]] = {}
+
+    def find(self, layer) -> None:
+        """Makes what takes the place of each layer; the model stays as it is."""
+        if id(layer) in self._seen:
+            return
+        self._seen[id(layer)] = layer
+        if not self._holds_layers(layer):
+            new = self._replace(layer)
+            if new is not layer:
+                self.replaced[id(layer)] = layer, new
+            return
+        if isinstance(layer, keras.Model):
+            _check_built(layer)
+        if internals.is_functional(layer):
+            internals.refresh_graph(layer, {})  # Another model of the same graph may have changed.
+        self._holders.append(layer)
+        for inner in internals.layers_in(layer, include_self=False, recursive=False):
+            self.find(inner)
+
+    @staticmethod
+    def _holds_layers(layer) -> bool:
+        """Whether its layers change and not itself: models, and layers around wrappers."""
+        if isinstance(layer, WeightNormalization):
+            return False
+        return isinstance(layer, keras.Model) or bool(_wrappers_in(layer))
+
+    def make(self, model, name):
+        """Makes the change called `name`, and returns what takes the model's place."""
+        for layer in internals.layers_in(model):
+            forget_traces(layer)
+        for old, new in self.replaced.values():
+            internals.replace_layer(old, new)
+        layers = {key: new for key, (_, new) in self.replaced.items()}
+        for holder in self._holders:
+            if self._change(holder, layers):
+                remember(holder, name)
+        return layers.get(id(model), model)
+
+    def _change(self, holder, layers) -> bool:
+        """Puts the new layers into one model; whether there were any."""
+        changed = any(
+            id(one) in layers for one in internals.layers_in(holder, False, recursive=False)
+        )
+        if internals.is_functional(holder):
+            internals.refresh_graph(holder, layers)
+        _replace_attributes(holder, layers)
+        for name in _EXECUTION:
+            if getattr(holder, name, None) is not None:
+                setattr(holder, name, None)
+        if isinstance(holder, keras.Model):
+            _restart_optimizer(holder)
+        return changed
 
 
-def _holds_wrappers(layer) -> bool:
-    """As TimeDistributed or Bidirectional around wrappers."""
-    inner = layer._flatten_layers(include_self=False)
-    return not isinstance(layer, WeightNormalization) and any(
-        isinstance(one, WeightNormalization) for one in inner
-    )
+# Traced with the layers before; Keras makes them anew.
+_EXECUTION = ("train_function", "test_function", "predict_function")
 
 
-def _replace_attributes(model, replace):
-    tracker = model._tracker
-    stores = [store for _, store in tracker.config.values()]
+def _check_traces(model):
+    for layer in internals.layers_in(model):
+        check_traces(layer, ignored=_EXECUTION)
+
+
+def _check_built(model):
+    """Refuses a model whose layers have no variables yet."""
+    inner = internals.layers_in(model, include_self=False, recursive=False)
+    missing = [layer.name for layer in inner if not internals.has_variables(layer)]
+    if missing or not (inner or model.built):
+        raise ValueError(
+            f"the model {model.name!r} is not built{': ' if missing else ''}{', '.join(missing)}: "
+            "call it once, or build it"
+        )
+
+
+def _replace_attributes(holder, layers):
+    lists = internals.tracked_lists(holder)
 
     def replaced(value):
         if isinstance(value, keras.layers.Layer):
-            new = replace(value)
-            if new is not value and tracker.is_in_store("layers", value):
-                tracker.replace_tracked_value("layers", value, new)
-            return new
+            return layers.get(id(value), value)
         if isinstance(value, list | tuple):
             items = [replaced(item) for item in value]
-            same = all(a is b for a, b in zip(items, value, strict=True))
-            return value if same else type(value)(items) if type(value) is tuple else items
+            if all(a is b for a, b in zip(items, value, strict=True)):
+                return value
+            if hasattr(value, "_fields"):
+                return type(value)(*items)
+            return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, dict):
             table = {key: replaced(item) for key, item in value.items()}
             return value if all(table[key] is value[key] for key in table) else table
         return value
 
-    for name, value in attributes(model):
-        if not any(value is store for store in stores):
+    for layer in internals.layers_in(holder, include_self=False, recursive=False):
+        if id(layer) in layers:
+            internals.replace_tracked(holder, layer, layers[id(layer)])
+    for name, value in attributes(holder):
+        if not any(value is one for one in lists):
             new = replaced(value)
             if new is not value:
-                setattr(model, name, new)
-    # Traced with the layers before.
-    for name in ("train_function", "test_function", "predict_function"):
-        if getattr(model, name, None) is not None:
-            setattr(model, name, None)
+                setattr(holder, name, new)
+
+
+def _restart_optimizer(model):
+    """Makes a built optimizer anew: what it keeps is of other variables than the model has now."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and optimizer.built:
+        model.optimizer = type(optimizer).from_config(optimizer.get_config())

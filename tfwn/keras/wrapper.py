@@ -13,17 +13,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfwn.keras import internals
 from tfwn.keras.data_dependent_init import (
-    DEPTHWISE,
     INITIALIZABLE,
-    TRANSPOSED,
+    NOT_INITIALIZABLE,
     initializing_call,
     refuse,
 )
-from tfwn.keras.scope import Substitution, exact
+from tfwn.keras.normalized import NormalizedVariable, OfWeight, find, is_weight, normalize
+from tfwn.keras.scope import Substitution
 from tfwn.layer import is_initializing
-from tfwn.ops import weight_norm
-from tfwn.weight import check_axis, norm
+from tfwn.modules import refuse_keras_2
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -33,7 +33,7 @@ if keras.backend.backend() != "tensorflow":
 
 
 @keras.saving.register_keras_serializable(package="tfwn")
-class WeightNormalization(keras.layers.Wrapper):
+class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
     """Weight-normalizes the kernels of a Keras layer: w = g * v / ||v|| (paper, section 2, eq. 2).
 
     Any layer can be wrapped: Dense, convolutions, EinsumDense, recurrent layers, and layers that
@@ -69,10 +69,7 @@ class WeightNormalization(keras.layers.Wrapper):
     """
 
     def __init__(self, layer, data_init=False, *, weight_names=None, axis="auto", **kwargs):
-        if not isinstance(layer, keras.layers.Layer):
-            raise ValueError(f"layer must be a Keras layer, got {layer!r}")
-        if isinstance(layer, WeightNormalization):
-            raise ValueError(f"layer is weight-normalized already: {layer.name!r}")
+        _check_layer(layer)
         if data_init:
             raise ValueError(
                 "data_init=True is not an argument of the layer here: build the model, then call "
@@ -81,21 +78,33 @@ class WeightNormalization(keras.layers.Wrapper):
         # Keras reads from these signatures which arguments, masks and shapes to pass.
         object.__setattr__(self, "call", _with_signature(self._call, layer.call))
         self.build.__signature__ = inspect.signature(layer.build)  # type: ignore[attr-defined]
-        super().__init__(
-            layer, **{"dtype": layer.dtype_policy, "trainable": layer.trainable} | kwargs
-        )
+        options = {
+            "dtype": layer.dtype_policy,
+            "trainable": layer.trainable,
+            "autocast": layer.autocast,
+        }
+        super().__init__(layer, **options | kwargs)
+        internals.pass_arguments_on(self, layer)
         self.weight_names = None if weight_names is None else list(weight_names)
         self.axis = axis
         self.supports_masking = layer.supports_masking
         self.normalized: tuple[NormalizedVariable, ...] = ()
+        # Where data-dependent initialization marks that it has been here. Saved with the model, but
+        # no weight of it: no arithmetic over weights can set it. Made here, so that a checkpoint
+        # can be restored before the layer is built.
+        self.initialized = None
+        self.built_while_initializing = False
+        if not isinstance(layer, NOT_INITIALIZABLE):
+            with tf.init_scope():
+                self.initialized = tf.Variable(False, trainable=False, name="initialized")
 
     def build(self, *shapes, **named_shapes):
         """Builds the layer, and makes a g for each of its kernels."""
-        if not self.layer.built:
-            self.layer.build(*shapes, **named_shapes)
-            self.layer.built = True
+        internals.build_from_shape(self.layer, *shapes, **named_shapes)
         self._build_shapes = [list(shapes), dict(named_shapes)]
-        found = list(self._find())
+        self.built_while_initializing = is_initializing()
+        _check_layer(self.layer)
+        found = list(find(self.layer, self._is_weight))
         if not found:
             paths = [variable.path for variable in self.layer.variables]
             raise ValueError(
@@ -105,27 +114,20 @@ class WeightNormalization(keras.layers.Wrapper):
             )
         self._check_names({v.name for _, v in found})
         # A tuple: Keras' tracker would make a layer's list of variables of a list.
-        self.normalized = tuple(self._normalize(*one) for one in found)
+        self.normalized = tuple(normalize(self, *one) for one in found)
         # tf.train.Checkpoint saves what is an attribute.
         for i, one in enumerate(self.normalized):
             setattr(self, "g" if len(found) == 1 else f"g_{i}", one.g)
-        # Where data-dependent initialization marks that it has been here; saved with the model.
-        self.initialized = None
-        if self.can_initialize():
-            self.initialized = self.add_weight(
-                shape=(), dtype="bool", initializer="zeros", trainable=False, name="initialized"
-            )
+        if self.initialized is not None and not self.can_initialize():
+            del self.initialized  # From checkpoints too.
+            self.initialized = None
 
-    def _find(self):
-        """Yields (owner, v) for each variable to normalize."""
-        seen = set()
-        for owner in self.layer._flatten_layers():
-            if isinstance(owner, WeightNormalization):
-                raise ValueError(f"layer {self.layer.name!r} holds {owner!r}: normalize it once")
-            for v in vars(owner).values():
-                if isinstance(v, keras.Variable) and id(v) not in seen and self._is_weight(v):
-                    seen.add(id(v))
-                    yield owner, v
+    def _maybe_build(self, call_spec):
+        # Keras counts a layer as built that it could not build from its saved configuration.
+        if not self.normalized:
+            self.built = False
+            internals.build_by_call(self.layer, call_spec)
+        super()._maybe_build(call_spec)
 
     def _check_names(self, selected):
         """Refuses names of `weight_names` and `axis` that no variable has."""
@@ -146,44 +148,24 @@ class WeightNormalization(keras.layers.Wrapper):
             return variable.name in self.weight_names
         return is_weight(variable)
 
-    def _normalize(self, owner, v) -> "NormalizedVariable":
-        axis = self.axis.get(v.name, "auto") if isinstance(self.axis, Mapping) else self.axis
-        axis = unit_axes(owner, v) if isinstance(axis, str) and axis == "auto" else axis
-        axes = check_axis(axis, len(v.shape))
-        if v.constraint is not None:
-            raise ValueError(
-                f"{v.path} has the constraint {v.constraint!r}, which would act on v and not on "
-                "w = g * v / ||v||: remove it from the layer"
-            )
-        g = self.add_weight(
-            shape=[v.shape[a] for a in axes],
-            initializer=lambda shape, dtype: norm(exact(v), axes),
-            dtype=v._dtype,
-            trainable=v.trainable,
-            autocast=False,
-            name=_relative_path(v, self.layer) + "_g",
-        )
-        normalized = NormalizedVariable(owner, v, g, axes)
-        if v.regularizer is not None:
-            v.regularizer = _OfWeight(v.regularizer, normalized)
-        return normalized
-
     def _call(self, *args, **kwargs):
         if is_initializing():
             return self._initialize_and_call(*args, **kwargs)
-        for n in self.normalized:
-            if not any(value is n.v for value in vars(n.owner).values()):
-                raise RuntimeError(
-                    f"{n.owner.name!r} has another variable than the {n.v.path} that it was "
-                    "weight-normalized with, as quantize() makes it: do that to what tfwn.fold "
-                    "returns"
-                )
-        # A type the layer computes in, w comes out in it: no cast, no copy in the variable's type.
-        with Substitution([(n.v, n.w(n.v.dtype)) for n in self.normalized]) as scope:
+        for one in self.normalized:
+            one.check_owner()
+        # w belongs into what is rematerialized, where gradients reach only variables and arguments.
+        return internals.rematerialized(self.layer, self._call_with_w, args, kwargs)
+
+    def _call_with_w(self, *args, **kwargs):
+        with self._reading_w() as scope, internals.without_remat(self.layer):
             outputs = self.layer(*args, **kwargs)
         for loss in scope.own_losses:
             self.add_loss(loss)
         return outputs
+
+    def _reading_w(self, **options) -> Substitution:
+        """While active, what reads a kernel of the layer gets w."""
+        return Substitution([(one.v, one.reading()) for one in self.normalized], **options)
 
     def _initialize_and_call(self, *args, **kwargs):
         if not self.can_initialize():
@@ -191,12 +173,17 @@ class WeightNormalization(keras.layers.Wrapper):
         with contextlib.ExitStack() as stack:
             for normalized in self.normalized:
                 stack.enter_context(initializing_call(self, normalized))
-            return self.layer(*args, **kwargs)
+            stack.enter_context(internals.without_remat(self.layer))
+            outputs = self.layer(*args, **kwargs)
+        self.built_while_initializing = False
+        return outputs
 
     def can_initialize(self) -> bool:
         """Whether `tfwn.data_dependent_init` can set g and the bias of this layer."""
         owners = [normalized.owner for normalized in self.normalized]
-        return all(isinstance(o, INITIALIZABLE) and owners.count(o) == 1 for o in owners)
+        return not isinstance(self.layer, NOT_INITIALIZABLE) and all(
+            isinstance(o, INITIALIZABLE) and owners.count(o) == 1 for o in owners
+        )
 
     def fold(self) -> keras.layers.Layer:
         """Writes w into the layer's kernels and returns the layer, plain again (the inverse).
@@ -208,12 +195,65 @@ class WeightNormalization(keras.layers.Wrapper):
         True
         """
         for normalized in self.normalized:
-            normalized.v.assign(normalized.w())
-            # With v = w the wrapper is what it was: also where g was negative.
-            normalized.g.assign(norm(exact(normalized.v), normalized.axis))
-            if isinstance(normalized.v.regularizer, _OfWeight):
+            normalized.check_owner()
+        for normalized in self.normalized:
+            normalized.fold()
+            if isinstance(normalized.v.regularizer, OfWeight):
                 normalized.v.regularizer = normalized.v.regularizer.regularizer
         return self.layer
+
+    def quantize(self, mode=None, **kwargs):
+        """Refused: what is quantized is the plain layer."""
+        raise ValueError(
+            f"{self.name!r} is weight-normalized: call tfwn.fold first, and quantize() on what it "
+            "returns"
+        )
+
+    def __getattr__(self, name):
+        # What callers read of the layer, as its `receptive_field`; with w as its kernel.
+        layer = vars(self).get("layer")
+        if layer is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if isinstance(inspect.getattr_static(type(layer), name, None), property):
+            with self._reading_w():
+                value = getattr(layer, name)
+        else:
+            value = getattr(layer, name)
+        for one in self.normalized:
+            if value is one.v:
+                return one.w()
+        if inspect.ismethod(value) and value.__self__ is layer:
+            return self._method(value)
+        return value
+
+    # keras.layers.RNN draws the masks of a cell before its loop over time, and drops them after it.
+    def get_dropout_mask(self, step_input):
+        """The cell's own."""
+        if isinstance(self.layer, internals.DropoutRNNCell):
+            return self.layer.get_dropout_mask(step_input)
+
+    def get_recurrent_dropout_mask(self, step_input):
+        """The cell's own."""
+        if isinstance(self.layer, internals.DropoutRNNCell):
+            return self.layer.get_recurrent_dropout_mask(step_input)
+
+    def reset_dropout_mask(self):
+        """The cell's own."""
+        if isinstance(self.layer, internals.DropoutRNNCell):
+            self.layer.reset_dropout_mask()
+
+    def reset_recurrent_dropout_mask(self):
+        """The cell's own."""
+        if isinstance(self.layer, internals.DropoutRNNCell):
+            self.layer.reset_recurrent_dropout_mask()
+
+    def _method(self, method):
+        @functools.wraps(method)
+        def call(*args, **kwargs):
+            with self._reading_w(initialize_variables=True):
+                return method(*args, **kwargs)
+
+        return call
 
     def compute_output_shape(self, *args, **kwargs):
         """The layer's own."""
@@ -230,6 +270,9 @@ class WeightNormalization(keras.layers.Wrapper):
     def get_config(self) -> dict[str, Any]:
         """The arguments, from which `from_config` makes the same layer without its variables."""
         config = super().get_config()
+        if not internals.has_own_build(self.layer):
+            # It says "built" of a layer that only a call builds.
+            config["layer"].pop("build_config", None)
         config.update(weight_names=self.weight_names, axis=self.axis)
         return config
 
@@ -250,13 +293,62 @@ class WeightNormalization(keras.layers.Wrapper):
         return {"shapes": self._build_shapes} if self.built else None
 
     def build_from_config(self, config):
-        """Builds the layer with the shapes from `get_build_config`."""
+        """Builds the layer with the shapes from `get_build_config`, unless only a call can."""
         shapes, named_shapes = config["shapes"]
-        self.build(*map(_as_shape, shapes), **{k: _as_shape(s) for k, s in named_shapes.items()})
+        shapes = [_as_shape(shape) for shape in shapes]
+        named_shapes = {name: _as_shape(shape) for name, shape in named_shapes.items()}
+        internals.build_from_shape(self.layer, *shapes, **named_shapes)
+        if not internals.waits_for_call(self.layer):
+            self.build(*shapes, **named_shapes)
+
+    def save_own_variables(self, store):
+        """Writes g, and whether the layer was initialized from data."""
+        for i, one in enumerate(self.normalized):
+            store[f"g_{i}"] = one.merged_g()
+        if self.normalized and self.initialized is not None:
+            store["initialized"] = self.initialized
+
+    def load_own_variables(self, store):
+        """Reads what `save_own_variables` wrote, here or in tfwn 0.1.0, which numbered it."""
+        names = set(store.keys())
+        gains = [one.g for one in self.normalized]
+        new = {f"g_{i}": g for i, g in enumerate(gains)}
+        old = {str(i): g for i, g in enumerate(sorted(gains, key=lambda g: not g.trainable))}
+        if gains and self.initialized is not None:
+            new["initialized"] = old[str(len(gains))] = self.initialized
+        variables = new if names == set(new) else old
+        shapes = {name: tuple(store[name].shape) for name in names}
+        expected = {name: tuple(variable.shape) for name, variable in variables.items()}
+        if shapes != expected:
+            raise ValueError(
+                f"the file's variables for {self.name!r} have the shapes {shapes}, and those of "
+                f"tfwn.keras.WeightNormalization have {expected}: load files of a folded or plain "
+                "model into a plain one, and weight-normalize that by tfwn.reparameterize"
+            )
+        for name, variable in variables.items():
+            variable.assign(store[name])
+
+
+def _check_layer(layer):
+    """Refuses what cannot be wrapped."""
+    if not isinstance(layer, keras.layers.Layer):
+        refuse_keras_2(layer)
+        raise ValueError(f"layer must be a Keras layer, got {layer!r}")
+    if isinstance(layer, WeightNormalization):
+        raise ValueError(f"layer is weight-normalized already: {layer.name!r}")
+    for one in internals.layers_in(layer):
+        if isinstance(one, WeightNormalization):
+            raise ValueError(f"layer {layer.name!r} holds {one!r}: normalize it once")
+        if one.quantization_mode is not None:
+            raise ValueError(
+                f"layer {one.name!r} has the quantized dtype {one.dtype_policy.name!r}, in which "
+                "a kernel cannot be v: weight-normalize it in a float dtype, and call quantize() "
+                "on what tfwn.fold returns"
+            )
 
 
 def _forwarded(name: str) -> property:
-    """An attribute of the wrapped layer, for keras.layers.Bidirectional and users of RNNs."""
+    """An attribute of the wrapped layer that Keras sets, or looks for in the class."""
 
     def assign(self, value):
         setattr(self.layer, name, value)
@@ -267,67 +359,9 @@ def _forwarded(name: str) -> property:
 for _name in (
     *("go_backwards", "return_sequences", "return_state", "stateful", "unroll"),
     *("zero_output_for_mask", "states", "reset_state"),
+    *("state_size", "output_size", "get_initial_state"),
 ):
     setattr(WeightNormalization, _name, _forwarded(_name))
-
-
-class NormalizedVariable:
-    """One normalized variable of a Keras layer: `v` and `g`, the `axis` of g in v, its `owner`."""
-
-    def __init__(self, owner, v, g, axis):
-        self.owner = owner
-        self.v = v
-        self.g = g
-        self.axis = axis
-
-    def w(self, dtype=None) -> tf.Tensor:
-        """Returns w = g * v / ||v||, of type `dtype`, by default v's."""
-        return self.scaled(exact(self.g), dtype)
-
-    def scaled(self, g, dtype=None) -> tf.Tensor:
-        """Returns g * v / ||v|| with this g."""
-        return weight_norm(exact(self.v), g, self.axis, out_dtype=dtype or self.v._dtype)
-
-
-class _OfWeight(keras.regularizers.Regularizer):
-    """The regularizer of a variable v, on w."""
-
-    def __init__(self, regularizer, normalized):
-        self.regularizer = regularizer
-        self.normalized = normalized
-
-    def __call__(self, v):
-        return self.regularizer(self.normalized.w())
-
-
-def is_weight(variable: keras.Variable) -> bool:
-    """Whether the variable is normalized by default."""
-    return variable.name in ("kernel", "embeddings") or variable.name.endswith("_kernel")
-
-
-def unit_axes(owner: keras.layers.Layer, v: keras.Variable) -> int | tuple[int, ...]:
-    """The axes of a Keras layer's kernel that index its output units."""
-    if v.name == "depthwise_kernel" or isinstance(owner, DEPTHWISE):
-        return (-2, -1)
-    if isinstance(owner, TRANSPOSED):
-        return -2
-    if isinstance(owner, keras.layers.Embedding):
-        return 0
-    if isinstance(owner, keras.layers.EinsumDense):
-        inputs, output = owner.equation.replace(" ", "").split("->")
-        kernel = inputs.split(",")[1]
-        axes = tuple(i for i, letter in enumerate(kernel) if letter in output)
-        if len(axes) == len(kernel):
-            raise ValueError(
-                f"the equation {owner.equation!r} of {owner.name!r} sums over no axis of its "
-                "kernel, so that there is no norm: give axis"
-            )
-        return axes
-    return -1
-
-
-def _relative_path(v, layer) -> str:
-    return v.path.removeprefix(f"{layer.path}/").replace("/", "_")
 
 
 def _with_signature(function, model):

@@ -7,8 +7,10 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <tuple>
 #include <vector>
 
+#include "cuda_pipeline_primitives.h"
 #include "cuda_runtime.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -29,22 +31,36 @@ namespace cuda_on_cpu {
 
 int64_t shared_memory_per_block = 227 << 10;
 int multiprocessors = 132;
+int architecture = 90;
+int resident = 4;
+int max_clusters = 16;
 unsigned max_grid = 0x7fffffff;
 uint64_t schedule = 0;
-int64_t launches = 0;
+void* left_by_launch = nullptr;
+size_t left_by_launch_bytes = 0;
+int64_t launches = 0, cluster_launches = 0, overlapping_launches = 0;
 
 namespace {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStackBytes = 64 << 10;
 
-enum State { kRunning, kAtBlockBarrier, kAtWarpBarrier, kDone };
+enum State { kRunning, kAtBlockBarrier, kAtWarpBarrier, kAtClusterBarrier, kAtLaunch, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
   double shuffled;
+  bool arrived;                           // at a cluster barrier, without having waited there
+  int64_t phase;                          // of the cluster barrier that it arrived at
+  std::vector<std::vector<Copy>> copies;  // by group, the last one open
   void* sanitizer_stack = nullptr;
 };
 
@@ -52,10 +68,17 @@ ucontext_t scheduler;
 void* scheduler_sanitizer_stack = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
-std::vector<Fiber> fibers;
+std::vector<Fiber> fibers;  // of the cluster, block by block
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
-std::map<std::pair<const void*, int64_t>, int64_t> allowed;  // By kernel and device.
+std::map<std::tuple<const void*, int, cudaFuncAttribute>, int64_t> attributes;
+// The shared memory of the cluster's blocks but for the one in `current`, which is in its place.
+std::vector<std::vector<char>> memories;
+unsigned cluster = 1, current = 0, first_block = 0;
+size_t shared_bytes = 0;
+int64_t cluster_phase = 0, cluster_arrivals = 0;
+bool overlapping = false, waited_for_launch = false;
+std::vector<char> left;  // what left_by_launch holds in truth
 
 [[noreturn]] void Fail(const char* what) {
   std::printf("FAILED: CUDA: %s\n", what);
@@ -63,7 +86,7 @@ std::map<std::pair<const void*, int64_t>, int64_t> allowed;  // By kernel and de
   std::abort();
 }
 
-// The address sanitizer has to be told of each change of stack.
+// The address sanitizer has to know of each change of stack.
 void Leave(void** save, const void* stack, size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(save, stack, bytes);
@@ -97,7 +120,7 @@ void Main() {
 
 void RunFiber(unsigned index) {
   running = &fibers[index];
-  threadIdx = dim3(index);
+  threadIdx = dim3(index % blockDim.x);
   running->state = kRunning;
   Leave(&scheduler_sanitizer_stack, running->stack.get(), kStackBytes);
   swapcontext(&scheduler, &running->context);
@@ -109,50 +132,95 @@ unsigned Count(State state, unsigned begin, unsigned end) {
                                              [&](const Fiber& f) { return f.state == state; }));
 }
 
-void RunBlock(std::mt19937_64* random) {
-  const unsigned threads = blockDim.x;
+// Opens a barrier that all fibers from begin to end have come to.
+bool Open(State barrier, unsigned begin, unsigned end) {
+  if (Count(barrier, begin, end) != end - begin) return false;
+  for (unsigned i = begin; i < end; ++i) fibers[i].state = kRunning;
+  return true;
+}
+
+// Runs a block's fibers until each is done or waits for the rest of the cluster.
+void RunBlock(unsigned rank, std::mt19937_64* random) {
+  const unsigned threads = blockDim.x, first = rank * threads, last = first + threads;
+  blockIdx = dim3(first_block + rank);
+  current = rank;
+  std::memcpy(tfwn::cuda::shared_memory, memories[rank].data(), shared_bytes);
+  std::vector<unsigned> order(threads);
+  for (unsigned i = 0; i < threads; ++i) order[i] = first + i;
+  for (bool opened = true; opened;) {
+    std::shuffle(order.begin(), order.end(), *random);
+    for (const unsigned i : order) {
+      if (fibers[i].state == kRunning) RunFiber(i);
+    }
+    opened = false;
+    for (unsigned begin = first; begin < last; begin += kWarp) {
+      opened |= Open(kAtWarpBarrier, begin, std::min(last, begin + kWarp));
+    }
+    opened |= Open(kAtBlockBarrier, first, last);
+  }
+  std::memcpy(memories[rank].data(), tfwn::cuda::shared_memory, shared_bytes);
+}
+
+void RunCluster(std::mt19937_64* random) {
+  const unsigned all = cluster * blockDim.x;
   for (Fiber& fiber : fibers) {
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = nullptr;
     fiber.state = kRunning;
+    fiber.arrived = false;
+    fiber.copies.assign(1, {});
     fiber.sanitizer_stack = nullptr;
     makecontext(&fiber.context, Main, 0);
   }
-  std::vector<unsigned> order(threads);
-  for (unsigned i = 0; i < threads; ++i) order[i] = i;
-  while (Count(kDone, 0, threads) < threads) {
-    std::shuffle(order.begin(), order.end(), *random);
-    for (const unsigned i : order) {
-      if (fibers[i].state == kRunning) RunFiber(i);
-    }
-    // A barrier opens once all have come to it.
+  // NaN, were it used without being set.
+  memories.assign(cluster, std::vector<char>(shared_bytes, '\xff'));
+  cluster_phase = cluster_arrivals = 0;
+  waited_for_launch = !overlapping;
+  if (overlapping) std::memset(left_by_launch, 0xff, left_by_launch_bytes);
+  std::vector<unsigned> ranks(cluster);
+  for (unsigned i = 0; i < cluster; ++i) ranks[i] = i;
+  while (Count(kDone, 0, all) < all) {
+    std::shuffle(ranks.begin(), ranks.end(), *random);
+    for (const unsigned rank : ranks) RunBlock(rank, random);
     bool opened = false;
-    for (unsigned begin = 0; begin < threads; begin += kWarp) {
-      const unsigned end = std::min(threads, begin + kWarp);
-      if (Count(kAtWarpBarrier, begin, end) != end - begin) continue;
-      for (unsigned i = begin; i < end; ++i) fibers[i].state = kRunning;
+    for (Fiber& fiber : fibers) {
+      if (fiber.state != kAtClusterBarrier || fiber.phase == cluster_phase) continue;
+      fiber.state = kRunning;
       opened = true;
     }
-    if (Count(kAtBlockBarrier, 0, threads) == threads) {
-      for (Fiber& fiber : fibers) fiber.state = kRunning;
-      opened = true;
+    if (Open(kAtLaunch, 0, all)) {
+      std::memcpy(left_by_launch, left.data(), left.size());
+      waited_for_launch = opened = true;
     }
-    if (!opened && Count(kDone, 0, threads) < threads) Fail("a barrier that not all threads reach");
+    if (!opened && Count(kDone, 0, all) < all) Fail("a barrier that not all threads reach");
+  }
+  if (!waited_for_launch) Fail("an overlapping launch that does not wait for the one before");
+  for (const Fiber& fiber : fibers) {
+    if (fiber.arrived) Fail("a thread that arrives at a cluster barrier and does not wait");
   }
 }
 
 }  // namespace
 
-void AllowSharedMemory(const void* kernel, int64_t bytes) {
-  const auto found = allowed.emplace(std::pair(kernel, shared_memory_per_block), bytes).first;
-  if (found->second != bytes) Fail("a kernel's limit of shared memory is changed");
+int DeviceNumber() {
+  static std::map<std::tuple<int64_t, int, int, int, int>, int> numbers;
+  const std::tuple device(shared_memory_per_block, multiprocessors, architecture, resident,
+                          max_clusters);
+  return numbers.emplace(device, static_cast<int>(numbers.size())).first->second;
+}
+
+void SetAttribute(const void* kernel, cudaFuncAttribute attribute, int64_t value) {
+  if (!attributes.emplace(std::tuple(kernel, DeviceNumber(), attribute), value).second) {
+    Fail("an attribute of a kernel is set twice");
+  }
 }
 
 int64_t SharedMemoryAllowed(const void* kernel) {
-  const auto found = allowed.find({kernel, shared_memory_per_block});
-  return std::max<int64_t>(48 << 10, found == allowed.end() ? 0 : found->second);
+  const auto found =
+      attributes.find({kernel, DeviceNumber(), cudaFuncAttributeMaxDynamicSharedMemorySize});
+  return std::max<int64_t>(48 << 10, found == attributes.end() ? 0 : found->second);
 }
 
 double ShuffleXor(double value, int lane_mask) {
@@ -165,43 +233,118 @@ double ShuffleXor(double value, int lane_mask) {
 }
 
 cudaError_t LaunchBlocks(const cudaLaunchConfig_t& config, const std::function<void()>& thread) {
+  using tfwn::cuda::kSharedBytes;
+  using tfwn::cuda::shared_memory;
+  cluster = 1;
+  overlapping = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    if (architecture < 90) Fail("a launch attribute that the device does not know");
+    if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      cluster = config.attrs[i].val.clusterDim.x;
+    } else {
+      overlapping = config.attrs[i].val.programmaticStreamSerializationAllowed != 0;
+    }
+  }
   if (config.gridDim.x == 0 || config.gridDim.x > 0x7fffffff || config.blockDim.x == 0 ||
-      config.blockDim.x > 1024) {
+      config.blockDim.x > 1024 || cluster == 0 || cluster > 8 || config.gridDim.x % cluster != 0) {
     return cudaErrorInvalidValue;
   }
   ++launches;
+  cluster_launches += cluster > 1;
+  overlapping_launches += overlapping;
   std::mt19937_64 random(schedule++);
-  gridDim = dim3(std::min(config.gridDim.x, max_grid));
+  gridDim = dim3(std::min(config.gridDim.x, (max_grid + cluster - 1) / cluster * cluster));
   blockDim = config.blockDim;
-  if (fibers.size() != blockDim.x) {
+  shared_bytes = config.dynamicSmemBytes;
+  if (fibers.size() != cluster * blockDim.x) {
     fibers.clear();
-    fibers = std::vector<Fiber>(blockDim.x);
+    fibers = std::vector<Fiber>(cluster * blockDim.x);
   }
   body = &thread;
-  using tfwn::cuda::kSharedBytes;
-  using tfwn::cuda::shared_memory;
-  std::vector<unsigned> blocks(gridDim.x);
-  for (unsigned i = 0; i < gridDim.x; ++i) blocks[i] = i;
-  std::shuffle(blocks.begin(), blocks.end(), random);
-  for (const unsigned block : blocks) {
-    std::memset(shared_memory, 0xff, kSharedBytes);  // NaN, were it used without being set
-#if defined(__SANITIZE_ADDRESS__)
-    ASAN_POISON_MEMORY_REGION(shared_memory + config.dynamicSmemBytes,
-                              kSharedBytes - config.dynamicSmemBytes);
-#endif
-    blockIdx = dim3(block);
-    RunBlock(&random);
-#if defined(__SANITIZE_ADDRESS__)
-    ASAN_UNPOISON_MEMORY_REGION(shared_memory, kSharedBytes);
-#else
-    for (size_t i = config.dynamicSmemBytes; i < kSharedBytes; ++i) {
-      if (shared_memory[i] != '\xff') Fail("a write beyond the shared memory asked for");
-    }
-#endif
+  if (overlapping) {
+    const char* const bytes = static_cast<const char*>(left_by_launch);
+    left.assign(bytes, bytes + left_by_launch_bytes);
   }
+  std::vector<unsigned> clusters(gridDim.x / cluster);
+  for (unsigned i = 0; i < clusters.size(); ++i) clusters[i] = i;
+  std::shuffle(clusters.begin(), clusters.end(), random);
+  std::memset(shared_memory, 0xff, kSharedBytes);
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_POISON_MEMORY_REGION(shared_memory + shared_bytes, kSharedBytes - shared_bytes);
+#endif
+  for (const unsigned number : clusters) {
+    first_block = number * cluster;
+    RunCluster(&random);
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(shared_memory, kSharedBytes);
+#else
+  for (size_t i = shared_bytes; i < kSharedBytes; ++i) {
+    if (shared_memory[i] != '\xff') Fail("a write beyond the shared memory asked for");
+  }
+#endif
   return cudaSuccess;
 }
 
 }  // namespace cuda_on_cpu
 
+using cuda_on_cpu::Copy;
+using cuda_on_cpu::Fail;
+using cuda_on_cpu::running;
+
 void __syncthreads() { cuda_on_cpu::Yield(cuda_on_cpu::kAtBlockBarrier); }
+
+void __cluster_barrier_arrive() {
+  if (cuda_on_cpu::architecture < 90) Fail("a cluster barrier on a device without clusters");
+  if (running->arrived) Fail("a thread arrives at a cluster barrier twice");
+  running->arrived = true;
+  running->phase = cuda_on_cpu::cluster_phase;
+  const size_t all = cuda_on_cpu::fibers.size();
+  if (static_cast<size_t>(++cuda_on_cpu::cluster_arrivals) < all) return;
+  cuda_on_cpu::cluster_arrivals = 0;
+  ++cuda_on_cpu::cluster_phase;
+}
+
+void __cluster_barrier_wait() {
+  if (!running->arrived) Fail("a thread waits at a cluster barrier before it arrives there");
+  if (running->phase == cuda_on_cpu::cluster_phase) {
+    cuda_on_cpu::Yield(cuda_on_cpu::kAtClusterBarrier);
+  }
+  running->arrived = false;
+}
+
+void* __cluster_map_shared_rank(const void* shared, unsigned rank) {
+  if (rank >= cuda_on_cpu::cluster) Fail("a block that the cluster does not have");
+  if (rank == cuda_on_cpu::current) return const_cast<void*>(shared);
+  const unsigned first = rank * blockDim.x;
+  if (cuda_on_cpu::Count(cuda_on_cpu::kDone, first, first + blockDim.x) > 0) {
+    Fail("a look at the shared memory of a block that has ended");
+  }
+  const auto at = static_cast<const char*>(shared) - tfwn::cuda::shared_memory;
+  return cuda_on_cpu::memories[rank].data() + at;
+}
+
+void cudaGridDependencySynchronize() {
+  if (cuda_on_cpu::architecture < 90) return;
+  if (!cuda_on_cpu::waited_for_launch) cuda_on_cpu::Yield(cuda_on_cpu::kAtLaunch);
+}
+
+void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || !aligned(to) || !aligned(from)) {
+    Fail("an asynchronous copy between places that are not aligned");
+  }
+  std::memset(to, 0xff, bytes);
+  running->copies.back().push_back({to, from, bytes});
+}
+
+void __pipeline_commit() { running->copies.emplace_back(); }
+
+void __pipeline_wait_prior(size_t groups) {
+  auto& copies = running->copies;
+  const size_t done = copies.size() - 1 > groups ? copies.size() - 1 - groups : 0;
+  for (size_t i = 0; i < done; ++i) {
+    for (const Copy& copy : copies[i]) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(done));
+}

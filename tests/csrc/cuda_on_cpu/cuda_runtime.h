@@ -2,12 +2,16 @@
 // checked where there is no GPU: g++ -x c++ -Itests/csrc/cuda_on_cpu -Icsrc
 // csrc/weight_norm_cuda.cu.
 //
-// Blocks run one after another. The threads of a block are fibers that take turns at
-// __syncthreads() and shuffles, in an order that is drawn anew each time: where a barrier is
-// missing, results depend on it. A thread that misses a barrier which others wait at is an error,
-// as is a block that asks for more shared memory than the device has, and a kernel whose limit of
-// it is set to different values: host threads that launch it would fall over each other. What this
-// cannot show: speed, and what nvcc makes of it.
+// Clusters of blocks run one after another. The threads of a cluster are fibers that take turns at
+// barriers and shuffles, in an order that is drawn anew each time: where a barrier is missing,
+// results depend on it. Memory of which nobody may know the contents yet is NaN: shared memory that
+// is not set, the target of an asynchronous copy until it has been waited for, and what the launch
+// before wrote until a launch that overlaps it has waited for that.
+//
+// Errors: a barrier that not all threads reach; a look at the shared memory of a block that has
+// ended; more shared memory than the device has; a copy between places that are not aligned; an
+// attribute of a kernel set twice on a device; features of sm_90 on a device that has none. What
+// this cannot show: speed, and what nvcc makes of it.
 
 #ifndef TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_RUNTIME_H_
 #define TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_RUNTIME_H_
@@ -44,13 +48,38 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout
+};
+enum { cudaSharedmemCarveoutMaxShared = 100 };
 using cudaStream_t = void*;
+
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+    int programmaticStreamSerializationAllowed;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
   cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+struct cudaFuncAttributes {
+  int ptxVersion;
 };
 
 namespace cuda_on_cpu {
@@ -58,12 +87,19 @@ namespace cuda_on_cpu {
 // The device, to be set by a test.
 extern int64_t shared_memory_per_block;
 extern int multiprocessors;
+extern int architecture;   // 90 and later have clusters and overlapping launches
+extern int resident;       // blocks per multiprocessor
+extern int max_clusters;   // that run at once
 extern unsigned max_grid;  // blocks that are really launched at most: others' work loops over
 extern uint64_t schedule;  // seed of the order in which threads take turns
-extern int64_t launches;
+// What a launch that another may overlap leaves for it.
+extern void* left_by_launch;
+extern size_t left_by_launch_bytes;
+extern int64_t launches, cluster_launches, overlapping_launches;
 
+int DeviceNumber();
 cudaError_t LaunchBlocks(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
-void AllowSharedMemory(const void* kernel, int64_t bytes);
+void SetAttribute(const void* kernel, cudaFuncAttribute attribute, int64_t value);
 int64_t SharedMemoryAllowed(const void* kernel);
 double ShuffleXor(double value, int lane_mask);
 
@@ -76,13 +112,19 @@ T __shfl_xor_sync(unsigned, T value, int lane_mask) {
   return static_cast<T>(cuda_on_cpu::ShuffleXor(value, lane_mask));
 }
 
+void __cluster_barrier_arrive();
+void __cluster_barrier_wait();
+void* __cluster_map_shared_rank(const void* shared, unsigned rank);
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+void cudaGridDependencySynchronize();
+
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = cuda_on_cpu::DeviceNumber();
   return cudaSuccess;
 }
 
 inline cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+  return device == cuda_on_cpu::DeviceNumber() ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
@@ -92,12 +134,36 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > cuda_on_cpu::shared_memory_per_block) return cudaErrorInvalidValue;
-  cuda_on_cpu::AllowSharedMemory(reinterpret_cast<const void*>(kernel), bytes);
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = cuda_on_cpu::architecture;
   return cudaSuccess;
 }
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute,
+                                        int value) {
+  const bool carveout = attribute == cudaFuncAttributePreferredSharedMemoryCarveout;
+  if (value > (carveout ? 100 : cuda_on_cpu::shared_memory_per_block)) return cudaErrorInvalidValue;
+  cuda_on_cpu::SetAttribute(kernel, attribute, value);
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void* kernel,
+                                                                 int, size_t shared_bytes) {
+  if (static_cast<int64_t>(shared_bytes) > cuda_on_cpu::SharedMemoryAllowed(kernel)) {
+    return cudaErrorInvalidValue;
+  }
+  *blocks = cuda_on_cpu::resident;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
+                                                  const cudaLaunchConfig_t*) {
+  if (cuda_on_cpu::architecture < 90) return cudaErrorInvalidValue;
+  *clusters = cuda_on_cpu::max_clusters;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) {
   *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
@@ -118,7 +184,7 @@ struct cudaPointerAttributes {
 };
 
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void*) {
-  *attributes = {cudaMemoryTypeDevice, 0};
+  *attributes = {cudaMemoryTypeDevice, cuda_on_cpu::DeviceNumber()};
   return cudaSuccess;
 }
 

@@ -1,0 +1,70 @@
+"""Batch normalization (Ioffe and Szegedy 2015), which the paper compares with."""
+
+import functools
+
+import tensorflow as tf
+
+
+class BatchNormalization(tf.Module):
+    """gamma (t - mu[t]) / sqrt(var[t] + epsilon) + beta; running moments at test time.
+
+    Args:
+      units: size of the last axis.
+      momentum: m <- momentum * m + (1 - momentum) * now, of the running moments.
+      epsilon: added to the variance.
+      synchronized: take the moments over the batches of all replicas, which have equal shares.
+    """
+
+    def __init__(self, units: int, momentum: float, epsilon: float, synchronized: bool = True):
+        super().__init__()
+        self.momentum, self.epsilon, self.synchronized = momentum, epsilon, synchronized
+        self.gamma = tf.Variable(tf.ones([units]), name="gamma")
+        self.beta = tf.Variable(tf.zeros([units]), name="beta")
+        running = functools.partial(
+            tf.Variable,
+            trainable=False,
+            # Each replica keeps its own; a read across replicas, as by a checkpoint, averages.
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.MEAN,
+        )
+        self.moving_mean = running(tf.zeros([units]), name="moving_mean")
+        self.moving_variance = running(tf.ones([units]), name="moving_variance")
+
+    def __call__(self, t, training: bool) -> tf.Tensor:
+        """Returns the normalized t, of t's type; the moments are float32."""
+        if not training:
+            return self._scale_and_shift(t, self.moving_mean, self.moving_variance)
+        if self.synchronized and tf.distribute.get_replica_context().num_replicas_in_sync > 1:
+            mean, variance = self._moments_of_all(t)
+            normalized = self._scale_and_shift(t, mean, variance)
+        else:
+            normalized, mean, variance = self._fused(t)
+        for moving, now in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign_sub((1 - self.momentum) * (moving - now))
+        return normalized
+
+    def _moments_of_all(self, t):
+        average = functools.partial(
+            tf.distribute.get_replica_context().all_reduce, tf.distribute.ReduceOp.MEAN
+        )
+        own, variance = tf.nn.moments(tf.cast(t, tf.float32), list(range(t.shape.rank - 1)))
+        mean = average(own)
+        return mean, average(variance + tf.square(own - mean))
+
+    def _scale_and_shift(self, t, mean, variance):
+        scale = self.gamma * tf.math.rsqrt(variance + self.epsilon)
+        return t * tf.cast(scale, t.dtype) + tf.cast(self.beta - mean * scale, t.dtype)
+
+    def _fused(self, t):
+        # The raw op, because TensorFlow's wrapper raises an epsilon below 1e-5 to that.
+        normalized, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=t if t.shape.rank == 4 else t[:, None, None, :],
+            scale=self.gamma,
+            offset=self.beta,
+            mean=[],
+            variance=[],
+            epsilon=self.epsilon,
+        )
+        n = tf.cast(tf.size(t) // t.shape[-1], tf.float32)
+        variance *= (n - 1) / n  # It divides by n - 1.
+        return tf.reshape(normalized, tf.shape(t)), mean, variance

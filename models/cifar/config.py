@@ -1,0 +1,97 @@
+"""The hyper-parameters of section 5.1, and the paper's results."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from tyro.conf import Positional
+
+from models.common.errors import UserError
+from models.common.options import Count, Fraction, Preset, RunConfig, Seed, option
+
+PAPER = {  # Test error in percent, figure 2.
+    "mean_only_bn": 8.52,
+    "weight_norm": 8.46,
+    "normal": 8.43,
+    "batch_norm": 8.05,
+    "weight_norm_mean_only_bn": 7.31,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """The hyper-parameters of section 5.1."""
+
+    out: str = option(
+        "runs/cifar-{preset}-{parameterization}-{seed}", resume="free"
+    )  # The run folder.
+    # Of every layer, the output layer included.
+    parameterization: Literal[
+        "normal", "batch_norm", "weight_norm", "weight_norm_mean_only_bn", "mean_only_bn"
+    ] = "weight_norm"
+    dataset: Literal["cifar10", "synthetic_cifar10"] = "cifar10"  # synthetic: needs no files.
+    whiten: bool = True  # ZCA whitening.
+    zca_epsilon: float = 1e-5  # Added to the eigenvalues in ZCA.
+    width: Count = option(96, memory=True)  # Channels of convolutions 1 to 3; then twice as many.
+    noise: float = 0.15  # Standard deviation of the Gaussian noise on the whitened images.
+    dropout: Fraction = 0.5  # Rate of both dropout layers.
+    leak: float = 0.1  # Slope of the leaky ReLU below zero.
+    init_examples: Count = 500  # Images of the data-dependent initialization.
+    frozen_g: bool = False  # The code's normal parameterization, deviation 3.
+    bn_momentum: Fraction = 0.9  # Of the running moments of (mean-only) batch norm.
+    bn_epsilon: float = 1e-6  # Added to the variance in batch norm.
+    synchronized: bool = True  # Take batch moments over all replicas, not over each one.
+    epochs: Count = 200  # Passes over the training images.
+    batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
+    # Adam's learning rate in the first half of the epochs (none: .0003 for normal, else .003).
+    learning_rate: float | None = option(None, named=True)
+    beta_1: Fraction = 0.9  # Adam's momentum in the first half of the epochs.
+    beta_1_late: Fraction = 0.5  # Adam's momentum in the second half.
+    beta_2: Fraction = 0.999  # Adam's decay of the squared gradient.
+    epsilon: float = 1e-8  # Adam's epsilon.
+    epsilon_inside_root: bool = False  # The code's Adam, deviation 2.
+    sweep: bool = False  # Run all five over --learning-rates and --seeds, below --out.
+    # The learning rates of the sweep.
+    learning_rates: tuple[float, ...] = option((0.0003, 0.001, 0.003, 0.01), resume="free")
+    seeds: tuple[Seed, ...] = option((0, 1, 2), resume="free")  # The seeds of the sweep.
+
+    PRESETS: ClassVar[dict[str, Preset]] = {
+        "paper": Preset("section 5.1 as published"),
+        "cpu": Preset(
+            "a quarter of the width, 8 epochs; not comparable with the paper's numbers",
+            {"width": 24, "epochs": 8},
+        ),
+        "smoke": Preset(
+            "only to see that it runs, in less than a minute; its numbers mean nothing",
+            {
+                "dataset": "synthetic_cifar10",
+                "whiten": False,
+                "width": 4,
+                "epochs": 2,
+                "init_examples": 100,
+            },
+        ),
+    }
+
+    def check(self) -> None:
+        """Refuses what cannot work."""
+        super().check()
+        if self.jit_compile and self.deterministic:
+            raise UserError(
+                "--jit-compile does not work with --deterministic: XLA has no deterministic "
+                "gradient of max pooling; leave one out"
+            )
+
+    @property
+    def first_learning_rate(self) -> float:
+        """The learning rate of the first half of the epochs."""
+        if self.learning_rate is None:
+            return 0.0003 if self.parameterization == "normal" else 0.003
+        return self.learning_rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Prints the test error of a checkpoint."""
+
+    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
+    data_dir: str = ""  # Where the data sets are; default: where the run found them.

@@ -1,0 +1,173 @@
+"""The network: table A, row by row, and its initialization."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import tfwn
+from models.cifar.batch_norm import BatchNormalization
+from models.cifar.config import Config
+from models.common import replicas
+
+
+class GaussianNoise(tf.Module):
+    """x + stddev * noise in training."""
+
+    def __init__(self, stddev):
+        super().__init__()
+        self.stddev = stddev
+
+    def __call__(self, x, training, seed):
+        """Returns x with noise."""
+        if not training:
+            return x
+        return x + tf.cast(self.stddev * replicas.normal_like(x, seed), x.dtype)
+
+
+class Dropout(tf.Module):
+    """In training zero with probability `rate`, else x / (1 - rate)."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def __call__(self, x, training, seed):
+        """Returns x with units dropped."""
+        if not training:
+            return x
+        kept = replicas.uniform_like(x, seed) >= self.rate
+        return tf.where(kept, x / (1 - self.rate), tf.zeros([], x.dtype))
+
+
+class Pool(tf.Module):
+    """2x2 max pooling with stride 2, or the global average."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def __call__(self, x, training, seed):
+        """Returns the pooled x."""
+        if self.kind == "average":
+            return tf.reduce_mean(x, [1, 2])
+        return tf.nn.max_pool2d(x, 2, 2, "VALID")
+
+
+def leaky_relu(t, slope):
+    """max(t, slope * t), whose gradient needs the output alone.
+
+    So t is not kept, and TensorFlow fuses convolution, b and this. Its own gradient reads t, which
+    makes Grappler report "remapper failed".
+    """
+
+    @tf.custom_gradient
+    def activate(t):
+        y = tf.nn.leaky_relu(t, slope)
+        return y, lambda grad: tf.raw_ops.LeakyReluGrad(gradients=grad, features=y, alpha=slope)
+
+    return activate(t)
+
+
+class Layer(tf.Module):
+    """act(w x + b) in the parameterization of the Config."""
+
+    def __init__(self, config, dtype, units, index, kernel=None, padding="same", activation=True):
+        super().__init__()
+        kind = config.parameterization
+        self.leak = config.leak if activation else None
+        init = functools.partial(tf.random.stateless_normal, seed=[config.seed, index], stddev=0.05)
+        self.frozen_g = None
+        if config.frozen_g and kind in ("normal", "mean_only_bn"):
+            init = tf.keras.initializers.GlorotUniform(config.seed + index)
+            self.frozen_g = tf.Variable(tf.ones([units]), trainable=False, name="frozen_g")
+        choices = {
+            "use_bias": kind in ("normal", "weight_norm"),
+            "parameterization": "weight_norm" if kind.startswith("weight_norm") else "normal",
+            "kernel_initializer": init,
+            "compute_dtype": dtype,
+        }
+        if kernel is None:
+            self.linear = tfwn.Dense(units, **choices)
+        else:
+            self.linear = tfwn.Conv2D(units, kernel, padding=padding, **choices)
+        self.norm: Any = None
+        if kind == "batch_norm":
+            self.norm = BatchNormalization(
+                units, config.bn_momentum, config.bn_epsilon, config.synchronized
+            )
+        elif kind.endswith("mean_only_bn"):
+            self.norm = tfwn.MeanOnlyBatchNormalization(
+                momentum=config.bn_momentum, synchronized=config.synchronized, compute_dtype=dtype
+            )
+
+    def __call__(self, x, training, seed):
+        """Returns the layer's outputs."""
+        w = None
+        if self.frozen_g is not None:
+            self.linear.build(x.shape)
+            w = self.linear.weight() * tf.cast(self.frozen_g, x.dtype)
+        t = self.linear(x, w)
+        if self.norm is not None:
+            t = self.norm(t, training)
+        return t if self.leak is None else leaky_relu(t, self.leak)
+
+
+class Network(tf.Module):
+    """Table A. `rows` holds its rows after ZCA whitening, by the paper's names, in its order."""
+
+    def __init__(self, config: Config, dtype=tf.float32):
+        super().__init__()
+        self.dtype, width = dtype, config.width
+        layer = functools.partial(Layer, config, dtype)
+        self.rows: list[tuple[str, Any]] = [
+            ("Gaussian noise", GaussianNoise(config.noise)),
+            ("3x3 conv leaky ReLU", layer(width, 0, 3)),
+            ("3x3 conv leaky ReLU", layer(width, 1, 3)),
+            ("3x3 conv leaky ReLU", layer(width, 2, 3)),
+            ("2x2 max pool, str. 2", Pool("max")),
+            ("dropout", Dropout(config.dropout)),
+            ("3x3 conv leaky ReLU", layer(2 * width, 3, 3)),
+            ("3x3 conv leaky ReLU", layer(2 * width, 4, 3)),
+            ("3x3 conv leaky ReLU", layer(2 * width, 5, 3)),
+            ("2x2 max pool, str. 2", Pool("max")),
+            ("dropout", Dropout(config.dropout)),
+            ("3x3 conv leaky ReLU", layer(2 * width, 6, 3, "valid")),
+            ("1x1 conv leaky ReLU", layer(2 * width, 7, 1)),
+            ("1x1 conv leaky ReLU", layer(2 * width, 8, 1)),
+            ("global average pool", Pool("average")),
+            ("softmax output", layer(10, 9, activation=False)),
+        ]
+
+    def __call__(self, images, training=False, seed=None) -> tf.Tensor:
+        """Returns float32 logits [examples, 10].
+
+        Args:
+          images: float32 [examples, 32, 32, 3], whitened.
+          training: with noise, dropout and batch moments.
+          seed: int64 [2], of noise and dropout; required in training.
+        """
+        x = tf.cast(images, self.dtype)
+        fold_in = functools.partial(tf.random.experimental.stateless_fold_in, alg="philox")
+        for index, (_, row) in enumerate(self.rows):
+            x = row(x, training, fold_in(seed, index) if training else None)
+        return tf.cast(x, tf.float32)
+
+
+def initialize(config: Config, network: Network, images: np.ndarray) -> None:
+    """The initialization of section 3: all parameterizations start as the same function.
+
+    Batch norm needs none: with gamma = 1 and beta = 0 it normalizes v's outputs itself.
+    """
+    if config.parameterization == "batch_norm":
+        return
+    layers = [row for _, row in network.rows if isinstance(row, Layer)]
+    norms = [layer.linear.weight.get_g() for layer in layers]
+    seed = tf.constant([config.seed, 0], tf.int64)
+    # Every replica sees the whole batch, so they agree.
+    tfwn.data_dependent_init(lambda x: network(x, training=True, seed=seed), tf.constant(images))
+    for layer, norm in zip(layers, norms, strict=True):
+        if layer.frozen_g is not None:
+            layer.frozen_g.assign(layer.linear.weight.get_g() / norm)
+            layer.linear.weight.set_g(norm)

@@ -1,0 +1,201 @@
+"""The hyper-parameters of section 5.4, the paper's results, and the options of the commands."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from tyro.conf import Positional
+
+from models.common.errors import UserError, nearest
+from models.common.options import Count, Fraction, Preset, Range, RunConfig, Seed, flag_of, option
+
+# Maximum test scores, figure 6; nature and random play: Mnih et al. 2015, extended data table 2.
+PAPER = {
+    "Breakout": {"normal": 410, "weight_norm": 403, "nature": 401, "random": 1.7},
+    "Enduro": {"normal": 1_250, "weight_norm": 1_448, "nature": 302, "random": 0.0},
+    "Seaquest": {"normal": 7_188, "weight_norm": 7_375, "nature": 5_286, "random": 68.4},
+    "SpaceInvaders": {"normal": 1_779, "weight_norm": 2_179, "nature": 1_975, "random": 148.0},
+}
+CPU = {
+    "num_envs": 8, "batch_size": 32, "filters": (16, 32, 32), "hidden": 256,
+    "steps": 500_000, "replay": 100_000, "learning_starts": 10_000, "target_every": 2_000,
+    "epsilon": 0.05, "epsilon_steps": 100_000, "test_every": 50_000, "held_out": 800,
+    "learning_rate": 3e-4,  # At 1e-4 the normal parameterization needs more steps than these.
+    "init_output": 0.01,  # Each copy to the target network removes 1 % of the initial Q only.
+    "protocol": "nature",  # The paper's would leave out long games in so few steps.
+}  # fmt: skip
+SMOKE = {
+    "num_envs": 4, "batch_size": 8, "filters": (4, 4, 4), "hidden": 16, "init_batch": 64,
+    "steps": 600, "replay": 400, "learning_starts": 200, "target_every": 100,
+    "epsilon_steps": 200, "test_every": 200, "test_steps": 200, "held_out": 32, "log_every": 100,
+}  # fmt: skip
+NATURE = {
+    "parameterization": "normal", "data_dependent_init": False, "protocol": "nature",
+    "optimizer": "rmsprop", "learning_rate": 2.5e-4, "batch_size": 32,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """The hyper-parameters of section 5.4; a step is an action of the agent, 4 frames of a game."""
+
+    # The run folder.
+    out: str = option("runs/dqn-{game}-{preset}-{parameterization}-{seed}", resume="free")
+    game: str = option("SpaceInvaders", resume="never")  # Any game of ale-py, in any spelling.
+    # Of every layer.
+    parameterization: Literal["weight_norm", "normal"] = option("weight_norm", resume="never")
+    # Compute type; weights stay float32.
+    mixed_precision: Literal["none", "bfloat16"] = option("none", resume="never")
+    steps: Count = 50_000_000  # Length of training: 200 epochs.
+    replay: Count = option(1_000_000, memory=True)  # Transitions in the replay memory.
+    learning_starts: Count = 50_000  # Random steps before the first update.
+    update_every: Count = 4  # Steps per update.
+    batch_size: Count = option(64, memory=True)  # Transitions per update (Nature: 32).
+    learning_rate: float | None = None  # None: 3e-4 for weight_norm, 1e-4 for normal.
+    # rmsprop: centered, with Nature's decays.
+    optimizer: Literal["adamax", "rmsprop"] = option("adamax", resume="never")
+    discount: Fraction = 0.99  # Of the value one step later.
+    target_every: Count = 10_000  # Steps between copies of the online to the target network.
+    epsilon: Fraction = 0.1  # Final probability of a random action.
+    epsilon_steps: Count = 1_000_000  # Steps after the warm-up over which epsilon decays from 1.
+    filters: tuple[Count, ...] = option((32, 64, 64), resume="never")  # Of the three convolutions.
+    hidden: Count = option(512, resume="never")  # Units of the hidden dense layer.
+    data_dependent_init: bool = True  # Section 3; both parameterizations start as one function.
+    # Initial standard deviation of Q (none: the output layer is not initialized from data).
+    init_output: Annotated[float, Range(1e-6)] | None = 1.0
+    init_batch: Count = 512  # States in the initialization batch.
+    test_every: Count = 250_000  # Steps per epoch.
+    # Evaluation: test_steps actions, or 30 games of at most 5 minutes.
+    protocol: Literal["paper", "nature"] = option("paper", named=True, was="test")
+    test_steps: Count = option(125_000, named=True)  # Actions of --protocol paper.
+    test_epsilon: Fraction = 0.05  # Probability of a random action in evaluation.
+    held_out: Count = 3200  # States whose mean maximal Q is logged.
+    # Games played side by side: 1 strict, 8 fast (deviation 1).
+    num_envs: Count = option(1, resume="never")
+    # deep_q_rl: two more no-ops when a game or life begins, the first 4 actions of a life random,
+    # updates counted from its beginning, no state that spans two lives.
+    variant: Literal["nature", "deep_q_rl"] = "nature"
+    replay_file: str = option("", resume="free")  # Keep the replay memory here instead of in RAM.
+    save_replay: bool = option(True, named=True)  # Save it with checkpoints, for exact resuming.
+    log_every: Count = option(1_000, named=True)  # Steps between rows of metrics.csv.
+
+    PRESETS: ClassVar[dict[str, Preset]] = {
+        "paper": Preset("every number of the paper: 50M steps, 8 GiB, days on a GPU"),
+        "nature": Preset(
+            "Mnih et al. 2015: RMSProp, minibatches of 32, their initialization and protocol",
+            NATURE,
+        ),
+        "cpu": Preset(
+            "scaled: what a laptop learns in an hour: 500,000 steps, a quarter of the network", CPU
+        ),
+        "demo": Preset(
+            "scaled: the first half of `cpu` on Breakout: minutes, a beginner's play",
+            CPU | {"game": "Breakout", "steps": 250_000},
+        ),
+        "smoke": Preset(
+            "only to see that it runs, in less than a minute; its scores mean nothing", SMOKE
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        roms = rom_names()
+        if (plain := _plain(self.game)) in roms:
+            object.__setattr__(self, "game", _camel(roms[plain]))
+
+    @property
+    def title(self) -> str:
+        """The game and the parameterization, for people."""
+        return f"{self.game}, {self.parameterization.replace('_', ' ')}"
+
+    @property
+    def rate(self) -> float:
+        """The learning rate; by default the paper's choice from its grid."""
+        if self.learning_rate is None:
+            return 3e-4 if self.parameterization == "weight_norm" else 1e-4
+        return self.learning_rate
+
+    def check(self) -> None:
+        """Raises UserError for values that do not go together."""
+        super().check()
+        rom_name(self.game)
+        if self.strategy != "none":
+            raise UserError(f"--strategy {self.strategy}: DQN trains on one device; leave it out")
+        if self.steps <= self.learning_starts:
+            raise UserError(
+                f"--steps {self.steps} must be more than --learning-starts {self.learning_starts}"
+            )
+        if self.variant == "deep_q_rl" and self.num_envs != 1:
+            raise UserError(f"--variant deep_q_rl needs --num-envs 1, got {self.num_envs}")
+        if len(self.filters) != 3:
+            raise UserError(f"--filters takes 3 numbers, got {len(self.filters)}")
+        for name in ("steps", "learning_starts", "test_every"):
+            if getattr(self, name) % self.num_envs:
+                raise UserError(
+                    f"{flag_of(name)} must be a multiple of --num-envs {self.num_envs}, got "
+                    f"{getattr(self, name)}"
+                )
+        if not 8 * self.num_envs <= self.learning_starts <= self.replay:
+            raise UserError(
+                f"--learning-starts must lie between {8 * self.num_envs} and --replay "
+                f"{self.replay}, got {self.learning_starts}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Plays full games with a trained network and prints their scores."""
+
+    checkpoint: Positional[str]  # A run folder (its best network is used), or a checkpoint in one.
+    # nature: 30 games of at most 5 minutes; paper: --test-steps actions, games of any length.
+    protocol: Literal["nature", "paper"] = "nature"
+    test_steps: Count | None = None  # Actions of --protocol paper (none: the run's).
+    games: Count | None = None  # Number of games, instead of the protocol's.
+    epsilon: Fraction = 0.05  # Probability of a random action.
+    num_envs: Count = 8  # Games played side by side.
+    seed: Seed = 1  # Of games and actions.
+
+    def check(self) -> None:
+        """Raises UserError for options that do not go together."""
+        if self.test_steps and (self.protocol != "paper" or self.games):
+            raise UserError("--test-steps needs --protocol paper without --games")
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """Plays one game with a trained network and records a video of it."""
+
+    checkpoint: Positional[str]  # A run folder (its best network is used), or a checkpoint in one.
+    out: str = ""  # The video, .gif or .mp4 (default: game.gif in the run folder).
+    seconds: Annotated[float, Range(1)] = 60.0  # Maximum length of the video.
+    epsilon: Fraction = 0.05  # Probability of a random action.
+    seed: Seed = 1  # Of game and actions.
+
+
+def rom_name(game: str) -> str:
+    """Returns the name of a game's ROM, such as space_invaders."""
+    roms = rom_names()
+    if not roms:
+        raise UserError("Atari games need ale-py: pip install 'tensorflow-weight-norm[models]'")
+    if _plain(game) not in roms:
+        raise UserError(
+            f"--game {game}: not one of ale-py's {len(roms)} games"
+            + (nearest(game, map(_camel, roms.values())) or f"; for example {', '.join(PAPER)}")
+        )
+    return roms[_plain(game)]
+
+
+def rom_names() -> dict[str, str]:
+    """Returns {"spaceinvaders": "space_invaders", ...}, without importing ale_py (0.3 s)."""
+    spec = importlib.util.find_spec("ale_py")
+    folder = Path(spec.origin).parent / "roms" if spec and spec.origin else Path()
+    return {_plain(rom.stem): rom.stem for rom in sorted(folder.glob("*.bin"))}
+
+
+def _camel(name: str) -> str:
+    return "".join(part.capitalize() for part in name.split("_"))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())

@@ -1,0 +1,137 @@
+"""The hyper-parameters of section 5.2, and the options of the commands."""
+
+import dataclasses
+from typing import ClassVar, Literal
+
+from tyro.conf import Positional
+
+from models.common.errors import UserError
+from models.common.options import Count, Fraction, Preset, RunConfig, Seed, option
+
+CPU = {
+    "maps": (8, 16, 16), "hidden": 200, "made": (160,),
+    "stochastic_layers": (1, 2), "features": 20, "latent_maps": 8, "flow_layers": 1,
+    "epochs": 5, "batch_size": 32, "eval_samples": 10,
+}  # fmt: skip
+SMOKE = {
+    "dataset": "synthetic_mnist",
+    "maps": (2, 4, 4), "blocks": 1, "hidden": 16, "latents": 4, "made": (8,),
+    "stochastic_layers": (1, 1), "features": 4, "latent_maps": 2, "flow_layers": 1,
+    "epochs": 2, "init_examples": 100, "eval_samples": 3,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class MnistConfig:
+    """The model of MNIST."""
+
+    # MNIST: pixels drawn once, or each time.
+    binarization: Literal["static", "dynamic"] = option("static", named=True)
+    maps: tuple[Count, ...] = (16, 32, 32)  # MNIST: feature maps at 28x28, 14x14 and 7x7.
+    blocks: Count = 2  # MNIST: ResNet blocks in each of the three sequences.
+    hidden: Count = 450  # MNIST: units of the fully connected layer.
+    latents: Count = 32  # MNIST: units of z.
+    flow_steps: int = 2  # MNIST: steps of the flow (0: a diagonal posterior).
+    made: tuple[Count, ...] = (320, 320)  # MNIST: units of the hidden layers of each step.
+
+
+@dataclasses.dataclass(frozen=True)
+class Cifar10Config:
+    """The model of CIFAR-10."""
+
+    # CIFAR-10: number of layers at 16x16, 8x8, ...
+    stochastic_layers: tuple[Count, ...] = (4, 4)
+    features: Count = option(160, memory=True)  # CIFAR-10: feature maps of the deterministic path.
+    latent_maps: Count = 32  # CIFAR-10: feature maps of each z.
+    flow_layers: Count = 2  # CIFAR-10: hidden convolutions of each flow.
+    open_ends: bool = False  # CIFAR-10: values 0 and 255 have the logistic's tails.
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Cifar10Config, MnistConfig, RunConfig):
+    """The hyper-parameters of section 5.2."""
+
+    # The run folder.
+    out: str = option("runs/vae-{dataset}-{preset}-{parameterization}-{seed}", resume="free")
+    # Data and model; the synthetic data sets need no files.
+    dataset: Literal["mnist", "cifar10", "synthetic_mnist", "synthetic_cifar10"] = "mnist"
+    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of every layer.
+    free_bits: float | None = None  # Nats per map without cost (none: MNIST 0, CIFAR-10 .25).
+    data_dependent_init: bool = True  # Section 3; both parameterizations start as one function.
+    init_examples: Count = option(200, memory=True)  # Images in the initialization batch.
+    epochs: Count | None = None  # Passes over the training images (none: MNIST 300, CIFAR-10 450).
+    train_examples: Count | None = None  # Number of training images to use (none: all).
+    batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
+    learning_rate: float = 0.002  # Adamax: step size.
+    beta_1: Fraction = 0.9  # Adamax: decay of the momentum.
+    beta_2: Fraction = 0.999  # Adamax: decay of the infinity norm.
+    epsilon: float = 1e-8  # Adamax: epsilon.
+    average_epochs: float = 10.0  # Epochs over which the parameters are averaged.
+    eval_samples: Count = option(100, named=True)  # Importance samples of the last log-likelihood.
+
+    PRESETS: ClassVar[dict[str, Preset]] = {
+        "paper": Preset("section 5.2 as far as it is known"),
+        "cpu": Preset("scaled: minutes on two cores; not comparable with the paper's numbers", CPU),
+        "smoke": Preset(
+            "only to see that it runs, in less than a minute; its numbers and images mean nothing",
+            SMOKE,
+        ),
+    }
+
+    @property
+    def mnist(self) -> bool:
+        """Whether the model is MNIST's, of binary images."""
+        return "mnist" in self.dataset
+
+    @property
+    def all_epochs(self) -> int:
+        """The number of epochs; by default figure 3's axis ends there."""
+        return self.epochs or (300 if self.mnist else 450)
+
+    @property
+    def least_kl(self) -> float:
+        """The free bits; by default the code's."""
+        if self.free_bits is None:
+            return 0.0 if self.mnist else 0.25
+        return self.free_bits
+
+    def check(self) -> None:
+        """Raises UserError for values that do not go together."""
+        super().check()
+        if len(self.maps) != 3:
+            raise UserError(f"--maps takes 3 numbers, got {len(self.maps)}")
+        if len(self.stochastic_layers) > 5:
+            raise UserError(
+                "--stochastic-layers takes at most 5 numbers, for 16x16 to 1x1 pixels, got "
+                f"{len(self.stochastic_layers)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Prints the bound and the log-likelihood of the test images, with averaged weights."""
+
+    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
+    eval_samples: Count = 100  # Importance samples of the log-likelihood (1: the bound alone).
+    data_dir: str = ""  # Folder of the data sets (default: the run's own).
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Draws images from a model."""
+
+    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
+    out: str = ""  # The PNG (default: samples/samples.png in the run folder).
+    count: Count = 100  # Number of images.
+    seed: Seed = 0  # Of the draws.
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruct:
+    """Shows test images, each with the model's reconstruction below it."""
+
+    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
+    out: str = ""  # The PNG (default: samples/reconstructions.png in the run folder).
+    count: Count = 50  # Number of images.
+    seed: Seed = 0  # Of the draws.
+    data_dir: str = ""  # Folder of the data sets (default: the run's own).

@@ -1,0 +1,42 @@
+"""Pictures of samples and reconstructions, and the commands that make them."""
+
+import numpy as np
+import tensorflow as tf
+
+from models.common import plots
+from models.vae.config import Config, Reconstruct, Sample
+from models.vae.evaluation import restore
+from models.vae.model import load, prepare
+
+
+def samples(config: Config, network, count: int = 100, seed: int = 0) -> bytes:
+    """Returns draws from the model, the means of their pixels, as a PNG."""
+    images = network.sample(count, tf.constant([seed, 0], tf.int64))
+    return plots.png(plots.tile(images, gap=2))
+
+
+def reconstructions(config: Config, network, images, count: int = 50, seed: int = 0) -> bytes:
+    """Returns test images, with the model's reconstructions below each row, as a PNG."""
+    number = tf.constant([seed, 0], tf.int64)
+    x = prepare(config, images.test_images[:count], number)
+    count = len(x)
+    shown = x if config.mnist else x + 0.5
+    both = np.stack([shown, network.reconstruct(x, number)])
+    both = np.pad(both, [(0, 0), (0, -count % 10), *3 * [(0, 0)]])
+    rows = [part for start in range(0, count, 10) for part in both[:, start : start + 10]]
+    return plots.png(plots.tile(np.concatenate(rows), gap=2))
+
+
+def sample(asked: Sample) -> None:
+    """The `sample` command."""
+    config, network, folder = restore(asked.checkpoint)
+    png = samples(config, network, asked.count, asked.seed)
+    plots.write(asked.out or folder / "samples" / "samples.png", png)
+
+
+def reconstruct(asked: Reconstruct) -> None:
+    """The `reconstruct` command."""
+    config, network, folder = restore(asked.checkpoint)
+    images = load(config, asked.data_dir)
+    png = reconstructions(config, network, images, asked.count, asked.seed)
+    plots.write(asked.out or folder / "samples" / "reconstructions.png", png)

@@ -1,0 +1,49 @@
+"""What the tests of programs share: their command lines, and the README's smallest program."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.common import command_line
+
+README = Path(__file__).parents[2] / "models" / "common" / "README.md"
+SOURCE = re.search(r"```python\n(.*?)```", README.read_text(), re.S).group(1)
+
+
+@pytest.fixture
+def command(capsys):
+    """Runs a program's command line; returns (exit status, stdout, stderr)."""
+
+    def call(functions, *argv):
+        status = 0
+        try:
+            command_line.main(functions, [str(word) for word in argv])
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def line(tmp_path, monkeypatch):
+    """The README's program, as the module `line`."""
+    path = tmp_path / "program" / "line.py"
+    path.parent.mkdir()
+    path.write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location("line", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "line", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(line, command):
+    """Runs the command line of `line`."""
+    functions = {line.Config: "line.train", line.Evaluate: "line.evaluate"}
+    return lambda *argv: command(functions, *argv)

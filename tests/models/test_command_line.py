@@ -1,0 +1,199 @@
+"""The command line: instant, strict, and what --resume and presets make of it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from typing import Annotated, ClassVar
+
+import pytest
+from support import ROOT
+
+from models.common import command_line, options, run_folder
+from models.common.errors import UserError
+
+
+@pytest.mark.parametrize("program", ["cifar", "draw"])
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [(["--help"], 0), (["evaluate", "--help"], 0), (["--batch-sise", "3"], 2),
+     (["--epochs", "many"], 2), (["--epochs", "0"], 2), (["evaluate", "nowhere"], None)],
+    ids=str,
+)  # fmt: skip
+def test_arguments_are_read_without_tensorflow(program, argv, status):
+    code = (
+        "import runpy, sys; sys.modules['tensorflow'] = None\n"
+        f"sys.argv[1:] = {argv!r}\nrunpy.run_module('models.{program}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if status is None:  # The command is right, so TensorFlow is needed.
+        assert "import of tensorflow halted" in done.stderr
+    else:
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_help_is_instant():
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-m", "models.cifar", "--help"], cwd=ROOT, check=True,
+                       capture_output=True)  # fmt: skip
+        took.append(time.monotonic() - began)
+    assert min(took) < 1  # 0.2 s on an idle machine, where TensorFlow takes 3 s.
+
+
+def test_help_has_every_option_and_the_papers_values_beside_a_presets(run):
+    status, out, _ = run("--preset", "smoke", "--help")
+    assert status == 0
+    assert "The step size of SGD." in out
+    assert "--steps  200 -> 10" in out
+    for field in dataclasses.fields(options.RunConfig):
+        assert options.flag_of(field.name) in out
+    for part in ("Fits a line", "only to see that it runs", "Prints the slope of the line."):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--batchsize", "3"], "--batch-size"),
+        (["--batch-size", "many"], "--batch-size"),
+        (["--batch-size", "2.5"], "--batch-size"),
+        (["--batch-size", "inf"], "--batch-size"),
+        (["--learning-rate", "x"], "--learning-rate"),
+        (["--strategy", "all"], "--strategy"),
+        (["--preset", "smok"], "did you mean smoke?"),
+        (["evaluat", "x"], "did you mean evaluate?"),
+        (["evaluate"], "run folder"),
+        (["evaluate", "nowhere"], "nowhere"),
+        (["evaluate", "."], "config.json"),
+        (["evaluate", __file__], __file__),
+        (["--resume"], "--out"),
+        (["--resume", "--out", "nowhere"], "nowhere"),
+        (["--resume", "--out", "."], "config.json"),
+        (["--out", "/proc/run"], "--out /proc/run"),
+        (["--out", "/dev/null"], "--out /dev/null"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--steps", "-1"], "--steps must be at least 0, got -1"),
+        (["--keep", "0"], "--keep"),
+        (["--seed", "1e12"], "--seed must be from 0 to 4,294,967,295"),
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--learning-rate", "inf"], "--learning-rate"),
+        (["--strategy", "mirrored", "--jit-compile"], "--jit-compile"),
+        (["--strategy", "multi_worker"], "TF_CONFIG"),
+    ],
+)
+def test_a_mistake_names_the_flag_and_leaves_nothing(run, tmp_path, monkeypatch, argv, named):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert named in " ".join(err.replace("│", "").split())
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_ranges():
+    @dataclasses.dataclass(frozen=True)
+    class Config(options.RunConfig):
+        units: tuple[options.Count, ...] = (1, 2)
+        rate: options.Fraction | None = None
+        size: Annotated[int, options.Range(2)] = 2
+
+    options.check_ranges(Config())
+    options.check_ranges(Config(rate=0.0, units=()))
+    for values in ({"units": (3, 0)}, {"rate": 1.5}, {"size": 1}, {"seed": -1}):
+        with pytest.raises(UserError, match=f"--{next(iter(values))} must be"):
+            options.check_ranges(Config(**values))
+
+
+def test_whole_numbers_may_be_written_short(line):
+    assert command_line.parse(line.Config, ["--steps", "1e3"]).steps == 1000
+    assert command_line.parse(line.Config, ["--steps", "50_000"]).steps == 50_000
+
+
+def test_a_renamed_option_keeps_its_flag_and_its_key(line, tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Config(options.RunConfig):
+        protocol: str = options.option("paper", was="test")
+        limit: float | None = 1.0
+        PRESETS: ClassVar = {"paper": options.Preset("")}
+
+    for words in (["--test", "nature"], ["--test=nature"], ["--protocol", "nature"]):
+        assert command_line.parse(Config, words).protocol == "nature"
+    assert command_line.parse(Config, ["--limit", "none"]).limit is None
+    content = {"program": run_folder.program_of(Config), "config": {"test": "nature"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert run_folder.load_config(tmp_path, Config).protocol == "nature"
+
+
+def test_a_command_may_refuse_what_does_not_go_together(line, command, monkeypatch):
+    def check(self):
+        raise UserError("--a is of --b")
+
+    monkeypatch.setattr(line.Evaluate, "check", check, raising=False)
+    status, _, err = command(
+        {line.Config: "line.train", line.Evaluate: "absent.f"}, "evaluate", "x"
+    )
+    assert (status, err) == (2, "python -m line: error: --a is of --b\n")
+
+
+def test_of_two_presets_the_last_counts(line):
+    config = command_line.parse(line.Config, ["--preset", "smoke", "--preset=paper"])
+    assert (config.preset, config.steps) == ("paper", 200)
+
+
+def test_the_run_folder_is_named_after_the_run(line):
+    assert command_line.parse(line.Config, ["--seed", "3"]).out == "runs/line-paper-3"
+    assert command_line.parse(line.Config, ["--out", "a/{seed}"]).out == "a/{seed}"
+
+
+def test_changed_hyper_parameters_are_named_and_refused_unless_accepted(run, tmp_path):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    argv = ["--resume", "--out", tmp_path / "a"]
+    status, _, err = run(*argv, "--steps", 20)
+    assert (status, "--steps was 10 and is now 20" in err) == (2, True)
+    status, _, err = run(*argv, "--preset", "paper", "--accept-changes")
+    assert (status, "--preset was smoke and is now paper" in err) == (2, True)
+    status, out, _ = run(*argv, "--steps", 20, "--keep", 5, "--accept-changes")
+    assert (status, "resumed at step 10" in out) == (0, True)
+    config = run_folder.load_config(tmp_path / "a", sys.modules["line"].Config)
+    assert (config.preset, config.steps, config.keep) == ("smoke", 20, 5)
+    assert run(*argv, "--preset", "smoke")[0] == 0  # Of the run, not of the preset.
+
+
+def test_a_folder_holds_one_run_and_of_one_program(line, run, tmp_path, monkeypatch):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    monkeypatch.setattr(line, "train", None)  # Refused before, because a program may read data.
+    status, _, err = run("--out", tmp_path / "a")
+    assert (status, "--resume" in err) == (2, True)
+    path = tmp_path / "a" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"program": "models.circle"}))
+    for argv in (["evaluate", tmp_path / "a"], ["--resume", "--out", tmp_path / "a"]):
+        status, _, err = run(*argv)
+        assert (status, "models.circle" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("content", ['{"architectures": []}', "[]", "{"])
+def test_another_programs_config_is_no_run(run, tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    for argv in (["evaluate", tmp_path], ["--resume", "--out", tmp_path]):
+        status, _, err = run(*argv)
+        assert (status, "config.json" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "shown"),
+    [
+        ([], 0, "python -m models.cifar "),
+        (["cifar", "--help"], 0, "usage: python -m models.cifar"),
+        (["cifr"], 1, "did you mean cifar?"),
+    ],
+)
+def test_python_m_models_lists_and_runs_programs(argv, status, shown):
+    done = subprocess.run([sys.executable, "-m", "models", *argv], cwd=ROOT, capture_output=True,
+                          text=True)  # fmt: skip
+    assert done.returncode == status
+    assert shown in done.stdout + done.stderr

@@ -1,0 +1,12 @@
+"""The three ways in which TensorFlow runs an op."""
+
+import pytest
+import tensorflow as tf
+
+
+@pytest.fixture(params=["eager", "function", "xla"])
+def mode(request):
+    """Returns what makes a function run eagerly, as a graph, or compiled by XLA."""
+    if request.param == "eager":
+        return lambda f: f
+    return lambda f: tf.function(f, jit_compile=request.param == "xla")

@@ -1,0 +1,127 @@
+"""Weights files of TensorFlow Addons' WeightNormalization, into models with tfwn's wrapper."""
+
+import os
+from typing import Any
+
+import numpy as np
+
+from tfwn.torch_state_dict import array_norm, array_weight_norm
+from tfwn.weight import with_direction, zero_units
+
+# What Addons' wrapper adds with data_init=True: an unused copy of the layer.
+_COPY = "data_dep_init"
+
+
+def from_addons(path: str | os.PathLike, model) -> None:
+    """Loads a weights file (.h5) of a Keras model with TensorFlow Addons' WeightNormalization.
+
+    The model is the same with `tfwn.keras.WeightNormalization`: its layers with weights must be
+    those of the file, in this order. Addons' normalized the kernel, of recurrent layers the
+    recurrent kernel, over all axes but the last. If the wrapper has another axis, as for transposed
+    convolutions, or normalizes more kernels, w is loaded: v = w and g = ||w||. With Addons'
+    data_init=True the layers count as initialized if they were when the file was saved.
+
+    Arguments:
+      path: the file, from Keras 2's `model.save_weights("weights.h5")` or `model.save("model.h5")`.
+      model: the Keras model, built.
+
+    Raises:
+      ValueError: another number of layers; wrappers that are not direct layers of the model; names
+        or shapes of weights that are not the layer's. No layer is changed then.
+
+    >>> import keras
+    >>> model = keras.Sequential(
+    ...     [keras.Input([3]), tfwn.keras.WeightNormalization(keras.layers.Dense(2))]
+    ... )
+    >>> tfwn.convert.from_addons("weights.h5", model)  # doctest: +SKIP
+    """
+    import h5py  # Keras brings it.
+
+    from tfwn.keras import WeightNormalization
+
+    with h5py.File(path) as file:
+        group = file.get("model_weights", file)
+        names = [_text(name) for name in group.attrs["layer_names"]]
+        saved = [(name, _arrays(group[name])) for name in names]
+    saved = [(name, arrays) for name, arrays in saved if arrays]
+    layers = [layer for layer in model.layers if layer.weights]
+    if len(saved) != len(layers):
+        raise ValueError(
+            f"{path} has {len(saved)} layers with weights, {[name for name, _ in saved]}, and the "
+            f"model {len(layers)}, {[layer.name for layer in layers]}: build the same model"
+        )
+    values: list[tuple[Any, Any]] = []
+    for layer, (name, arrays) in zip(layers, saved, strict=True):
+        if isinstance(layer, WeightNormalization):
+            values += _of_wrapper(layer, name, arrays)
+        elif any(isinstance(one, WeightNormalization) for one in layer._flatten_layers()):
+            raise ValueError(
+                f"{layer.name!r} holds weight-normalized layers, and only direct layers of the "
+                "model can be loaded: call this for each inner model with its own file"
+            )
+        else:
+            variables = layer.trainable_weights + layer.non_trainable_weights
+            if len(variables) != len(arrays):
+                raise ValueError(
+                    f"{layer.name!r} has {len(variables)} weights, and {name!r} in the file has "
+                    f"{len(arrays)}"
+                )
+            values += [(v, array) for v, (_, array) in zip(variables, arrays, strict=True)]
+    for variable, array in values:
+        if tuple(variable.shape) != array.shape:
+            raise ValueError(
+                f"{variable.name} has shape {tuple(variable.shape)} in the model and {array.shape} "
+                "in the file"
+            )
+    for variable, array in values:
+        variable.assign(array)
+
+
+def _arrays(group) -> list[tuple[str, np.ndarray]]:
+    """Returns names and values of a layer's weights, in the order in which Keras 2 saved them."""
+    names = [_text(name) for name in group.attrs["weight_names"]]
+    return [(name, np.asarray(group[name])) for name in names]
+
+
+def _text(name) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _of_wrapper(wrapper, name, arrays) -> list[tuple[Any, Any]]:
+    own = {
+        path.rpartition("/")[2].partition(":")[0]: array
+        for path, array in arrays
+        if _COPY not in path.split("/")
+    }
+    if "g" not in own or "initialized" not in own:
+        raise ValueError(
+            f"{wrapper.name!r} is weight-normalized, and {name!r} in the file is not: it has "
+            f"{sorted(own)}"
+        )
+    started = bool(own.pop("initialized"))
+    g = own.pop("g")
+    normalized = "recurrent_kernel" if "recurrent_kernel" in own else "kernel"
+    values: list[tuple[Any, Any]] = []
+    for variable in wrapper.layer.weights:
+        if variable.name not in own:
+            raise ValueError(f"{name!r} in the file has no {variable.name}, only {sorted(own)}")
+        v = own.pop(variable.name)
+        one = next((n for n in wrapper.normalized if n.v is variable), None)
+        last = (v.ndim - 1,)
+        # Before its first call Addons' wrapper had no g yet.
+        own_g = g if started else array_norm(v, last).reshape(-1)
+        if variable.name == normalized and (one is None or one.axis != last):
+            v = array_weight_norm(v, own_g, last)
+        if one is not None:
+            plain = variable.name != normalized or one.axis != last
+            kept = [v.shape[a] for a in one.axis]
+            g_of_v = array_norm(v, one.axis).reshape(kept) if plain else own_g
+            values.append((one.g, np.where(zero_units(v, one.axis), 0, g_of_v)))
+            v = np.asarray(with_direction(v, one.axis))
+        values.append((variable, v))
+    if own:
+        raise ValueError(f"{wrapper.name!r} has no {sorted(own)}, which {name!r} in the file has")
+    if getattr(wrapper, "initialized", None) is not None:
+        with_data = any(_COPY in path.split("/") for path, _ in arrays)
+        values.append((wrapper.initialized, np.asarray(started and with_data)))
+    return values

@@ -1,0 +1,123 @@
+"""A weight-normalized Keras layer, as tfwn.convert sees the layers of tfwn."""
+
+import keras
+import tensorflow as tf
+
+from tfwn.keras.data_dependent_init import DEPTHWISE, TRANSPOSED
+from tfwn.keras.wrapper import WeightNormalization
+from tfwn.weight import norm, with_direction, zero_units
+
+_RECURRENT = (keras.layers.SimpleRNN, keras.layers.LSTM, keras.layers.GRU)
+_CELLS = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
+_KINDS = (
+    ((*_RECURRENT, *_CELLS), "recurrent"),
+    (keras.layers.Dense, "dense"),
+    (DEPTHWISE, "depthwise"),
+    (TRANSPOSED, "transposed"),
+    ((keras.layers.Conv1D, keras.layers.Conv2D, keras.layers.Conv3D), "convolution"),
+    (keras.layers.Embedding, "embedding"),
+)
+
+
+class AsModule:
+    """The wrapper of one Keras layer, with the attributes of the layer of tfwn for it.
+
+    `kind` is what the layer computes, "" for layers that tfwn has no counterpart for. Other
+    attributes of the Keras layer, such as `groups`, are read through this.
+    """
+
+    def __init__(self, wrapper):
+        self.kind = ""
+        if not isinstance(wrapper, WeightNormalization):
+            raise ValueError(
+                f"{wrapper.name!r} is not weight-normalized: wrap it in "
+                "tfwn.keras.WeightNormalization, and call tfwn.fold afterwards for a plain layer"
+            )
+        self._wrapper = wrapper
+        layer = wrapper.layer
+        self.kind = next((kind for classes, kind in _KINDS if isinstance(layer, classes)), "")
+        self.name = wrapper.name
+        self.gru = isinstance(layer, keras.layers.GRU | keras.layers.GRUCell)
+        self.one_step = isinstance(layer, _CELLS)
+        self._owner = layer.cell if isinstance(layer, _RECURRENT) else layer
+
+    def __getattr__(self, name):
+        if name in ("weight", "recurrent_weight"):
+            if self._wrapper.built:
+                return self._weight(name)
+            raise AttributeError(name)
+        return getattr(self._wrapper.layer, name)
+
+    def __repr__(self):
+        return repr(self._wrapper)
+
+    def build(self, input_shape) -> None:
+        """Makes the variables; [batch, in] stands for [batch, time, in] of a recurrent layer."""
+        if self.kind == "recurrent" and not self.one_step:
+            input_shape = [input_shape[0], None, *input_shape[1:]]
+        self._wrapper.build(tuple(input_shape))
+
+    @property
+    def b(self) -> keras.Variable | None:
+        """The bias."""
+        return getattr(self._owner, "bias", None)
+
+    def _weight(self, attribute):
+        names = (
+            ("recurrent_kernel",)
+            if attribute == "recurrent_weight"
+            else ("kernel", "embeddings", "depthwise_kernel")
+        )
+        for normalized in self._wrapper.normalized:
+            if normalized.owner is self._owner and normalized.v.name in names:
+                return _Weight(normalized)
+        return _Plain(next(v for v in self._owner.weights if v.name in names))
+
+
+class _Weight:
+    """v and g of a wrapper, as a `tfwn.Weight`."""
+
+    parameterization = "weight_norm"
+    exponential_g = False
+    mask = None
+
+    def __init__(self, normalized):
+        self._normalized = normalized
+        self.v = normalized.v
+        self.axis = normalized.axis
+        self.shape = tf.TensorShape(normalized.v.shape)
+        self.dtype = tf.as_dtype(normalized.v._dtype)
+
+    def __call__(self):
+        return self._normalized.w()
+
+    def get_g(self):
+        """See `tfwn.Weight.get_g`."""
+        return self._normalized.g
+
+    def assign(self, w):
+        """See `tfwn.Weight.assign`."""
+        self.assign_v_and_g(w, norm(tf.convert_to_tensor(w), self.axis))
+
+    def assign_v_and_g(self, v, g):
+        """See `tfwn.Weight.assign_v_and_g`."""
+        self.v.assign(with_direction(v, self.axis))
+        self._normalized.g.assign(tf.where(zero_units(v, self.axis), tf.zeros_like(g), g))
+
+
+class _Plain:
+    """A variable that the wrapper does not normalize, as a `tfwn.Weight`."""
+
+    parameterization = "normal"
+    exponential_g = False
+    mask = None
+    axis = ()
+
+    def __init__(self, variable):
+        self._variable = variable
+        self.shape = tf.TensorShape(variable.shape)
+        self.dtype = tf.as_dtype(variable._dtype)
+        self.assign = variable.assign
+
+    def __call__(self):
+        return self._variable.value

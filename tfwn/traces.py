@@ -1,0 +1,64 @@
+"""The tf.functions of a module, which keep the weights that they were traced with."""
+
+import types
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+from tfwn.modules import attributes
+
+_FUNCTION = tf.types.experimental.PolymorphicFunction
+_CONCRETE = tf.types.experimental.ConcreteFunction
+
+
+def check_traces(module, ignored=()) -> None:
+    """Raises an error if the module has a traced tf.function that `forget_traces` cannot reach.
+
+    Arguments:
+      module: the module.
+      ignored: names of attributes that may hold one.
+    """
+    for name, value in attributes(module):
+        if name in ignored:
+            continue
+        for function in _functions(value):
+            if isinstance(function, _CONCRETE) or function.experimental_get_tracing_count():
+                raise ValueError(
+                    f"the tf.function {name!r} of {type(module).__name__} was traced already "
+                    "and would keep the old weights: change the model first, then make the "
+                    "function and call it"
+                )
+    for name, method, function in _methods(module):
+        if method is not function and function.experimental_get_tracing_count():
+            raise ValueError(
+                f"the method {name!r} of {type(module).__name__} wraps a tf.function that was "
+                "traced already and would keep the old weights: make tf.function the outermost "
+                "decorator"
+            )
+
+
+def forget_traces(module) -> None:
+    """Drops the traces of the methods of a module that are tf.functions; they are traced anew."""
+    for _, _, function in _methods(module):
+        function._descriptor_cache.pop(module, None)
+
+
+def _functions(value) -> Iterator:
+    if isinstance(value, _FUNCTION | _CONCRETE):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _functions(item)
+    elif isinstance(value, dict):
+        yield from _functions(list(value.values()))
+
+
+def _methods(module) -> Iterator:
+    """Yields name, method and tf.function of each method that is one or wraps one."""
+    for cls in type(module).__mro__:
+        for name, method in vars(cls).items():
+            function = method
+            while isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__"):
+                function = function.__wrapped__
+            if isinstance(function, _FUNCTION):
+                yield name, method, function
