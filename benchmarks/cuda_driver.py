@@ -1,12 +1,52 @@
 """As much of a GPU as a benchmark needs, by way of the driver: memory, a stream, graphs, events."""
 
 import ctypes
+import math
 from collections.abc import Callable
 
 import numpy as np
 
 _MULTIPROCESSORS, _MAJOR, _MINOR, _L2_BYTES = 16, 75, 76, 38  # CUdevice_attribute, cuda.h
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+
+# to[i] = a[i] + b[i] in vectors of 16 bytes, one for each thread: the least that a backward pass
+# must move. In the assembly language that every driver compiles, so that it needs no nvcc.
+_ADD_THREADS = 256
+_ADD = b"""
+.version 6.4
+.target sm_75
+.address_size 64
+.visible .entry add(.param .u64 to, .param .u64 a, .param .u64 b, .param .u64 count)
+{
+  .reg .pred %p<2>;
+  .reg .b32 %x<9>;
+  .reg .b64 %n<9>;
+  ld.param.u64 %n1, [to];
+  ld.param.u64 %n2, [a];
+  ld.param.u64 %n3, [b];
+  ld.param.u64 %n4, [count];
+  mov.u32 %x1, %ctaid.x;
+  mul.wide.u32 %n5, %x1, 256;
+  mov.u32 %x2, %tid.x;
+  cvt.u64.u32 %n6, %x2;
+  add.u64 %n5, %n5, %n6;
+  setp.ge.u64 %p1, %n5, %n4;
+  @%p1 bra done;
+  shl.b64 %n5, %n5, 4;
+  add.u64 %n1, %n1, %n5;
+  add.u64 %n2, %n2, %n5;
+  add.u64 %n3, %n3, %n5;
+  ld.global.v4.u32 {%x1, %x2, %x3, %x4}, [%n2];
+  ld.global.v4.u32 {%x5, %x6, %x7, %x8}, [%n3];
+  add.u32 %x1, %x1, %x5;
+  add.u32 %x2, %x2, %x6;
+  add.u32 %x3, %x3, %x7;
+  add.u32 %x4, %x4, %x8;
+  st.global.v4.u32 [%n1], {%x1, %x2, %x3, %x4};
+done:
+  ret;
+}
+"""
 
 
 class NoGpuError(RuntimeError):
@@ -39,6 +79,9 @@ class Gpu:
         self.multiprocessors = self._attribute(device, _MULTIPROCESSORS)
         self.architecture = 10 * self._attribute(device, _MAJOR) + self._attribute(device, _MINOR)
         self.l2_bytes = self._attribute(device, _L2_BYTES)
+        module, self._add = ctypes.c_void_p(), ctypes.c_void_p()
+        self.call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(_ADD))
+        self.call("cuModuleGetFunction", ctypes.byref(self._add), module, ctypes.c_char_p(b"add"))
 
     def _attribute(self, device: ctypes.c_int, attribute: int) -> int:
         value = ctypes.c_int()
@@ -70,6 +113,28 @@ class Gpu:
             ctypes.c_size_t(size),
             ctypes.c_void_p(self.stream),
         )
+
+    def add(self, to: "GpuArray", a: "GpuArray", b: "GpuArray", size: int) -> None:
+        """Adds whole vectors of 16 bytes in the first `size` bytes, on the stream."""
+        count = size // 16
+        if count == 0:
+            return
+        values = [ctypes.c_uint64(x) for x in (to.pointer, a.pointer, b.pointer, count)]
+        pointers = (ctypes.c_void_p * 4)(*map(ctypes.addressof, values))
+        self.call(
+            "cuLaunchKernel",
+            self._add,
+            *map(ctypes.c_uint, (-(-count // _ADD_THREADS), 1, 1, _ADD_THREADS, 1, 1, 0)),
+            ctypes.c_void_p(self.stream),
+            pointers,
+            None,
+        )
+
+    def free_bytes(self) -> int:
+        """Returns how much of the device's memory is free."""
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        return free.value
 
     def graph(self, launch: Callable[[], object]) -> Callable[[], None]:
         """Returns a function that replays what `launch` puts on the stream."""
@@ -103,20 +168,36 @@ class Gpu:
 
 
 class GpuArray:
-    """An array on the device: for `native` by its pointer, for PyTorch by DLPack."""
+    """An array on the device: for `native` by its pointer, for PyTorch by DLPack.
+
+    All that touches it is on the one stream: the driver copies from ordinary memory on a stream of
+    its own, and may return before the device has the bytes.
+    """
 
     def __init__(self, gpu: Gpu, array: np.ndarray, margin: int):
+        self._allocate(gpu, array.dtype, array.shape, margin)
+        self.fill(array)
+
+    @classmethod
+    def empty(cls, gpu: Gpu, dtype, shape: tuple[int, ...]) -> "GpuArray":
+        """Returns an array whose contents are anything."""
+        array = cls.__new__(cls)
+        array._allocate(gpu, np.dtype(dtype), shape, 0)
+        return array
+
+    def _allocate(self, gpu: Gpu, dtype: np.dtype, shape: tuple[int, ...], margin: int) -> None:
         self._gpu, self._margin = gpu, margin
-        self.dtype, self.shape, self.nbytes = array.dtype, array.shape, array.nbytes
+        self.dtype, self.shape = dtype, shape
+        self.nbytes = math.prod(shape) * dtype.itemsize
         self._base = ctypes.c_uint64()
         gpu.call("cuMemAlloc_v2", ctypes.byref(self._base), ctypes.c_size_t(self._size))
         self.pointer: int = self._base.value + margin
         self._exports: list[DLManagedTensor] = []
-        self._shape = (ctypes.c_int64 * len(self.shape))(*self.shape)
-        self.fill(array)
+        self._shape = (ctypes.c_int64 * len(shape))(*shape)
 
     def __del__(self) -> None:
-        self._gpu.call("cuMemFree_v2", self._base)
+        if self._base.value:
+            self._gpu.call("cuMemFree_v2", self._base)
 
     @property
     def _size(self) -> int:
@@ -128,17 +209,52 @@ class GpuArray:
         if array is not None:
             contents = np.frombuffer(array.tobytes(), np.uint8)
             memory[self._margin : self._margin + self.nbytes] = contents
+        self.write(memory, -self._margin)
+
+    def write(self, memory: np.ndarray, offset: int = 0) -> None:
+        """Copies host memory to `offset` bytes behind the start, and waits for it."""
         self._gpu.call(
-            "cuMemcpyHtoD_v2", self._base, ctypes.c_void_p(memory.ctypes.data), memory.nbytes
+            "cuMemcpyHtoDAsync_v2",
+            ctypes.c_uint64(self.pointer + offset),
+            ctypes.c_void_p(memory.ctypes.data),
+            ctypes.c_size_t(memory.nbytes),
+            ctypes.c_void_p(self._gpu.stream),
         )
+        self._gpu.synchronize()
+
+    def read(self, offset: int, size: int) -> np.ndarray:
+        """Returns `size` bytes, those from `offset` behind the start on."""
+        memory = np.empty(size, np.uint8)
+        self._gpu.call(
+            "cuMemcpyDtoHAsync_v2",
+            ctypes.c_void_p(memory.ctypes.data),
+            ctypes.c_uint64(self.pointer + offset),
+            ctypes.c_size_t(size),
+            ctypes.c_void_p(self._gpu.stream),
+        )
+        self._gpu.synchronize()
+        return memory
+
+    def repeat(self, block: np.ndarray) -> None:
+        """Fills the array with copies of a block, whose size must divide its own."""
+        assert self.nbytes % block.nbytes == 0
+        self.write(np.ascontiguousarray(block))
+        done = block.nbytes
+        while done < self.nbytes:
+            size = min(done, self.nbytes - done)
+            self._gpu.call(
+                "cuMemcpyDtoDAsync_v2",
+                ctypes.c_uint64(self.pointer + done),
+                ctypes.c_uint64(self.pointer),
+                ctypes.c_size_t(size),
+                ctypes.c_void_p(self._gpu.stream),
+            )
+            done += size
+        self._gpu.synchronize()
 
     def numpy(self) -> np.ndarray:
         """Returns a copy on the host. The margins must be as `fill` left them."""
-        self._gpu.synchronize()
-        memory = np.empty(self._size, np.uint8)
-        self._gpu.call(
-            "cuMemcpyDtoH_v2", ctypes.c_void_p(memory.ctypes.data), self._base, memory.nbytes
-        )
+        memory = self.read(-self._margin, self._size)
         margins = memory[: self._margin], memory[self._margin + self.nbytes :]
         if self._margin and not all((margin == 0xA5).all() for margin in margins):
             raise AssertionError("a kernel wrote outside of its array")

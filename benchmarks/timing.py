@@ -116,12 +116,15 @@ def describe_machine(*distributions: str) -> dict[str, object]:
         ),
         platform.processor(),
     )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    except OSError:  # no git
+        commit = ""
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),

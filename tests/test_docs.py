@@ -48,13 +48,12 @@ def pages_with(language):
 
 
 def programs():
-    """The modules of models/ that train."""
-    found = {}
-    for path in ROOT.glob("models/[!_]*.py"):
-        module = importlib.import_module(f"models.{path.stem}")
-        if hasattr(module, "PRESETS"):
-            found[path.stem] = module
-    return found
+    """The Config of each program of models/, by its name."""
+    paths = ROOT.glob("models/*/config.py")
+    return {
+        path.parent.name: importlib.import_module(f"models.{path.parent.name}.config").Config
+        for path in paths
+    }
 
 
 @pages_with("python")
@@ -137,13 +136,13 @@ def test_presets_and_options_named_exist():
     fields = {
         "--" + field.name.replace("_", "-")
         for program in programs().values()
-        for field in dataclasses.fields(program.Config)
+        for field in dataclasses.fields(program)
     }
     others = {"--help", "--label-presets", "--logdir"}
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= fields | others
     for program in programs().values():
         for preset in re.findall(r"^\| `(\w+)`", text, re.MULTILINE):
-            assert preset in program.PRESETS, program.__name__
+            assert preset in program.PRESETS, program.__module__
 
 
 @each_page
@@ -176,9 +175,9 @@ def test_make_targets_named_exist():
 
 # What the README's table of alternatives says of tfwn, and the tests of it.
 CLAIMS = {
-    "runs on TensorFlow 2.21, Keras 3": "tfwn/test_keras.py::test_fit",
-    "kernel": "tfwn/test_ops_transforms.py::test_one_kernel_forward_and_one_backward",
-    "axes of the units": "tfwn/test_ops_numerics.py::test_random_problems",
+    "runs on TensorFlow 2.21 and Keras 3": "tfwn/test_keras.py::test_fit",
+    "kernels": "tfwn/test_ops_transforms.py::test_one_kernel_forward_and_one_backward",
+    "axes that index units": "tfwn/test_ops_numerics.py::test_random_problems",
     "g is trained": "tfwn/test_weight.py::test_one_step_of_an_optimizer_is_the_step_by_hand",
     "wrapping a layer keeps its outputs": (
         "tfwn/test_keras.py::test_layer_keeps_its_outputs_and_gets_one_g_per_unit"
@@ -189,10 +188,10 @@ CLAIMS = {
     "a unit with one element": (
         "tfwn/test_ops_numerics.py::test_a_unit_of_one_element_has_no_direction_to_learn"
     ),
-    "float32 ‖v‖ from 10⁻²⁵ to 10²⁵": (
+    "float32 norms from 10⁻²⁵ to 10²⁵": (
         "tfwn/test_ops_numerics.py::test_norms_from_1e_minus_30_to_1e30"
     ),
-    "g of the wrong shape": "tfwn/test_ops_errors.py::test_refused",
+    "g with the wrong shape": "tfwn/test_ops_errors.py::test_refused",
     "v in bfloat16 with g in float32": "tfwn/test_ops_numerics.py::test_types_mix",
     "results depend on the number of threads": (
         "tfwn/test_ops_numerics.py::test_bit_identical_for_any_number_of_threads_in_any_mode"
@@ -200,13 +199,15 @@ CLAIMS = {
     "data-dependent initialization (section 3)": (
         "tfwn/test_data_dependent_init.py::test_all_pre_activations_of_a_deep_net_are_standard"
     ),
-    "second derivative, forward mode, XLA": "tfwn/test_ops_derivatives.py::test_forward_accumulator",
+    "second derivatives, forward mode, XLA": (
+        "tfwn/test_ops_derivatives.py::test_forward_accumulator"
+    ),
 }
 
 
 def test_each_line_of_the_table_of_alternatives_has_a_test():
     text = (ROOT / "README.md").read_text()
-    table = text.split("## Against the alternatives")[1].split("## ")[0]
+    table = text.split("## Comparison")[1].split("## ")[0]
     rows = re.findall(r"^\| (?!\|)([^|]+) \|", table, re.MULTILINE)
     assert rows == list(CLAIMS)
     for claim, test in CLAIMS.items():

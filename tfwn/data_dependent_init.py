@@ -150,6 +150,7 @@ class _FirstPass:
         self.changed: set[int] = set()
         self.reached = False  # A layer that this call built, and a checkpoint then restored.
 
+    @tf.autograph.experimental.do_not_convert  # A model that is a tf.function calls this eagerly.
     def initialize(self, layer, t, seen):
         if id(layer.weight) in seen:
             return

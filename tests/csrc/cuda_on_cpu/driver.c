@@ -27,11 +27,12 @@ int cuMemAlloc_v2(uint64_t* memory, size_t size) {
   return *memory == 0;
 }
 int cuMemFree_v2(uint64_t memory) { return free((void*)memory), 0; }
-int cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t size) {
-  return memcpy((void*)to, from, size), 0;
+int cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = *total = 1 << 20, 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t size, void* stream) {
+  return memcpy((void*)to, from, size), stream != (void*)7;
 }
-int cuMemcpyDtoH_v2(void* to, uint64_t from, size_t size) {
-  return memcpy(to, (void*)from, size), 0;
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t size, void* stream) {
+  return memcpy(to, (void*)from, size), stream != (void*)7;
 }
 int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t size, void* stream) {
   return memcpy((void*)to, (void*)from, size), stream != (void*)7;
@@ -50,4 +51,22 @@ int cuEventElapsedTime(float* milliseconds, void* begin, void* end) {
   const struct timespec *a = begin, *b = end;
   *milliseconds = (b->tv_sec - a->tv_sec) * 1e3 + (b->tv_nsec - a->tv_nsec) / 1e6;
   return 0;
+}
+
+// The one kernel that there is: to[i] = a[i] + b[i] in vectors of 16 bytes.
+int cuModuleLoadData(void** module, const char* text) {
+  return *module = (void*)3, strstr(text, ".entry add(") == NULL;
+}
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+  return *function = (void*)5, module != (void*)3 || strcmp(name, "add") != 0;
+}
+int cuLaunchKernel(void* function, unsigned grid, unsigned grid_y, unsigned grid_z, unsigned block,
+                   unsigned block_y, unsigned block_z, unsigned shared, void* stream,
+                   void** parameters, void** extra) {
+  const uint64_t count = *(uint64_t*)parameters[3];
+  if (grid_y * grid_z * block_y * block_z != 1 || (uint64_t)grid * block < count) return 1;
+  uint32_t* to = *(uint32_t**)parameters[0];
+  const uint32_t *a = *(uint32_t**)parameters[1], *b = *(uint32_t**)parameters[2];
+  for (uint64_t i = 0; i < 4 * count; ++i) to[i] = a[i] + b[i];
+  return function != (void*)5 || stream != (void*)7 || shared != 0 || extra != NULL;
 }
