@@ -184,6 +184,29 @@ def test_one_kernel_forward_and_one_backward(rng):
     assert found == ["Tfwn>WeightNorm", "Tfwn>WeightNormGrad"]
 
 
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.float64], ids=lambda t: t.name)
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3000, 70), -1), ((41, 1003), 0), ((7, 65, 33), 1), ((1001, 3), -1)]
+)
+def test_grad_v_may_take_the_memory_of_grad_w(shape, axis, jit_compile, dtype, rng):
+    """TensorFlow gives it away where nothing else reads it."""
+    v, g, c = (tf.cast(x, dtype) for x in arguments(rng, shape, axis))
+
+    @tf.function(jit_compile=jit_compile)
+    def run(v, g, c, kept):
+        with tf.GradientTape() as tape:
+            tape.watch([v, g])
+            w = tfwn.weight_norm(v, g, axis)
+        grad_w = tf.sin(c)
+        return tape.gradient(w, [v, g], output_gradients=grad_w), [grad_w] if kept else []
+
+    given, _ = run(v, g, c, kept=False)
+    expected, _ = run(v, g, c, kept=True)
+    for a, b in zip(given, expected, strict=True):
+        assert a.numpy().tobytes() == b.numpy().tobytes()
+
+
 def test_constants_are_folded():
     from tensorflow.core.protobuf import config_pb2
     from tensorflow.python.grappler import tf_optimizer
