@@ -18,7 +18,8 @@
 //   - a result is a function of the arguments alone: not of the number of threads, not of timing;
 //   - sizes are 64-bit, and any size may be zero.
 //
-// Outputs must not overlap inputs. Pointers, sizes and a way to run in parallel are all that a
+// grad_v may be grad_w, in whole, where both have one type. Otherwise outputs must not overlap
+// inputs, nor each other. Pointers, sizes and a way to run in parallel are all that a
 // kernel knows: no framework in here.
 
 #ifndef TFWN_CSRC_WEIGHT_NORM_H_

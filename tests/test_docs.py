@@ -200,7 +200,7 @@ CLAIMS = {
         "tfwn/test_data_dependent_init.py::test_all_pre_activations_of_a_deep_net_are_standard"
     ),
     "second derivatives, forward mode, XLA": (
-        "tfwn/test_ops_transforms.py::test_forward_accumulator"
+        "tfwn/test_ops_derivatives.py::test_forward_accumulator"
     ),
 }
 

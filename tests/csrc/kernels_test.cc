@@ -300,6 +300,20 @@ std::unique_ptr<Results> RunBoth(const Problem& p, const tfwn::cpu::ParallelFor&
   return results;
 }
 
+// grad_v may take the place of grad_w where both have one type.
+void CheckInPlace(const Problem& p, const Results& expected,
+                  const tfwn::cpu::ParallelFor& parallel_for) {
+  if (p.v_type != p.w_type) return;
+  Buffer grad(p.w_type, p.layout.size()), grad_g(p.g_type, p.layout.units);
+  std::memcpy(grad.data(), p.grad_w.data(), grad.Bytes());
+  RunKernel(Backward{p.layout, p.v_type, p.g_type, p.w_type, grad.data(), p.v.data(), p.g.data(),
+                     expected.norm.data(), grad.data(), grad_g.data()},
+            parallel_for);
+  Check(grad.Intact() && grad_g.Intact(), p.Name() + ": wrote out of bounds in place");
+  Check(grad == expected.grad_v, p.Name() + ": grad_v in place of grad_w differs");
+  Check(grad_g == expected.grad_g, p.Name() + ": grad_g differs with grad_v in place of grad_w");
+}
+
 // ||out - reference|| <= bound * ||reference|| within each unit, plus the spacing of the type's
 // smallest numbers for each element.
 void CheckClose(const Problem& p, const char* name, const Buffer& out, Type type,
@@ -433,6 +447,7 @@ void TestManyCuts(uint64_t seed) {
     for (int cut = 0; cut < 10; ++cut) {
       Check(*results == *RunBoth(p, RandomThreads(&random)),
             p.Name() + ": a cut changes the result");
+      CheckInPlace(p, *results, RandomThreads(&random));
     }
   }
 }
@@ -443,7 +458,8 @@ void TestRandomProblems(int cases, uint64_t seed) {
     PickDevice(&random);
     misalignment = static_cast<int>(Pick(&random, {0, 0, 1}));
     const auto type = [&] { return static_cast<Type>(random() % 4); };
-    Problem p(RandomLayout(&random), type(), type(), type());
+    const Type v_type = type();
+    Problem p(RandomLayout(&random), v_type, type(), random() % 2 ? v_type : type());
     std::normal_distribution<double> normal;
     const bool narrow_v = p.v_type == Type::kHalf, narrow_w = p.w_type == Type::kHalf;
     // The magnitudes of v differ between units; those of the others keep all results in range.
@@ -470,6 +486,7 @@ void TestRandomProblems(int cases, uint64_t seed) {
     const auto threaded = RunBoth(p, RandomThreads(&random));
     Check(threaded->Intact(), p.Name() + ": wrote out of bounds in threads");
     Check(*results == *threaded, p.Name() + ": threads change the result");
+    CheckInPlace(p, *results, RandomThreads(&random));
     if (failures > 20) return;
   }
 }

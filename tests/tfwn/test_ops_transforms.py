@@ -1,8 +1,5 @@
-"""weight_norm under all that TensorFlow does to an op: differentiate it again, vectorize, compile,
-save, replicate, fold."""
+"""weight_norm under all that TensorFlow does to an op: vectorize, loop, save, replicate, fold."""
 
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -12,201 +9,7 @@ import tensorflow as tf
 
 import tfwn
 from tests import reference
-
-LAYOUTS = [
-    pytest.param((7, 5), -1, id="dense"),
-    pytest.param((3, 2, 4, 5), (-2, -1), id="depthwise"),
-    pytest.param((3, 6, 4), 1, id="interior"),
-    pytest.param((4, 9), 0, id="rows"),
-    pytest.param((4, 5), None, id="whole"),
-    pytest.param((3, 4, 5), (2, 0), id="out of order"),
-]
-
-
-def plain(v, g, axis=-1):
-    """Eq. 2 in plain TensorFlow, for TensorFlow to differentiate."""
-    axes = [] if axis is None else [axis] if isinstance(axis, int) else list(axis)
-    axes = [a % v.shape.rank for a in axes]
-    rest = [a for a in range(v.shape.rank) if a not in axes]
-    length = tf.sqrt(tf.reduce_sum(v * v, rest, keepdims=True))
-    return tf.reshape(tf.transpose(g, np.argsort(axes)), length.shape) * v / length
-
-
-def arguments(rng, shape, axis, dtype=tf.float64):
-    """Returns v, g and a weight's worth of coefficients."""
-    axes = [] if axis is None else [axis] if isinstance(axis, int) else axis
-    shapes = shape, [shape[a] for a in axes], shape
-    return [tf.constant(rng.normal(size=s), dtype) for s in shapes]
-
-
-def assert_close(outputs, expected, rtol=1e-11, atol=1e-12):
-    for out, truly in zip(tf.nest.flatten(outputs), tf.nest.flatten(expected), strict=True):
-        np.testing.assert_allclose(out, truly, rtol=rtol, atol=atol)
-
-
-# Derivatives of higher order.
-
-
-def second_derivatives(f, v, g, c, axis):
-    """Of a function that is not linear in any of w, grad_v and grad_g."""
-    with tf.GradientTape() as outer:
-        outer.watch([v, g, c])
-        with tf.GradientTape() as inner:
-            inner.watch([v, g])
-            y = tf.reduce_sum(tf.sin(c * f(v, g, axis)))
-        grad_v, grad_g = inner.gradient(y, [v, g])
-        z = [tf.reduce_sum(tf.sin(grad_v)), tf.reduce_sum(tf.cos(grad_g))]
-    return outer.gradient(z, [v, g, c])
-
-
-@pytest.mark.parametrize(("shape", "axis"), LAYOUTS)
-def test_second_derivatives(shape, axis, mode, rng):
-    v, g, c = arguments(rng, shape, axis)
-    outputs = mode(second_derivatives)(tfwn.weight_norm, v, g, c, axis)
-    assert_close(outputs, second_derivatives(plain, v, g, c, axis), atol=1e-11)
-
-
-@pytest.mark.parametrize("output", ["grad_v", "grad_g"])
-def test_second_derivative_of_either_gradient_alone(output, mode, rng):
-    v, g, c = arguments(rng, (7, 5), -1)
-
-    def run(f):
-        with tf.GradientTape() as outer:
-            outer.watch([v, g])
-            with tf.GradientTape() as inner:
-                inner.watch([v, g])
-                y = tf.reduce_sum(c * f(v, g))
-            grad = inner.gradient(y, v if output == "grad_v" else g)
-        return outer.gradient(grad, [v, g], unconnected_gradients="zero")
-
-    assert_close(mode(run)(tfwn.weight_norm), run(plain))
-
-
-def test_third_derivatives(mode, rng):
-    v, g, c = arguments(rng, (4, 3), -1)
-
-    @mode
-    def run(f, v):
-        with tf.GradientTape() as tape:
-            tape.watch([v, g])
-            second = second_derivatives(f, v, g, c, -1)
-            y = tf.add_n([tf.reduce_sum(tf.sin(x)) for x in second])
-        return tape.gradient(y, [v, g])
-
-    expected = run(plain, v)
-    assert_close(run(tfwn.weight_norm, v), expected, rtol=1e-9, atol=1e-9)
-
-    zero = tf.constant([1, 0, 1], tf.float64)
-    outputs = run(tfwn.weight_norm, v * zero)
-    assert_close(outputs, [x * zero for x in expected], rtol=1e-9, atol=1e-9)
-
-
-def test_hessian(mode, rng):
-    v, g, c = arguments(rng, (4, 3), -1)
-
-    @mode
-    def run(f):
-        with tf.GradientTape() as outer:
-            outer.watch(v)
-            with tf.GradientTape() as inner:
-                inner.watch(v)
-                y = tf.reduce_sum(tf.sin(c * f(v, g)))
-            grad_v = inner.gradient(y, v)
-        return outer.jacobian(grad_v, v)
-
-    hessian = tf.reshape(run(tfwn.weight_norm), [12, 12])
-    assert_close(hessian, tf.reshape(run(plain), [12, 12]))
-    assert_close(hessian, tf.transpose(hessian))
-
-
-def test_second_derivatives_of_a_zero_unit_are_zero(mode, rng):
-    v, g, c = arguments(rng, (6, 4), -1, tf.float32)
-    v = v * [1.0, 0.0, 1.0, 1.0]
-    to_v, to_g, to_c = mode(second_derivatives)(tfwn.weight_norm, v, g, c, -1)
-    for out in to_v[:, 1], to_g[1], to_c[:, 1]:
-        np.testing.assert_array_equal(out, tf.zeros_like(out))
-    others = [0, 2, 3]
-    expected = second_derivatives(
-        plain, *(tf.gather(tf.cast(x, tf.float64), others, axis=-1) for x in (v, g, c)), -1
-    )
-    outputs = [tf.gather(x, others, axis=-1) for x in (to_v, to_g, to_c)]
-    assert_close(outputs, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_second_derivatives_of_a_unit_of_one_element_are_zero(mode, rng):
-    """As its gradient: nothing but g moves it."""
-    v, g, c = arguments(rng, (1, 300), -1, tf.float32)
-
-    def run(v, g, c):
-        with tf.GradientTape() as outer:
-            outer.watch(v)
-            with tf.GradientTape() as inner:
-                inner.watch([v, g])
-                y = tf.reduce_sum(tf.sin(c * tfwn.weight_norm(v, g)))
-            gradients = inner.gradient(y, [v, g])
-        return gradients[0], outer.gradient(gradients, v)
-
-    for out in mode(run)(v, g, c):
-        np.testing.assert_array_equal(out, tf.zeros_like(v))
-
-
-@pytest.mark.parametrize("scale", [1e-15, 1e15, 1e30])
-def test_second_derivatives_of_extreme_norms(scale, mode, rng):
-    v, g, c = arguments(rng, (6, 4), -1)
-
-    def run(f, dtype):
-        v_ = tf.cast(v * scale, dtype)
-        with tf.GradientTape() as outer:
-            outer.watch(v_)
-            with tf.GradientTape() as inner:
-                inner.watch(v_)
-                y = tf.reduce_sum(tf.cast(c, dtype) * f(v_, tf.cast(g, dtype)))
-            grad_v = inner.gradient(y, v_) * scale
-        return outer.gradient(grad_v, v_) * scale
-
-    outputs = mode(run)(tfwn.weight_norm, tf.float32)
-    assert_close(outputs, run(plain, tf.float64), rtol=1e-4, atol=1e-5)
-
-
-def test_second_derivatives_of_mixed_types(mode, rng):
-    v, g, c = arguments(rng, (6, 4), -1)
-    mixed = tf.cast(v, tf.float32), tf.cast(g, tf.bfloat16), tf.cast(c, tf.float16)
-    exact = [tf.cast(x, tf.float64) for x in mixed]
-
-    def f(v, g, axis):
-        return tfwn.weight_norm(v, g, axis, out_dtype=tf.float16)
-
-    outputs = mode(second_derivatives)(f, *mixed, -1)
-    assert [x.dtype for x in outputs] == [tf.float32, tf.bfloat16, tf.float16]
-    for out, truly in zip(outputs, second_derivatives(plain, *exact, -1), strict=True):
-        error = np.linalg.norm(np.asarray(out, np.float64) - truly)
-        assert error <= 0.02 * np.linalg.norm(truly)
-
-
-def test_forward_accumulator(mode, rng):
-    v, g, c = arguments(rng, (7, 5), -1)
-    v_tangent, g_tangent, _ = arguments(rng, (7, 5), -1)
-
-    def run(f):
-        with tf.autodiff.ForwardAccumulator([v, g], [v_tangent, g_tangent]) as accumulator:
-            w = f(v, g)
-        return accumulator.jvp(w)
-
-    assert_close(mode(run)(tfwn.weight_norm), run(plain))
-
-    def hessian_vector_product(f):
-        with (
-            tf.autodiff.ForwardAccumulator([v, g], [v_tangent, g_tangent]) as accumulator,
-            tf.GradientTape() as tape,
-        ):
-            tape.watch([v, g])
-            y = tf.reduce_sum(tf.sin(c * f(v, g)))
-            grads = tape.gradient(y, [v, g])
-        return [accumulator.jvp(grad) for grad in grads]
-
-    outputs = mode(hessian_vector_product)(tfwn.weight_norm)
-    assert_close(outputs, hessian_vector_product(plain))
-
+from tests.tfwn.op_cases import LAYOUTS, arguments, assert_close, plain, second_derivatives
 
 # Vectorization and loops.
 
@@ -381,6 +184,29 @@ def test_one_kernel_forward_and_one_backward(rng):
     assert found == ["Tfwn>WeightNorm", "Tfwn>WeightNormGrad"]
 
 
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.float64], ids=lambda t: t.name)
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((3000, 70), -1), ((41, 1003), 0), ((7, 65, 33), 1), ((1001, 3), -1)]
+)
+def test_grad_v_may_take_the_memory_of_grad_w(shape, axis, jit_compile, dtype, rng):
+    """TensorFlow gives it away where nothing else reads it."""
+    v, g, c = (tf.cast(x, dtype) for x in arguments(rng, shape, axis))
+
+    @tf.function(jit_compile=jit_compile)
+    def run(v, g, c, kept):
+        with tf.GradientTape() as tape:
+            tape.watch([v, g])
+            w = tfwn.weight_norm(v, g, axis)
+        grad_w = tf.sin(c)
+        return tape.gradient(w, [v, g], output_gradients=grad_w), [grad_w] if kept else []
+
+    given, _ = run(v, g, c, kept=False)
+    expected, _ = run(v, g, c, kept=True)
+    for a, b in zip(given, expected, strict=True):
+        assert a.numpy().tobytes() == b.numpy().tobytes()
+
+
 def test_constants_are_folded():
     from tensorflow.core.protobuf import config_pb2
     from tensorflow.python.grappler import tf_optimizer
@@ -495,127 +321,3 @@ def test_keras_fit(jit_compile, rng):
     x = rng.normal(size=(64, 4)).astype("f")
     history = model.fit(x, x[:, :3], epochs=20, verbose=0).history["loss"]
     assert history[-1] < 0.9 * history[0]
-
-
-# XLA.
-
-XLA_LAYOUTS = [*LAYOUTS, pytest.param((64, 300), -1, id="columns"), pytest.param((), None, id="")]
-XLA_LAYOUTS += [pytest.param((0, 4), -1, id="no elements"), pytest.param((4, 0), -1, id="no units")]
-
-
-def forward_and_backward(v, g, grad_w, axis):
-    with tf.GradientTape() as tape:
-        tape.watch([v, g])
-        w = tfwn.weight_norm(v, g, axis, out_dtype=grad_w.dtype)
-    return w, *tape.gradient(w, [v, g], output_gradients=grad_w)
-
-
-@pytest.mark.parametrize(
-    "types",
-    [
-        (tf.float32, tf.float32, tf.float32),
-        (tf.bfloat16, tf.bfloat16, tf.bfloat16),
-        (tf.float16, tf.float32, tf.float16),
-        (tf.float64, tf.float64, tf.float64),
-        (tf.float32, tf.float64, tf.bfloat16),
-    ],
-    ids=lambda types: "-".join(t.name for t in types),
-)
-@pytest.mark.parametrize(("shape", "axis"), XLA_LAYOUTS)
-def test_xla_calls_the_same_kernels(shape, axis, types, rng):
-    inputs = [tf.cast(x, t) for x, t in zip(arguments(rng, shape, axis), types, strict=True)]
-    compiled = tf.function(forward_and_backward, jit_compile=True)
-    hlo = compiled.experimental_get_compiler_ir(*inputs, axis)(stage="hlo")
-    for target in ("tfwn_weight_norm", "tfwn_weight_norm_grad"):
-        assert f'custom_call_target="{target}"' in hlo
-    graph = tf.function(forward_and_backward)
-    for a, b in zip(graph(*inputs, axis), compiled(*inputs, axis), strict=True):
-        assert a.dtype == b.dtype
-        assert a.numpy().tobytes() == b.numpy().tobytes()
-
-
-def test_xla_sizes_that_are_known_when_it_runs_only(rng):
-    """XLA hands no such sizes to a custom call."""
-    v, g, c = arguments(rng, (10, 4), -1)
-    kept = tf.constant(rng.random(10) < 0.6)
-
-    @tf.function(jit_compile=True)
-    def run(v, g, c, kept):
-        with tf.GradientTape() as tape:
-            tape.watch([v, g])
-            w = tfwn.weight_norm(tf.boolean_mask(v, kept), g)
-            y = tf.reduce_sum(w * tf.boolean_mask(c, kept))
-        return w, *tape.gradient(y, [v, g])
-
-    w, grad_v, grad_g = run(v, g, c, kept)
-    v, c = v.numpy()[kept], c.numpy()[kept]
-    assert 0 < len(v) < 10
-    expected = reference.weight_norm(v, g), *reference.weight_norm_gradient(c, v, g)
-    assert_close([w, grad_v.numpy()[kept], grad_g], expected)
-
-
-WITHOUT_HANDLERS = """
-import numpy as np, tensorflow as tf
-import tfwn
-from tests import reference
-from tests.tfwn.test_ops_transforms import arguments, forward_and_backward
-
-rng = np.random.default_rng(0)
-compiled = tf.function(forward_and_backward, jit_compile=True)
-tolerance = {"float16": 2e-3, "bfloat16": 8e-3, "float32": 2e-6, "float64": 1e-14}
-for types in [
-    ["float32"] * 3, ["float64"] * 3, ["bfloat16"] * 3,
-    ["float32", "bfloat16", "float16"], ["float32", "float64", "float32"],
-]:
-    for (shape, axis), size in [
-        (((300, 7), -1), 1), (((7, 65, 33), 1), 1), (((9, 40), 0), 1), (((37, 41), None), 1),
-        (((5, 4, 3, 2), (-2, -1)), 1), (((), None), 1), (((0, 4), -1), 1), (((4, 0), -1), 1),
-        (((300, 7), -1), 1e-30), (((300, 7), -1), 1e29), (((1, 300), -1), 1),
-    ]:
-        v, g, c = arguments(rng, shape, axis)
-        v *= size
-        if shape == (7, 65, 33):
-            v *= tf.cast(tf.range(65) != 3, v.dtype)[:, None]
-        v, g, c = inputs = [tf.cast(x, t) for x, t in zip([v, g, c], types)]
-        hlo = compiled.experimental_get_compiler_ir(*inputs, axis)(stage="hlo")
-        assert "custom-call" not in hlo
-        assert ("f64[" in hlo) == ("float64" in types)
-        outputs = compiled(*inputs, axis)
-        grad_v, grad_g = reference.weight_norm_gradient(c, v, g, axis)
-        if shape in ((1, 300), ()):
-            grad_v[...] = 0  # where the reference leaves rounding
-        expected = reference.weight_norm(v, g, axis), grad_v, grad_g
-        for out, truly, wide in zip(outputs, expected, (c, v, g)):
-            assert out.dtype == wide.dtype
-            out = out.numpy().astype(np.float64)
-            assert out.shape == truly.shape and np.isfinite(out).all()
-            worst = max(tolerance[wide.dtype.name], tolerance[v.dtype.name])
-            error, largest = np.linalg.norm(out - truly), np.linalg.norm(truly)
-            assert error <= worst * largest, (types, shape, axis, size, error / largest)
-"""
-
-
-def test_xla_without_handlers():
-    """As on a platform that has none: eq. 2 and 3 in XLA's operations."""
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_HANDLERS],
-        env=os.environ | {"TFWN_XLA_HANDLERS": "0"},
-        cwd=pathlib.Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-LATE = """
-import tensorflow as tf
-double = tf.function(lambda x: x + x, jit_compile=True)
-assert double(tf.ones([])) == 2
-import tfwn
-w = tf.function(tfwn.weight_norm, jit_compile=True)(tf.constant([[3.0], [4.0]]), [10.0])
-assert abs(w[0, 0] - 6) < 1e-6, w
-"""
-
-
-def test_xla_though_the_process_used_it_before_the_import():
-    subprocess.run([sys.executable, "-c", LATE], check=True)
