@@ -79,7 +79,8 @@ def run_module(module, words, monkeypatch):
     """What `python -m module words` does, without another import of TensorFlow."""
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [module, *words])
-        patch.delitem(sys.modules, module, raising=False)  # runpy warns of a module that is there.
+        for name in (module, f"{module}.__main__"):  # runpy warns of a module that is there.
+            patch.delitem(sys.modules, name, raising=False)
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as error:
