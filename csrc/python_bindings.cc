@@ -310,9 +310,10 @@ constexpr char kWeightNormGradDoc[] = R"(Returns (grad_v, grad_g), of v's and g'
 >>> v = np.array([[3, 0], [4, 2]], np.float32)
 >>> g = np.array([1, 10], np.float32)
 >>> w, norm = native.weight_norm(v, g)
->>> native.weight_norm_grad(np.ones_like(w), v, g, norm)
-(array([[ 0.032,  5.   ],
-       [-0.024,  0.   ]], dtype=float32), array([1.4, 1. ], dtype=float32))
+>>> grad_w = np.array([[10, 1], [5, 1]], np.float32)
+>>> native.weight_norm_grad(grad_w, v, g, norm)
+(array([[ 0.8,  5. ],
+       [-0.6,  0. ]], dtype=float32), array([10.,  1.], dtype=float32))
 
 Args:
   grad_w: the gradient with respect to w, of v's shape, any type.
