@@ -94,10 +94,11 @@ const char* SimdLevel();
 
 namespace cuda {
 
-// scratch: at least ScratchBytes(...) bytes on the device, aligned to 256. multiprocessors is the
-// device's count of them: the split of the work, and so the last bit, may depend on it.
-// stream is a cudaStream_t. Returns a cudaError_t, 0 for success. Never waits for the device, so a
-// call can be captured in a CUDA graph.
+// For the current device, whose count of multiprocessors is given: the split of the work, and so
+// the last bit, depends on the device. scratch: at least ScratchBytes(...) bytes on it, aligned to
+// 256, for the same arguments; pointers count as aligned to 16 bytes where they are null. stream is
+// a cudaStream_t. Returns a cudaError_t, 0 for success. Never waits for the device and never
+// allocates on it, so a call can be captured in a CUDA graph.
 size_t ScratchBytes(const Forward& arguments, int multiprocessors);
 size_t ScratchBytes(const Backward& arguments, int multiprocessors);
 int Run(const Forward& arguments, int multiprocessors, void* scratch, void* stream);

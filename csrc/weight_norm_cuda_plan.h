@@ -145,10 +145,12 @@ inline bool FillsDevice(const Problem& problem, const Plan& plan) {
   return 2 * plan.blocks() >= 3 * problem.multiprocessors;
 }
 
-// Whether one launch of a plan that fits is worth it, rather than two launches of more blocks.
+// Whether one launch of a plan that fits is worth it, rather than two launches of more blocks: it
+// is if it has enough blocks, or little for each of them to read.
 inline bool OneLaunchPays(const Problem& problem, const Plan& plan) {
-  return plan.tiles > 0 && (2 * plan.blocks() >= problem.multiprocessors ||
-                            SharedMemoryOf(problem, plan, Phase::kFused).bytes <= 32 << 10);
+  if (plan.tiles == 0) return false;
+  const SharedMemory memory = SharedMemoryOf(problem, plan, Phase::kFused);
+  return 2 * plan.blocks() >= problem.multiprocessors || memory.bytes - memory.stage <= 32 << 10;
 }
 
 // Blocks of two launches: all run at once, because one too many would be a second wave.

@@ -533,7 +533,7 @@ void TestTwoLaunches() {
   for (const int architecture : {80, 90}) {
     cuda_on_cpu::architecture = architecture;
     for (const Layout layout : {Layout{60000, 2, 1}, Layout{20000, 7, 1}, Layout{9000, 16, 1},
-                                Layout{4000, 3, 9}, Layout{1, 1, 150000}, Layout{3, 2, 60001}}) {
+                                Layout{8000, 3, 9}, Layout{1, 1, 150000}, Layout{3, 2, 60001}}) {
       for (const Type type : {Type::kBfloat16, Type::kFloat}) {
         Problem p(layout, type, Type::kFloat, type);
         for (int64_t i = 0; i < p.v.size(); ++i) p.v.Set(i, normal(random));
