@@ -28,6 +28,10 @@ NOT_RUN = {
     "make test": "runs these tests",
     'make test TENSORFLOW="tensorflow-cpu==2.20.*" PYTHON=python3.10': "needs another Python",
     "PYTHON=$PWD/.venv/bin/python bazel build :all": "needs Bazel",
+    "nvcc -I. -std=c++17 -O3 -arch=sm_90 -Xptxas -v -c csrc/weight_norm_cuda.cu -o kernels.o": (
+        "needs nvcc; prints a table"
+    ),
+    "python -m benchmarks.cuda": "needs a GPU; tests/csrc/test_cuda_benchmark.py has a stand-in",
 }
 
 
