@@ -267,8 +267,7 @@ class WeightNormGradOp : public tensorflow::OpKernel {
 
     Tensor *grad_v, *grad_g;
     // Safe, since all sums are done before the first element of grad_v is written.
-    OP_REQUIRES_OK(context,
-                   context->forward_input_or_allocate_output({0}, 0, v.shape(), &grad_v));
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, v.shape(), &grad_v));
     OP_REQUIRES_OK(context, context->allocate_output(1, g.shape(), &grad_g));
 
     arguments.v_type = TypeOf(v.dtype());
