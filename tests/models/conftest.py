@@ -1,16 +1,12 @@
 """What the tests of programs share: their command lines, and the README's smallest program."""
 
 import importlib.util
-import re
 import sys
-from pathlib import Path
 
 import pytest
+from support import SOURCE
 
 from models.common import command_line
-
-README = Path(__file__).parents[2] / "models" / "common" / "README.md"
-SOURCE = re.search(r"```python\n(.*?)```", README.read_text(), re.S).group(1)
 
 
 @pytest.fixture

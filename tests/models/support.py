@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import tensorflow as tf
 from models.common import checkpoints, metrics
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "models" / "common" / "README.md"
+SOURCE = re.search(r"```python\n(.*?)```", README.read_text(), re.S).group(1)  # Its program.
 TIMES = {"time", "epoch_seconds", "steps_per_second"}
 
 

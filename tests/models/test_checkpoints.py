@@ -10,8 +10,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import SOURCE
-from support import ROOT, finish, start_workers, weights
+from support import ROOT, SOURCE, finish, start_workers, weights
 
 from models.common import checkpoints
 from models.common.errors import UserError
