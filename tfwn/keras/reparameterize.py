@@ -3,27 +3,46 @@
 from collections.abc import Callable
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from tfwn.keras import internals
 from tfwn.keras.normalized import is_weight
 from tfwn.keras.recipe import remember
+from tfwn.keras.scope import exact
 from tfwn.keras.wrapper import WeightNormalization
 from tfwn.modules import attributes
 from tfwn.traces import check_traces, forget_traces
 
 
-def reparameterize(model: keras.layers.Layer, required: bool = True) -> keras.layers.Layer:
+def reparameterize(
+    model: keras.layers.Layer, kernel_mask: Callable | None = None, required: bool = True
+) -> keras.layers.Layer:
     """`tfwn.reparameterize` for Keras: a model's layers in wrappers, or a layer in its wrapper.
 
     Where nothing is found, an error is raised if `required`, or the model is returned as it is.
     """
     _check_traces(model)
-    change = _Change(_wrapped)
+    before: list[tuple[keras.Variable, tf.Tensor]] = []
+    masks: list = []
+
+    def mask_of(v):
+        before.append((v, exact(v)))
+        masks.append(kernel_mask(v) if kernel_mask else None)
+        return masks[-1]
+
+    change = _Change(lambda layer: _wrapped(layer, mask_of))
     try:
         change.find(model)
+        if required and kernel_mask and all(mask is None for mask in masks):
+            raise ValueError(
+                f"kernel_mask returned no mask for any of {[v.path for v, _ in before]}"
+            )
     except BaseException:
         for _, wrapper in change.replaced.values():
             wrapper.fold()
+        for v, value in before:
+            v.assign(value)
         raise
     if required and not change.replaced and not _wrappers_in(model):
         names = [variable.path for variable in model.variables]
@@ -52,7 +71,7 @@ def _wrappers_in(layer) -> list[WeightNormalization]:
     return [one for one in internals.layers_in(layer) if isinstance(one, WeightNormalization)]
 
 
-def _wrapped(layer):
+def _wrapped(layer, mask_of):
     """The layer in a wrapper, where it has something to normalize and is in none."""
     if isinstance(layer, WeightNormalization):
         return layer
@@ -62,12 +81,28 @@ def _wrapped(layer):
         for value in vars(one).values()
         if isinstance(value, keras.Variable)
     ]
-    if layer.built and not any(is_weight(v) for v in variables):
+    weights = [v for v in variables if is_weight(v)]
+    if layer.built and not weights:
         return layer
-    wrapper = WeightNormalization(layer, name=layer.name)
+    wrapper = WeightNormalization(
+        layer, name=layer.name, kernel_mask=_masks(layer, weights, mask_of)
+    )
     if layer.built:
         wrapper.build()
     return wrapper
+
+
+def _masks(layer, weights, mask_of) -> dict | None:
+    """The masks of a layer's weights by their names, as its wrapper takes them."""
+    found = [(v.name, mask_of(v)) for v in weights]
+    masks = {name: mask for name, mask in found if mask is not None}
+    for name, mask in found:
+        if name in masks and (mask is None or not np.array_equal(mask, masks[name])):
+            raise ValueError(
+                f"kernel_mask returned several masks for the variables {name!r} in {layer.name!r}: "
+                "one layer in a wrapper has one for each name"
+            )
+    return masks or None
 
 
 def _unwrapped(layer):
@@ -128,7 +163,7 @@ class _Change:
         if internals.is_functional(holder):
             internals.refresh_graph(holder, layers)
         _replace_attributes(holder, layers)
-        for name in _EXECUTION:
+        for name in internals.TRACED_BY_KERAS:
             if getattr(holder, name, None) is not None:
                 setattr(holder, name, None)
         if isinstance(holder, keras.Model):
@@ -136,13 +171,9 @@ class _Change:
         return changed
 
 
-# Traced with the layers before; Keras makes them anew.
-_EXECUTION = ("train_function", "test_function", "predict_function")
-
-
 def _check_traces(model):
     for layer in internals.layers_in(model):
-        check_traces(layer, ignored=_EXECUTION)
+        check_traces(layer, ignored=internals.TRACED_BY_KERAS)
 
 
 def _check_built(model):
