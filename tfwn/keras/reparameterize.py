@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfwn.keras import internals
-from tfwn.keras.normalized import is_weight
+from tfwn.keras.normalized import find, is_weight
 from tfwn.keras.recipe import remember
 from tfwn.keras.scope import exact
 from tfwn.keras.wrapper import WeightNormalization
@@ -31,7 +31,7 @@ def reparameterize(
         masks.append(kernel_mask(v) if kernel_mask else None)
         return masks[-1]
 
-    change = _Change(lambda layer: _wrapped(layer, mask_of))
+    change = _Change(lambda layer: _wrapped(layer, mask_of), separate=True)
     try:
         change.find(model)
         if required and kernel_mask and all(mask is None for mask in masks):
@@ -75,13 +75,7 @@ def _wrapped(layer, mask_of):
     """The layer in a wrapper, where it has something to normalize and is in none."""
     if isinstance(layer, WeightNormalization):
         return layer
-    variables = [
-        value
-        for one in internals.layers_in(layer)
-        for value in vars(one).values()
-        if isinstance(value, keras.Variable)
-    ]
-    weights = [v for v in variables if is_weight(v)]
+    weights = [v for _, v in find(layer, is_weight)]
     if layer.built and not weights:
         return layer
     wrapper = WeightNormalization(
@@ -105,28 +99,74 @@ def _masks(layer, weights, mask_of) -> dict | None:
     return masks or None
 
 
+def _has_kernels_itself(layer) -> bool:
+    values = vars(layer).values()
+    return isinstance(layer, WeightNormalization) or any(
+        isinstance(value, keras.Variable) and is_weight(value) for value in values
+    )
+
+
 def _unwrapped(layer):
     return layer.fold() if isinstance(layer, WeightNormalization) else layer
 
 
 class _Change:
-    """Puts other layers in the place of those in a model, in the model itself."""
+    """Puts other layers in the place of those in a model, in the model itself.
 
-    def __init__(self, replace: Callable[[keras.layers.Layer], keras.layers.Layer]):
+    With `separate`, layers that have a kernel in common, as of tied weights, are not replaced as
+    they are, but what they have in common is.
+    """
+
+    def __init__(
+        self,
+        replace: Callable[[keras.layers.Layer], keras.layers.Layer],
+        separate: bool = False,
+    ):
         self._replace = replace
-        self._seen: dict[int, keras.layers.Layer] = {}  # The layer too: an id is used again.
+        self._separate = separate
+        self._separated: set[int] = set()
         self._holders: list[keras.layers.Layer] = []
         self.replaced: dict[int, tuple[keras.layers.Layer, keras.layers.Layer]] = {}
 
-    def find(self, layer) -> None:
+    def find(self, model) -> None:
         """Makes what takes the place of each layer; the model stays as it is."""
-        if id(layer) in self._seen:
-            return
-        self._seen[id(layer)] = layer
-        if not self._holds_layers(layer):
+        while True:
+            self._holders = []
+            units = list(self._units(model, set()))
+            if not (self._separate and self._separate_some(units)):
+                break
+        for layer in units:
             new = self._replace(layer)
             if new is not layer:
                 self.replaced[id(layer)] = layer, new
+
+    def _separate_some(self, units) -> bool:
+        """Makes holders of the layers that share a kernel with another; whether there are any."""
+        users: dict[int, tuple] = {}
+        for layer in units:
+            for _, v in find(layer, is_weight):
+                users.setdefault(id(v), (v, []))[1].append(layer)
+        for v, sharing in users.values():
+            if len(sharing) == 1:
+                continue
+            apart = [layer for layer in sharing if not _has_kernels_itself(layer)]
+            if len(apart) < len(sharing) - 1:
+                raise ValueError(
+                    f"{v.path} is a kernel of {', '.join(layer.name for layer in sharing)}, which "
+                    "would each normalize it: let one layer have the kernel, and the others have "
+                    "that layer as an attribute"
+                )
+            self._separated.update(id(layer) for layer in apart)
+            return True
+        return False
+
+    def _units(self, layer, seen):
+        """Yields what is replaced as a whole, and collects the holders around it."""
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        if not (id(layer) in self._separated or self._holds_layers(layer)):
+            yield layer
             return
         if isinstance(layer, keras.Model):
             _check_built(layer)
@@ -134,7 +174,7 @@ class _Change:
             internals.refresh_graph(layer, {})  # Another model of the same graph may have changed.
         self._holders.append(layer)
         for inner in internals.layers_in(layer, include_self=False, recursive=False):
-            self.find(inner)
+            yield from self._units(inner, seen)
 
     @staticmethod
     def _holds_layers(layer) -> bool:
