@@ -37,10 +37,10 @@ demo: $(VENV)/.have-models
 	{ status=$$?; test $$status != 130 || echo "Run make demo again to go on"; exit $$status; }
 	@echo "Look at $(DEMO)/learning_curve.png and $(DEMO)/game.gif"
 
-test: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch
+test: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch $(VENV)/.have-tcn
 	$(PYTEST)
 
-test-slow: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch
+test-slow: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch $(VENV)/.have-tcn
 	$(PYTEST) -m slow
 
 bench: $(VENV)/.have-benchmark
@@ -108,6 +108,11 @@ $(VENV)/.have-torch: $(VENV)/.tools
 	@echo "Installing PyTorch for the CPU"
 	@$(PIP) install -qq 'torch==2.13.0+cpu' 2>/dev/null || \
 		echo "pip finds no torch==2.13.0+cpu: the tests that compare with it will be skipped"
+	@touch $@
+
+# It requires `tensorflow`, which would be installed over `tensorflow-cpu`.
+$(VENV)/.have-tcn: $(VENV)/.tools
+	@$(PIP) install -qq --no-deps 'keras-tcn>=3.5'
 	@touch $@
 
 $(VENV)/.have-auditwheel: $(VENV)/.tools

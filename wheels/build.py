@@ -15,8 +15,6 @@ import sys
 from glob import glob
 from pathlib import Path
 
-import build_backend
-
 ROOT = Path(__file__).parents[1]
 MINORS = range(10, 14)
 ASK = """
@@ -55,6 +53,8 @@ def main() -> None:
     pythons = list(find_pythons().values())
     if not pythons:
         raise SystemExit("wheels.build: found no Python 3.10 to 3.13 with its headers")
+
+    import build_backend  # Needs setuptools, which those who only want find_pythons may lack.
 
     tensorflow = build_backend.find_tensorflow()
     if tensorflow is None:
