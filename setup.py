@@ -123,7 +123,9 @@ class Python:
         return f"tfwn.native@{self.tag}"
 
 
-PYTHONS = [Python.of(p) for p in shlex.split(os.environ.get("TFWN_PYTHONS", sys.executable))]
+PYTHONS = [
+    Python.of(p) for p in shlex.split(os.environ.get("TFWN_PYTHONS", "")) or [sys.executable]
+]
 
 
 def missing_tools() -> list[str]:
@@ -353,6 +355,7 @@ class Build(build_ext):
             includes = [pybind11.get_include(), python.include]
         else:
             assert tensorflow
+            # The version only makes other objects of them after an upgrade in place.
             flags = [*tensorflow.compile_flags, f'-DTFWN_TENSORFLOW_VERSION="{tensorflow.version}"']
             includes = [tensorflow.include]
             if ext.name == "tfwn._xla":
