@@ -1,12 +1,12 @@
 """The hyper-parameters of section 5.1, and the paper's results."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from tyro.conf import Positional
 
 from models.common.errors import UserError
-from models.common.options import Count, Fraction, Preset, RunConfig, Seed, option
+from models.common.options import Count, Fraction, Preset, SweepConfig, option
 
 PAPER = {  # Test error in percent, figure 2.
     "mean_only_bn": 8.52,
@@ -18,7 +18,7 @@ PAPER = {  # Test error in percent, figure 2.
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
+class Config(SweepConfig):
     """The hyper-parameters of section 5.1."""
 
     out: str = option(
@@ -44,15 +44,26 @@ class Config(RunConfig):
     batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
     # Adam's learning rate in the first half of the epochs (none: .0003 for normal, else .003).
     learning_rate: float | None = option(None, named=True)
+    # The learning rates of the sweep.
+    learning_rates: tuple[float, ...] = option((0.0003, 0.001, 0.003, 0.01), resume="free")
     beta_1: Fraction = 0.9  # Adam's momentum in the first half of the epochs.
     beta_1_late: Fraction = 0.5  # Adam's momentum in the second half.
     beta_2: Fraction = 0.999  # Adam's decay of the squared gradient.
     epsilon: float = 1e-8  # Adam's epsilon.
     epsilon_inside_root: bool = False  # The code's Adam, deviation 2.
-    sweep: bool = False  # Run all five over --learning-rates and --seeds, below --out.
-    # The learning rates of the sweep.
-    learning_rates: tuple[float, ...] = option((0.0003, 0.001, 0.003, 0.01), resume="free")
-    seeds: tuple[Seed, ...] = option((0, 1, 2), resume="free")  # The seeds of the sweep.
+
+    ARMS: ClassVar[dict[str, dict[str, Any]]] = {
+        "normal": {"parameterization": "normal", "frozen_g": False},
+        "normal_frozen_g": {"parameterization": "normal", "frozen_g": True},
+        "weight_norm": {"parameterization": "weight_norm", "frozen_g": False},
+        "batch_norm": {"parameterization": "batch_norm", "frozen_g": False},
+        "mean_only_bn": {"parameterization": "mean_only_bn", "frozen_g": False},
+        "weight_norm_mean_only_bn": {
+            "parameterization": "weight_norm_mean_only_bn", "frozen_g": False,
+        },
+    }  # fmt: skip
+    MEASURE: ClassVar[str] = "test_error"
+    LOWER_IS_BETTER: ClassVar[bool] = True
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset("section 5.1 as published"),
@@ -80,6 +91,11 @@ class Config(RunConfig):
                 "--jit-compile does not work with --deterministic: XLA has no deterministic "
                 "gradient of max pooling; leave one out"
             )
+
+    @property
+    def last_epoch(self) -> float:
+        """The number of epochs."""
+        return self.epochs
 
     @property
     def first_learning_rate(self) -> float:

@@ -9,7 +9,7 @@ import tensorflow as tf
 import tfwn
 from models.cifar.batch_norm import BatchNormalization
 from models.cifar.config import Config
-from models.common import replicas
+from models.common import layers, replicas
 
 
 class GaussianNoise(tf.Module):
@@ -73,25 +73,15 @@ def leaky_relu(t, slope):
 class Layer(tf.Module):
     """act(w x + b) in the parameterization of the Config."""
 
-    def __init__(self, config, dtype, units, index, kernel=None, padding="same", activation=True):
+    def __init__(self, config, make, units, kernel=None, padding="same", activation=True):
         super().__init__()
         kind = config.parameterization
         self.leak = config.leak if activation else None
-        init = functools.partial(tf.random.stateless_normal, seed=[config.seed, index], stddev=0.05)
-        self.frozen_g = None
-        if config.frozen_g and kind in ("normal", "mean_only_bn"):
-            init = tf.keras.initializers.GlorotUniform(config.seed + index)
-            self.frozen_g = tf.Variable(tf.ones([units]), trainable=False, name="frozen_g")
-        choices = {
-            "use_bias": kind in ("normal", "weight_norm"),
-            "parameterization": "weight_norm" if kind.startswith("weight_norm") else "normal",
-            "kernel_initializer": init,
-            "compute_dtype": dtype,
-        }
+        use_bias = kind in ("normal", "weight_norm")
         if kernel is None:
-            self.linear = tfwn.Dense(units, **choices)
+            self.linear = make.dense(units, use_bias=use_bias)
         else:
-            self.linear = tfwn.Conv2D(units, kernel, padding=padding, **choices)
+            self.linear = make.conv(units, kernel, padding=padding, use_bias=use_bias)
         self.norm: Any = None
         if kind == "batch_norm":
             self.norm = BatchNormalization(
@@ -99,16 +89,14 @@ class Layer(tf.Module):
             )
         elif kind.endswith("mean_only_bn"):
             self.norm = tfwn.MeanOnlyBatchNormalization(
-                momentum=config.bn_momentum, synchronized=config.synchronized, compute_dtype=dtype
+                momentum=config.bn_momentum,
+                synchronized=config.synchronized,
+                compute_dtype=self.linear.compute_dtype,
             )
 
     def __call__(self, x, training, seed):
         """Returns the layer's outputs."""
-        w = None
-        if self.frozen_g is not None:
-            self.linear.build(x.shape)
-            w = self.linear.weight() * tf.cast(self.frozen_g, x.dtype)
-        t = self.linear(x, w)
+        t = self.linear(x)
         if self.norm is not None:
             t = self.norm(t, training)
         return t if self.leak is None else leaky_relu(t, self.leak)
@@ -120,24 +108,26 @@ class Network(tf.Module):
     def __init__(self, config: Config, dtype=tf.float32):
         super().__init__()
         self.dtype, width = dtype, config.width
-        layer = functools.partial(Layer, config, dtype)
+        kind = "weight_norm" if config.parameterization.startswith("weight_norm") else "normal"
+        make = layers.Layers(kind, layers.initial(config), dtype, frozen_g=config.frozen_g)
+        layer = functools.partial(Layer, config, make)
         self.rows: list[tuple[str, Any]] = [
             ("Gaussian noise", GaussianNoise(config.noise)),
-            ("3x3 conv leaky ReLU", layer(width, 0, 3)),
-            ("3x3 conv leaky ReLU", layer(width, 1, 3)),
-            ("3x3 conv leaky ReLU", layer(width, 2, 3)),
+            ("3x3 conv leaky ReLU", layer(width, 3)),
+            ("3x3 conv leaky ReLU", layer(width, 3)),
+            ("3x3 conv leaky ReLU", layer(width, 3)),
             ("2x2 max pool, str. 2", Pool("max")),
             ("dropout", Dropout(config.dropout)),
-            ("3x3 conv leaky ReLU", layer(2 * width, 3, 3)),
-            ("3x3 conv leaky ReLU", layer(2 * width, 4, 3)),
-            ("3x3 conv leaky ReLU", layer(2 * width, 5, 3)),
+            ("3x3 conv leaky ReLU", layer(2 * width, 3)),
+            ("3x3 conv leaky ReLU", layer(2 * width, 3)),
+            ("3x3 conv leaky ReLU", layer(2 * width, 3)),
             ("2x2 max pool, str. 2", Pool("max")),
             ("dropout", Dropout(config.dropout)),
-            ("3x3 conv leaky ReLU", layer(2 * width, 6, 3, "valid")),
-            ("1x1 conv leaky ReLU", layer(2 * width, 7, 1)),
-            ("1x1 conv leaky ReLU", layer(2 * width, 8, 1)),
+            ("3x3 conv leaky ReLU", layer(2 * width, 3, "valid")),
+            ("1x1 conv leaky ReLU", layer(2 * width, 1)),
+            ("1x1 conv leaky ReLU", layer(2 * width, 1)),
             ("global average pool", Pool("average")),
-            ("softmax output", layer(10, 9, activation=False)),
+            ("softmax output", layer(10, activation=False)),
         ]
 
     def __call__(self, images, training=False, seed=None) -> tf.Tensor:
@@ -149,9 +139,8 @@ class Network(tf.Module):
           seed: int64 [2], of noise and dropout; required in training.
         """
         x = tf.cast(images, self.dtype)
-        fold_in = functools.partial(tf.random.experimental.stateless_fold_in, alg="philox")
         for index, (_, row) in enumerate(self.rows):
-            x = row(x, training, fold_in(seed, index) if training else None)
+            x = row(x, training, replicas.fold_in(seed, index) if training else None)
         return tf.cast(x, tf.float32)
 
 
@@ -162,12 +151,6 @@ def initialize(config: Config, network: Network, images: np.ndarray) -> None:
     """
     if config.parameterization == "batch_norm":
         return
-    layers = [row for _, row in network.rows if isinstance(row, Layer)]
-    norms = [layer.linear.weight.get_g() for layer in layers]
     seed = tf.constant([config.seed, 0], tf.int64)
     # Every replica sees the whole batch, so they agree.
     tfwn.data_dependent_init(lambda x: network(x, training=True, seed=seed), tf.constant(images))
-    for layer, norm in zip(layers, norms, strict=True):
-        if layer.frozen_g is not None:
-            layer.frozen_g.assign(layer.linear.weight.get_g() / norm)
-            layer.linear.weight.set_g(norm)

@@ -3,10 +3,10 @@
 import numpy as np
 import tensorflow as tf
 
-from models.cifar.config import PAPER, Config, Evaluate
+from models.cifar.config import Config, Evaluate
 from models.cifar.images import load
 from models.cifar.network import Network, initialize
-from models.common import checkpoints, data, progress, replicas, runtime, sweep
+from models.common import checkpoints, data, progress, replicas, runtime
 from models.common.errors import UserError
 from models.common.run import Run
 
@@ -86,10 +86,7 @@ def order(config: Config, epoch: int, examples: int) -> np.ndarray:
 
 
 def train(config: Config) -> None:
-    """Trains one network, or with --sweep all of the grid."""
-    if config.sweep:
-        sweep.run(config, train, parameterization=tuple(PAPER))
-        return
+    """Trains one network."""
     images = load(config)  # Before there is a run, because they may be missing.
     examples = len(images.train_labels)
     per_epoch = examples // config.batch_size

@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
-from models.common import run_folder
+from models.common import run_folder, sweep
 from models.common.errors import UserError, nearest
 from models.common.options import RunConfig, check_ranges, flag_of, show
 
@@ -42,6 +42,9 @@ def main(functions: Mapping[type, str], argv: Sequence[str] | None = None) -> No
             options = _parse(by_name[name], words, prog=f"{program} {name}")
         else:
             options = parse(config_class, words, commands)
+            if getattr(options, "sweep", False):
+                sweep.run(options)
+                return
             run_folder.check(options)  # Before a program reads its data.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         module, _, function = functions[type(options)].rpartition(".")
@@ -70,6 +73,8 @@ def parse(config_class: type[RunConfig], argv: Sequence[str], commands: Sequence
             argv = [w.replace(*flags, 1) if w.split("=")[0] == flags[0] else w for w in argv]
     first, _ = tyro.cli(_First, args=argv, prog=program, return_unknown_args=True, add_help=False)
     if first.resume:
+        if first.sweep:
+            raise UserError("--sweep continues where it stopped without --resume: leave it out")
         if not first.out:
             raise UserError("--resume needs --out RUN: the folder of the run to continue")
         saved = run_folder.load_config(first.out, config_class)
@@ -102,6 +107,7 @@ class _First:
     preset: str = "paper"
     out: str = ""
     resume: bool = False
+    sweep: bool = False
 
 
 def _parse(cls: type, argv: Sequence[str], **options: Any) -> Any:

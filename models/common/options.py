@@ -5,7 +5,7 @@ import math
 import typing
 from typing import Annotated, Any, ClassVar, Literal
 
-from models.common.errors import UserError
+from models.common.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +123,59 @@ class RunConfig:
         return text and f" ({text})"
 
 
+@dataclasses.dataclass(frozen=True)
+class SweepConfig(RunConfig):
+    """The options of a program whose experiment compares arms, which its Config names in ARMS."""
+
+    # Train every arm at each of --learning-rates, and at the best of them with more seeds.
+    sweep: bool = option(False, resume="free")
+    arms: tuple[str, ...] = option((), resume="free")  # The arms of the sweep (none: all).
+    learning_rates: tuple[float, ...] = option((), resume="free")  # The rates of the sweep.
+    # The seeds of the sweep: the first at every rate, the others at each arm's best rate.
+    seeds: tuple[Seed, ...] = option((0, 1, 2), resume="free")
+    jobs: Count = option(1, resume="free")  # Runs of the sweep at once, which share the cores.
+    learning_rate: float | None = None  # The step size.
+
+    ARMS: ClassVar[dict[str, dict[str, Any]]] = {}  # Fields and values; every arm has all fields.
+    MEASURE: ClassVar[str] = ""  # The column of metrics.csv by whose last value a rate is chosen.
+    LOWER_IS_BETTER: ClassVar[bool] = False
+
+    @property
+    def last_epoch(self) -> float:
+        """The value of the column `epoch` in the last row of a finished run."""
+        raise NotImplementedError
+
+    @property
+    def arm(self) -> str:
+        """The name of the arm whose values these are, "" if none has them."""
+        for name, values in self.ARMS.items():
+            if all(getattr(self, field) == value for field, value in values.items()):
+                return name
+        return ""
+
+    def check(self) -> None:
+        """Raises UserError for values that do not go together; Configs add to it."""
+        super().check()
+        if unknown := [name for name in self.arms if name not in self.ARMS]:
+            raise UserError(
+                f"--arms {unknown[0]}: unknown; the arms are {', '.join(self.ARMS)}"
+                + nearest(unknown[0], self.ARMS)
+            )
+        for name in ("learning_rates", "seeds"):
+            if self.sweep and not getattr(self, name):
+                raise UserError(f"{flag_of(name)} takes at least one number")
+        if self.sweep and self.strategy == "multi_worker":
+            raise UserError(
+                "--sweep is for one machine: with --strategy multi_worker start single runs"
+            )
+        if getattr(self, "frozen_g", False):
+            kind = getattr(self, "parameterization", "normal")
+            if kind not in ("normal", "mean_only_bn"):
+                raise UserError(f"--frozen-g needs --parameterization normal, got {kind}")
+            if not getattr(self, "data_dependent_init", True):
+                raise UserError("--frozen-g needs --data-dependent-init, which sets g")
+
+
 def shorten(text: str) -> str:
     """Returns a text that ends in `changes`, of which only the first two are kept."""
     before, mark, changes = text.partition("changed: ")
@@ -135,7 +188,24 @@ def show(value: Any) -> str:
     """Returns a value as it is typed on the command line."""
     if isinstance(value, tuple):
         return " ".join(map(show, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def flags(config: RunConfig, default: RunConfig) -> list[str]:
+    """Returns the command line that makes `config` of `default`."""
+    words = []
+    for field in dataclasses.fields(config):
+        value, flag = getattr(config, field.name), flag_of(field.name)
+        if value == getattr(default, field.name):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, *map(show, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def flag_of(name: str) -> str:

@@ -56,16 +56,18 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         self._progress = None
         self._open.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._folder:
+            if isinstance(error, NotFinite):
+                self._folder.write_diverged(str(error))
             self._folder.close()
-        if kind is None and self._done:
+        if error is None and self._done:
             self.say(f"{self._done}; the run is in {self.path}")
-        if kind is None and self._stop is not None:  # It came too late to stop this run.
+        if error is None and self._stop is not None:  # It came too late to stop this run.
             sys.exit(128 + self._stop)
 
     def begin(

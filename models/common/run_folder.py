@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from models.common import options
+from models.common import metrics, options
 from models.common.errors import UserError
 
 
@@ -53,7 +53,7 @@ class RunFolder:
                     folder.rmdir()
         self._lock.close()
 
-    def write_config(self, config: options.RunConfig) -> None:
+    def write_config(self, config: options.RunConfig, caveats: str = "") -> None:
         """Writes config.json, which makes the folder a run folder."""
         path = self.path / "config.json"
         history = json.loads(path.read_text())["sessions"] if path.exists() else []
@@ -73,9 +73,28 @@ class RunFolder:
                 name: {"paper": paper, "here": here}
                 for name, (paper, here) in config.differences().items()
             },
+            "caveats": caveats,
             "sessions": history,
         }
         write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+    def write_diverged(self, error: str) -> None:
+        """Notes in config.json that the run has diverged; resuming it removes the note."""
+        path = self.path / "config.json"
+        if path.exists():
+            content = json.loads(path.read_text()) | {"diverged": error}
+            write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def outcome(config: options.SweepConfig) -> Literal["finished", "diverged", ""]:
+    """Returns how the run in `config.out` ended, "" if it has not ended or not begun."""
+    folder = Path(config.out)
+    if not (folder / "config.json").exists():
+        return ""
+    if load(folder).get("diverged"):
+        return "diverged"
+    # The last epoch is logged after its checkpoint is saved. A fraction has 8 digits in the file.
+    return "finished" if metrics.last(folder, "epoch") > config.last_epoch - 1e-6 else ""
 
 
 def check(config: options.RunConfig) -> None:

@@ -1,67 +1,217 @@
-"""A grid of runs below one folder; the same command again continues where it stopped."""
+"""The paper's protocol: each arm at each learning rate, then at its best rate with more seeds.
 
+Each run is a process and has a folder, OUT/ARM-RATE-SEED, which tells how the run ended. So the
+same command continues a sweep that was stopped or killed.
+"""
+
+import contextlib
+import ctypes
 import dataclasses
-import itertools
-import json
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tensorflow as tf
+import rich.console
+import rich.live
+import rich.text
 
-from models.common import run_folder
-from models.common.errors import NotFinite, UserError
+from models.common import metrics, run_folder
+from models.common.errors import UserError
+from models.common.options import SweepConfig, flags, show
+from models.common.progress import duration
+
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
+_GRID = ("arms", "learning_rates", "seeds", "jobs")
 
 
-def run(config: Any, train: Callable[[Any], None], **axes: tuple[Any, ...]) -> None:
-    """Trains every combination of `config.seeds`, `config.learning_rates` and `axes`.
+def run(config: SweepConfig) -> None:
+    """Makes the runs of `config.arms`, `learning_rates` and `seeds`, `config.jobs` at once.
 
-    Each run has its folder below `config.out`. OUT/sweep.json lists those that are finished and
-    those that diverged, which is a result and not tried again; any other error ends the sweep. A
-    sweep whose other hyper-parameters are not those of its runs is refused, as a run is.
-
-    Args:
-      config: the template of every run, with the fields sweep, seeds and learning_rates.
-      train: trains one Config.
-      axes: other fields, and the values that each takes.
+    A run that diverges is a result and is not tried again. After any other failure the other runs
+    go on, unless the run failed before it began: the others would fail in the same way.
     """
-    if config.strategy == "multi_worker":
-        raise UserError(
-            "--sweep is for one machine: with --strategy multi_worker start single runs"
+    sweep = Sweep(config)
+    sweep.refuse_changes()
+    with sweep.stopping():
+        sweep.make_runs()
+    sweep.report()
+
+
+class Sweep:
+    """The runs of a sweep. `config` is their template, and each is known by its own Config."""
+
+    def __init__(self, config: SweepConfig):
+        self.config, self.root = config, Path(config.out)
+        self.arms = tuple(dict.fromkeys(config.arms)) or tuple(config.ARMS)
+        self.rates = tuple(dict.fromkeys(config.learning_rates))
+        self.seeds = tuple(dict.fromkeys(config.seeds))
+        self._running: dict[SweepConfig, tuple[subprocess.Popen, float]] = {}
+        self._failed: dict[SweepConfig, str] = {}
+        self._console = rich.console.Console()
+
+    def one(self, arm: str, rate: Any, seed: int) -> SweepConfig:
+        """Returns the Config of a run."""
+        return dataclasses.replace(
+            self.config,
+            **self.config.ARMS[arm],
+            learning_rate=rate,
+            seed=seed,
+            sweep=False,
+            out=str(self.root / f"{arm}-{rate:g}-{seed}"),
         )
-    root = Path(config.out)
-    record = root / "sweep.json"
-    ended: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
-    axes = {"seed": config.seeds, **axes, "learning_rate": config.learning_rates}
-    one = dataclasses.replace(config, sweep=False)
-    for path in sorted(file.parent for file in root.glob("*/config.json")):
-        changed = run_folder.changes(run_folder.load_config(path, type(config)), one)
-        others = [text for name, text in changed.items() if name not in axes]
-        if others and not config.accept_changes:
-            raise UserError(
-                f"--sweep: in {path} {', '.join(others)}; repeat the options of before, name "
-                "another --out, or give --accept-changes to continue with the new value in the "
-                "runs that are not finished"
+
+    def first(self, arm: str) -> list[SweepConfig]:
+        """Returns the runs with the first seed, one for each rate."""
+        return [self.one(arm, rate, self.seeds[0]) for rate in self.rates]
+
+    def best(self, arm: str) -> SweepConfig | None:
+        """Returns the best of an arm's first runs, None until they have all ended."""
+        runs = self.first(arm)
+        if not all(map(run_folder.outcome, runs)):
+            return None
+        finished = [one for one in runs if run_folder.outcome(one) == "finished"]
+        choose = min if self.config.LOWER_IS_BETTER else max
+        return choose(finished, key=self.measure, default=None)
+
+    def measure(self, one: SweepConfig) -> float:
+        """Returns the measure of a finished run."""
+        return metrics.last(one.out, self.config.MEASURE)
+
+    def wanted(self) -> list[SweepConfig]:
+        """Returns the runs, as far as the best rates are known."""
+        runs = [one for arm in self.arms for one in self.first(arm)]
+        for arm in self.arms:
+            if best := self.best(arm):
+                runs += [self.one(arm, best.learning_rate, seed) for seed in self.seeds[1:]]
+        return runs
+
+    def refuse_changes(self) -> None:
+        """Raises UserError if the folder has runs with other hyper-parameters than this sweep's."""
+        varied = {"seed", "learning_rate", *next(iter(self.config.ARMS.values()))}
+        for file in sorted(self.root.glob("*/config.json")):
+            saved = run_folder.load_config(file.parent, type(self.config))
+            changed = run_folder.changes(saved, self.config)
+            others = [text for name, text in changed.items() if name not in varied]
+            if others and not self.config.accept_changes:
+                raise UserError(
+                    f"--sweep: in {file.parent} {', '.join(others)}; repeat the options of before, "
+                    "name another --out, or give --accept-changes to continue with the new value "
+                    "in the runs that are not finished"
+                )
+
+    def make_runs(self) -> None:
+        """Starts runs and waits for them until none is left."""
+        live = rich.live.Live(console=self._console, auto_refresh=False, transient=True)
+        with live:
+            while True:
+                for one in self.wanted():
+                    known = one in self._running or one in self._failed or run_folder.outcome(one)
+                    if not known and len(self._running) < self.config.jobs:
+                        self._start(one)
+                if not self._running:
+                    return
+                if self._console.is_terminal:
+                    lines = (f"{Path(one.out).name}  {_last_line(one)}" for one in self._running)
+                    live.update(rich.text.Text("\n".join(lines)), refresh=True)
+                time.sleep(0.5)
+                for one in [one for one, (p, _) in self._running.items() if p.poll() is not None]:
+                    self._end(one)
+
+    def _start(self, one: SweepConfig) -> None:
+        if (Path(one.out) / "config.json").exists():
+            default = run_folder.load_config(one.out, type(one))
+            words = ["--resume"]
+        else:
+            default = one.of_preset(one.preset)
+            words = ["--preset", one.preset]
+        same = {name: getattr(one, name) for name in (*_GRID, "out", "resume")}
+        same |= {"accept_changes": False, "sweep": False}
+        words += ["--out", one.out, *flags(one, dataclasses.replace(default, **same))]
+        threads = max(1, len(os.sched_getaffinity(0)) // self.config.jobs)
+        shares = {"TF_NUM_INTRAOP_THREADS": f"{threads}", "OMP_NUM_THREADS": f"{threads}"}
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(f"{one.out}.log", "a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", run_folder.program_of(type(one)), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=(shares if self.config.jobs > 1 else {}) | os.environ,
+                start_new_session=True,  # Ctrl-C is for the sweep, which passes it on.
+                # If the sweep is killed, its runs are asked to save and leave.
+                preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
             )
-    grid = [dict(zip(axes, v, strict=True)) for v in itertools.product(*axes.values())]
-    names = ["-".join(map(str, [*v.values()][1:])) + f"-{v['seed']}" for v in grid]
-    for number, (name, values) in enumerate(zip(names, grid, strict=True), 1):
-        if name in ended:
-            continue
-        print(f"run {number} of {len(grid)}: {name}", flush=True)
-        out = root / name
-        begun = (out / "config.json").exists()
+        self._running[one] = process, time.monotonic()
+
+    def _end(self, one: SweepConfig) -> None:
+        process, began = self._running.pop(one)
+        outcome = run_folder.outcome(one)
+        if outcome == "finished":
+            text = f"{self.config.MEASURE} {self.measure(one):.5g}"
+        elif outcome == "diverged":
+            text = f"diverged: {run_folder.load(one.out)['diverged']}"
+        else:
+            text = self._failed[one] = f"failed ({process.returncode}): {_last_line(one)}"
+            if not (Path(one.out) / "config.json").exists():
+                raise UserError(f"{Path(one.out).name} {text}")
+        done = [run_folder.outcome(other) for other in self.wanted() if other not in self._running]
+        total = len(self.arms) * (len(self.rates) + len(self.seeds) - 1)
+        taken = duration(time.monotonic() - began)
+        self._console.print(
+            f"{sum(map(bool, done))} of {total} runs  {Path(one.out).name}  {text}  {taken}",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """Ends the runs, which save, when the sweep ends before them, as by Ctrl-C or SIGTERM."""
+
+        def terminate(number: int, _: Any) -> None:
+            raise SystemExit(128 + number)
+
+        before = signal.signal(signal.SIGTERM, terminate)
         try:
-            train(dataclasses.replace(one, resume=begun, out=str(out), **values))
-            ended[name] = "finished"
-        except NotFinite as error:
-            ended[name] = f"diverged: {error}"
-            print(ended[name], flush=True)
-        run_folder.write_atomically(record, json.dumps(ended, indent=2) + "\n")
-        tf.keras.backend.clear_session()
-    diverged = sum(ended[name] != "finished" for name in names)
-    print(
-        f"all {len(names)} runs are finished"
-        + (f", {diverged} of them diverged" if diverged else "")
-        + f"; they are in {root}"
-    )
+            yield
+        finally:
+            for process, _ in self._running.values():
+                process.terminate()
+            if self._running:
+                print(f"stopping {len(self._running)} runs, which save first", flush=True)
+            for process, _ in self._running.values():
+                process.wait()
+            signal.signal(signal.SIGTERM, before)
+
+    def report(self) -> None:
+        """Prints each arm's best rate; raises UserError if runs failed."""
+        for arm in self.arms:
+            if best := self.best(arm):
+                values = [self.one(arm, best.learning_rate, seed) for seed in self.seeds]
+                shown = [
+                    f"{self.measure(one):.5g}"
+                    for one in values
+                    if run_folder.outcome(one) == "finished"
+                ]
+                print(f"{arm}: best rate {show(best.learning_rate)}, ", end="")
+                print(f"{self.config.MEASURE} {', '.join(shown)}")
+        if self._failed:
+            names = ", ".join(Path(one.out).name for one in self._failed)
+            raise UserError(
+                f"--sweep: {names} failed, see {self.root}/NAME.log; the same command tries again"
+            )
+        wanted = self.wanted()
+        diverged = sum(run_folder.outcome(one) == "diverged" for one in wanted)
+        print(
+            f"all {len(wanted)} runs have ended"
+            + (f", {diverged} of them diverged" if diverged else "")
+            + f"; they are in {self.root}"
+        )
+
+
+def _last_line(one: SweepConfig) -> str:
+    lines = Path(f"{one.out}.log").read_text(errors="replace").splitlines()
+    return lines[-1].strip() if lines else ""

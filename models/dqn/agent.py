@@ -23,18 +23,21 @@ class Network(tf.Module):
         dtype: tf.DType = tf.float32,
         compute_dtype: tf.DType = tf.float32,
         parameterization: str = "normal",
+        frozen_g: bool = False,
     ):
         super().__init__()
         self._compute_dtype = compute_dtype
 
         def initializer(index: int) -> Any:
             seed = config.seed * 10 + index
+            if config.frozen_g:
+                return tf.keras.initializers.GlorotUniform(seed)
             if config.data_dependent_init:
                 return tf.keras.initializers.RandomNormal(0.0, 0.05, seed)
             # Uniform, as in Nature's code (Torch's default).
             return tf.keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform", seed)
 
-        make = layers.Layers(parameterization, initializer, compute_dtype, dtype)
+        make = layers.Layers(parameterization, initializer, compute_dtype, dtype, frozen_g)
         one, two, three = config.filters
         relu = {"activation": tf.nn.relu}
         self.layers: list[Any] = [
@@ -76,7 +79,9 @@ class Learner(tf.Module):
     def __init__(self, config: Config, actions: int, dtype: tf.DType):
         super().__init__()
         self._config, self._compute_dtype = config, dtype
-        self.online = Network(config, actions, tf.float32, dtype, config.parameterization)
+        self.online = Network(
+            config, actions, tf.float32, dtype, config.parameterization, config.frozen_g
+        )
         self.target = Network(config, actions, dtype, dtype)
         self.acting = Network(config, actions, dtype, dtype)
         self.optimizer = make_optimizer(config, self.online.trainable_variables)

@@ -4,12 +4,12 @@ import dataclasses
 import importlib.util
 import re
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional
 
 from models.common.errors import UserError, nearest
-from models.common.options import Count, Fraction, Preset, Range, RunConfig, Seed, flag_of, option
+from models.common.options import Count, Fraction, Preset, Range, Seed, SweepConfig, flag_of, option
 
 # Maximum test scores, figure 6; nature and random play: Mnih et al. 2015, extended data table 2.
 PAPER = {
@@ -38,7 +38,7 @@ NATURE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
+class Config(SweepConfig):
     """The hyper-parameters of section 5.4; a step is an action of the agent, 4 frames of a game."""
 
     # The run folder.
@@ -54,6 +54,8 @@ class Config(RunConfig):
     update_every: Count = 4  # Steps per update.
     batch_size: Count = option(64, memory=True)  # Transitions per update (Nature: 32).
     learning_rate: float | None = None  # None: 3e-4 for weight_norm, 1e-4 for normal.
+    # The learning rates of the sweep.
+    learning_rates: tuple[float, ...] = option((1e-4, 3e-4, 1e-3), resume="free")
     # rmsprop: centered, with Nature's decays.
     optimizer: Literal["adamax", "rmsprop"] = option("adamax", resume="never")
     discount: Fraction = 0.99  # Of the value one step later.
@@ -63,6 +65,8 @@ class Config(RunConfig):
     filters: tuple[Count, ...] = option((32, 64, 64), resume="never")  # Of the three convolutions.
     hidden: Count = option(512, resume="never")  # Units of the hidden dense layer.
     data_dependent_init: bool = True  # Section 3; both parameterizations start as one function.
+    # The paper's code's normal parameterization: w = g v, and g, which this sets, stays constant.
+    frozen_g: bool = option(False, resume="never")
     # Initial standard deviation of Q (none: the output layer is not initialized from data).
     init_output: Annotated[float, Range(1e-6)] | None = 1.0
     init_batch: Count = 512  # States in the initialization batch.
@@ -80,6 +84,17 @@ class Config(RunConfig):
     replay_file: str = option("", resume="free")  # Keep the replay memory here instead of in RAM.
     save_replay: bool = option(True, named=True)  # Save it with checkpoints, for exact resuming.
     log_every: Count = option(1_000, named=True)  # Steps between rows of metrics.csv.
+
+    # Initialization and parameterization; "one" and "hundredth" are the initial Q's deviation.
+    ARMS: ClassVar[dict[str, dict[str, Any]]] = {
+        f"{init}-{kind}": {
+            "parameterization": kind, "frozen_g": False, "data_dependent_init": init != "nature",
+            "init_output": 0.01 if init == "hundredth" else 1.0,
+        }
+        for init in ("nature", "one", "hundredth")
+        for kind in ("normal", "weight_norm")
+    }  # fmt: skip
+    MEASURE: ClassVar[str] = "test_score"
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset("every number of the paper: 50M steps, 8 GiB, days on a GPU"),
@@ -103,6 +118,11 @@ class Config(RunConfig):
         roms = rom_names()
         if (plain := _plain(self.game)) in roms:
             object.__setattr__(self, "game", _camel(roms[plain]))
+
+    @property
+    def last_epoch(self) -> float:
+        """The number of epochs, perhaps a fraction."""
+        return self.steps / self.test_every
 
     @property
     def title(self) -> str:

@@ -1,17 +1,17 @@
 """The hyper-parameters of section 5.3."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional
 
-from models.common.options import Count, Fraction, Preset, Range, RunConfig, option
+from models.common.options import Count, Fraction, Preset, Range, SweepConfig, option
 
 FilterCount = Annotated[int, Range(2)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
+class Config(SweepConfig):
     """The hyper-parameters of section 5.3."""
 
     out: str = option(
@@ -32,10 +32,17 @@ class Config(RunConfig):
     epochs: Count = 100  # Passes over the training images.
     batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
     learning_rate: float = 3e-4  # Adam's step size.
+    learning_rates: tuple[float, ...] = option((3e-4,), resume="free")  # Those of the sweep.
     beta_1: Fraction = 0.9  # Adam's momentum.
     beta_2: Fraction = 0.999  # Adam's decay of the squared gradient.
     epsilon: float = 1e-8  # Adam's epsilon.
     clip_norm: float = 10.0  # The largest norm of the gradient of all variables.
+
+    ARMS: ClassVar[dict[str, dict[str, Any]]] = {
+        "normal": {"parameterization": "normal"},
+        "weight_norm": {"parameterization": "weight_norm"},
+    }
+    MEASURE: ClassVar[str] = "test_bound"
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset("section 5.3 with the code's attention, 64 glimpses"),
@@ -63,6 +70,11 @@ class Config(RunConfig):
             },
         ),
     }
+
+    @property
+    def last_epoch(self) -> float:
+        """The number of epochs."""
+        return self.epochs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,9 @@ class CifarVAE(tf.Module):
 
     def __init__(self, config: Config, dtype=tf.float32):
         super().__init__()
-        make = layers.Layers(config.parameterization, layers.normal(config.seed), dtype)
+        make = layers.Layers(
+            config.parameterization, layers.initial(config), dtype, frozen_g=config.frozen_g
+        )
         self.dtype, self.open_ends = dtype, config.open_ends
         levels = len(config.stochastic_layers)
         self.top_size, h = 16 >> (levels - 1), config.features

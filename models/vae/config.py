@@ -1,12 +1,12 @@
 """The hyper-parameters of section 5.2, and the options of the commands."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from tyro.conf import Positional
 
 from models.common.errors import UserError
-from models.common.options import Count, Fraction, Preset, RunConfig, Seed, option
+from models.common.options import Count, Fraction, Preset, Seed, SweepConfig, option
 
 CPU = {
     "maps": (8, 16, 16), "hidden": 200, "made": (160,),
@@ -48,7 +48,7 @@ class Cifar10Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Cifar10Config, MnistConfig, RunConfig):
+class Config(Cifar10Config, MnistConfig, SweepConfig):
     """The hyper-parameters of section 5.2."""
 
     # The run folder.
@@ -56,6 +56,8 @@ class Config(Cifar10Config, MnistConfig, RunConfig):
     # Data and model; the synthetic data sets need no files.
     dataset: Literal["mnist", "cifar10", "synthetic_mnist", "synthetic_cifar10"] = "mnist"
     parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of every layer.
+    # The paper's code's normal parameterization: w = g v with a constant g (deviation 12).
+    frozen_g: bool = False
     free_bits: float | None = None  # Nats per map without cost (none: MNIST 0, CIFAR-10 .25).
     data_dependent_init: bool = True  # Section 3; both parameterizations start as one function.
     init_examples: Count = option(200, memory=True)  # Images in the initialization batch.
@@ -63,6 +65,8 @@ class Config(Cifar10Config, MnistConfig, RunConfig):
     train_examples: Count | None = None  # Number of training images to use (none: all).
     batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
     learning_rate: float = 0.002  # Adamax: step size.
+    # The learning rates of the sweep.
+    learning_rates: tuple[float, ...] = option((0.001, 0.002, 0.004, 0.008), resume="free")
     beta_1: Fraction = 0.9  # Adamax: decay of the momentum.
     beta_2: Fraction = 0.999  # Adamax: decay of the infinity norm.
     epsilon: float = 1e-8  # Adamax: epsilon.
@@ -77,6 +81,18 @@ class Config(Cifar10Config, MnistConfig, RunConfig):
             SMOKE,
         ),
     }
+
+    ARMS: ClassVar[dict[str, dict[str, Any]]] = {
+        "normal": {"parameterization": "normal", "frozen_g": False},
+        "normal_frozen_g": {"parameterization": "normal", "frozen_g": True},
+        "weight_norm": {"parameterization": "weight_norm", "frozen_g": False},
+    }
+    MEASURE: ClassVar[str] = "test_bound"
+
+    @property
+    def last_epoch(self) -> float:
+        """The number of epochs."""
+        return self.all_epochs
 
     @property
     def mnist(self) -> bool:

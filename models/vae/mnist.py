@@ -36,7 +36,9 @@ class MnistVAE(tf.Module):
 
     def __init__(self, config: Config, dtype=tf.float32):
         super().__init__()
-        make = layers.Layers(config.parameterization, layers.normal(config.seed), dtype)
+        make = layers.Layers(
+            config.parameterization, layers.initial(config), dtype, frozen_g=config.frozen_g
+        )
         self.latents, maps, last = config.latents, config.maps, config.blocks - 1
         self.encoder: list[Any] = []
         for stage, outputs in enumerate(maps):

@@ -1,8 +1,6 @@
-"""CIFAR-10: the paper's network, one start for all five, replicas, sweeps."""
+"""CIFAR-10: the paper's network, one start for all five, replicas."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +13,7 @@ from models.cifar import training
 from models.cifar.__main__ import FUNCTIONS
 from models.cifar.batch_norm import BatchNormalization
 from models.cifar.config import PAPER, Config
-from models.common import data, metrics, run_folder, runtime, sweep
-from models.common.errors import NotFinite
+from models.common import data, metrics, run_folder, runtime
 
 TABLE_A = [  # Channels, and the x, y dimension, of each row after ZCA whitening.
     ("Gaussian noise", 3, 32),
@@ -254,11 +251,11 @@ def test_frozen_g_keeps_glorots_w_and_trains_it_alone(kind):
     network = initialized(config, images)
     logits = network(images, training=True, seed=tf.constant([0, 0], tf.int64))
     np.testing.assert_allclose(tf.math.reduce_variance(logits, 0), 1, atol=1e-3)
-    first = layers_of(network)[1]
+    first = layers_of(network)[1].linear.weight
     limit = np.sqrt(6 / (9 * 4 + 9 * 4))
-    assert 0.9 * limit < np.abs(first.linear.weight.w).max() <= limit
-    assert not any("frozen_g" in variable.name for variable in network.trainable_variables)
-    assert (first.frozen_g.numpy() != 1).all()
+    assert 0.9 * limit < np.abs(first.weight.w).max() <= limit
+    assert not any("g:0" in variable.name for variable in network.trainable_variables)
+    assert (first.g.numpy() != 1).all()
 
 
 def test_noise_and_dropout(rng):
@@ -370,73 +367,15 @@ def test_two_workers_train_with_batch_norm(tmp_path):
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-2)
 
 
-def test_a_sweep_goes_on_where_it_stopped(tmp_path, capsys):
-    config = config_of(
-        out=str(tmp_path), sweep=True, learning_rates=(0.001, 0.003), seeds=(0, 1), epochs=1
-    )
-    seen, fail = [], {"normal-0.003-0": NotFinite("loss is nan"), "normal-0.001-1": OSError("full")}
-
-    def train(one):
-        name = Path(one.out).name
-        seen.append((name, one.resume))
-        folder = run_folder.RunFolder(one)
-        folder.write_config(one)
-        folder.close()
-        assert name == f"{one.parameterization}-{one.learning_rate:g}-{one.seed}"
-        assert not one.sweep
-        if name in fail:
-            raise fail[name]
-
-    kinds = ("normal", "weight_norm")
-    with pytest.raises(OSError, match="full"):
-        sweep.run(config, train, parameterization=kinds)
-    assert [name for name, _ in seen] == [
-        "normal-0.001-0", "normal-0.003-0", "weight_norm-0.001-0", "weight_norm-0.003-0",
-        "normal-0.001-1",
-    ]  # fmt: skip
-    del seen[:], fail["normal-0.001-1"]
-    sweep.run(config, train, parameterization=kinds)
-    assert seen == [
-        ("normal-0.001-1", True), ("normal-0.003-1", False),
-        ("weight_norm-0.001-1", False), ("weight_norm-0.003-1", False),
-    ]  # fmt: skip
-    ended = json.loads((tmp_path / "sweep.json").read_text())
-    assert len(ended) == 8
-    assert ended["normal-0.003-0"] == "diverged: loss is nan"
-    del seen[:]
-    capsys.readouterr()
-    sweep.run(config, train, parameterization=kinds)
-    assert seen == []
-    assert "all 8 runs are finished, 1 of them diverged" in capsys.readouterr().out
-
-
-def test_a_sweep_does_not_go_on_with_other_hyper_parameters_unless_accepted(run, tmp_path):
-    argv = ["--preset", "smoke", "--sweep", "--learning-rates", 0.003, "--out", tmp_path]
-    config = config_of(out=str(tmp_path / "normal-0.003-0"), parameterization="normal", epochs=1)
-    folder = run_folder.RunFolder(config)
-    folder.write_config(config)
-    folder.close()
-    names = [f"{kind}-0.003-{seed}" for kind in PAPER for seed in (0, 1)]
-    (tmp_path / "sweep.json").write_text(json.dumps(dict.fromkeys(names, "finished")))
-    status, _, err = run(*argv, "--epochs", 2, "--noise", 0, "--seeds", 1)
-    assert (status, err.count("\n")) == (2, 1)
-    assert f"in {config.out} --noise was 0.15 and is now 0, --epochs was 1 and is now 2" in err
-    status, out, _ = run(*argv, "--epochs", 2, "--seeds", 1, "--accept-changes")
-    assert (status, "all 5 runs" in out) == (0, True)
-    status, out, _ = run(*argv, "--epochs", 1, "--seeds", 0, 1)  # The grid may grow.
-    assert (status, "all 10 runs" in out) == (0, True)
-
-
-def test_a_sweep_trains_all_five(run, tmp_path):
-    status, _, _ = run(
-        "--preset", "smoke", "--epochs", 1, "--sweep", "--learning-rates", 0.001,
-        "--seeds", 0, "--out", tmp_path / "grid",
+def test_a_sweep(run, tmp_path):
+    status, out, err = run(
+        "--preset", "smoke", "--epochs", 1, "--sweep", "--arms", "normal_frozen_g", "weight_norm",
+        "--learning-rates", 1e30, 0.001, "--seeds", 0, "--jobs", 2, "--out", tmp_path / "grid",
     )  # fmt: skip
-    assert status == 0
-    ended = json.loads((tmp_path / "grid" / "sweep.json").read_text())
-    assert ended == {f"{kind}-0.001-0": "finished" for kind in PAPER}
-    for name in ended:
-        assert metrics.read(tmp_path / "grid" / name)["epoch"] == [1]
+    assert status == 0, err
+    assert out.count("diverged: ") == 2
+    config = run_folder.load_config(tmp_path / "grid" / "normal_frozen_g-0.001-0", Config)
+    assert (config.arm, metrics.last(config.out, "epoch")) == ("normal_frozen_g", 1)
 
 
 def test_a_learning_rate_that_is_too_high_ends_with_its_step(run, tmp_path):
@@ -452,9 +391,7 @@ def test_a_learning_rate_that_is_too_high_ends_with_its_step(run, tmp_path):
         (["--parameterization", "weightnorm"], "--parameterization"),
         (["--jit-compile", "--deterministic"], "--deterministic"),
         (["--data-dir", "no/such/folder"], "--data-dir no/such/folder"),
-        (["--strategy", "multi_worker", "--sweep"], "--sweep"),
         (["--preset", "smoke", "--batch-size", "2000"], "--batch-size"),
-        (["--sweep", "--seeds", "0", "1e12"], "--seeds must be from 0 to 4,294,967,295"),
     ],
 )
 def test_a_mistake_names_the_flag_and_leaves_nothing(run, tmp_path, argv, message):

@@ -1,0 +1,42 @@
+"""The hyper-parameters of the experiment on section 2.1."""
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+from models.common.options import Count, Preset, SweepConfig, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(SweepConfig):
+    """The hyper-parameters of the experiment on section 2.1."""
+
+    out: str = option("runs/mechanism-{preset}-{parameterization}-{seed}", resume="free")
+    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of every layer.
+    dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # synthetic: needs no files.
+    units: Count = 128  # Units of each of the two hidden layers.
+    epochs: Count = 5  # Passes over the training images.
+    batch_size: Count = option(100, memory=True)  # Images per step.
+    learning_rate: float = 0.1  # Of SGD without momentum.
+    # The learning rates of the sweep.
+    learning_rates: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), resume="free")
+    examples: Count = option(5000, memory=True)  # Images whose gradients make C.
+    samples: Count = 16  # Units of each hidden layer whose C is computed.
+
+    ARMS: ClassVar[dict[str, dict[str, Any]]] = {
+        "normal": {"parameterization": "normal"},
+        "weight_norm": {"parameterization": "weight_norm"},
+    }
+    MEASURE: ClassVar[str] = "test_error"
+    LOWER_IS_BETTER: ClassVar[bool] = True
+    PRESETS: ClassVar[dict[str, Preset]] = {
+        "paper": Preset("five epochs, less than a minute"),
+        "smoke": Preset(
+            "only to see that it runs; its numbers mean nothing",
+            {"dataset": "synthetic_mnist", "units": 8, "epochs": 2, "examples": 100, "samples": 2},
+        ),
+    }
+
+    @property
+    def last_epoch(self) -> float:
+        """The number of epochs."""
+        return self.epochs

@@ -1,0 +1,183 @@
+"""Training by SGD, with a look at every update, and at the covariance of the gradients."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+import tfwn
+from models.common import data, layers, runtime
+from models.common.errors import UserError
+from models.common.run import Run
+from models.mechanism.config import Config
+
+
+class Network(tf.Module):
+    """784 pixels, two hidden layers of ReLUs, 10 logits."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        make = layers.Layers(config.parameterization, layers.normal(config.seed))
+        self.layers = [make.dense(units) for units in (config.units, config.units, 10)]
+
+    def __call__(self, x) -> tuple[list, list]:
+        """Returns each layer's input and pre-activation."""
+        inputs, outputs = [], []
+        for layer in self.layers:
+            inputs.append(x)
+            outputs.append(layer(x))
+            x = tf.nn.relu(outputs[-1])
+        return inputs, outputs
+
+    def losses(self, outputs, labels) -> tf.Tensor:
+        """Returns the images' cross-entropies."""
+        return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs[-1])
+
+    def vectors(self) -> list[tf.Variable]:
+        """Returns each layer's v, or w in the normal parameterization."""
+        weights = [layer.weight for layer in self.layers]
+        return [w.w if w.parameterization == "normal" else w.v for w in weights]
+
+    def units(self) -> list[tf.Tensor]:
+        """Returns each layer's w, of length 1."""
+        return [tf.nn.l2_normalize(layer.weight(), 0) for layer in self.layers]
+
+
+class Measures(tf.Module):
+    """What the updates did to each unit: the formula's norm, and the error of one step of it."""
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.first = tf.Variable(norms(network.vectors()), trainable=False)
+        self.formula = tf.Variable(self.first)
+        self.error = tf.Variable(tf.zeros_like(self.first), trainable=False)
+
+    def add(self, before, after) -> None:
+        """Adds an update of the vectors: ||v|| should become sqrt(1 + c^2) ||v||."""
+        c = norms([b - a for a, b in zip(before, after, strict=True)]) / norms(before)
+        factor = tf.sqrt(1 + tf.square(c))
+        self.formula.assign(self.formula * factor)
+        error = norms(after) / (factor * norms(before)) - 1
+        self.error.assign(tf.maximum(self.error, tf.abs(error)))
+
+    def values(self, network: Network) -> dict[str, float]:
+        """Returns means over the units of the norms, and the largest error."""
+        growth = norms(network.vectors()) / self.first
+        return {
+            "growth": float(tf.reduce_mean(growth)),
+            "growth_by_formula": float(tf.reduce_mean(self.formula / self.first)),
+            "formula_error": float(tf.reduce_max(self.error)),
+        }
+
+
+def norms(vectors) -> tf.Tensor:
+    """Returns the norms of all units, float64."""
+    return tf.concat([tf.norm(tf.cast(v, tf.float64), axis=0) for v in vectors], 0)
+
+
+def angles(before, after) -> tf.Tensor:
+    """Returns the angles between unit vectors in degrees, exact for small ones."""
+    pairs = [
+        (tf.cast(a, tf.float64), tf.cast(b, tf.float64)) for a, b in zip(before, after, strict=True)
+    ]
+    half = tf.atan2(norms([a - b for a, b in pairs]), norms([a + b for a, b in pairs]))
+    return 2 * half * 180 / np.pi
+
+
+def make_step(network: Network, optimizer, measures: Measures):
+    """Returns step(images, labels), float64 [2]: loss and mean angle by which w turned."""
+
+    @tf.function
+    def step(images, labels):
+        vectors = [tf.identity(v) for v in network.vectors()]
+        units = network.units()
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(network.losses(network(images)[1], labels))
+        variables = network.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        measures.add(vectors, network.vectors())
+        angle = tf.reduce_mean(angles(units, network.units()))
+        return tf.stack([tf.cast(loss, tf.float64), angle])
+
+    return step
+
+
+def covariances(config: Config, network: Network, images, labels) -> dict[str, float]:
+    """Returns means over units of the hidden layers, of the single images' gradients.
+
+    `cosine`: |cos| of w and C's dominant eigenvector (`cosine_random` for a random vector instead
+    of w); `share` and `share_projected`: the largest eigenvalue's share of the trace, of C and of
+    M C M.
+    """
+    x = tf.constant(images)
+    with tf.GradientTape() as tape:
+        inputs, outputs = network(x)
+        losses = network.losses(outputs, labels)
+    # An image's gradient with respect to a unit's w is its input times that of the pre-activation.
+    slopes = tape.gradient(losses, outputs[:-1])
+    random = runtime.generator(config.seed, 1)
+    found = []
+    for a, slope, layer in zip(inputs, slopes, network.layers, strict=False):
+        w, a, slope = (np.asarray(part, np.float64) for part in (layer.weight(), a, slope))
+        for unit in np.linspace(0, w.shape[1] - 1, config.samples).astype(int):
+            gradients = a * slope[:, unit, None]
+            c = np.cov(gradients, rowvar=False)
+            if not np.trace(c) > 0:  # A unit that is 0 for all images.
+                continue
+            values, vectors = np.linalg.eigh(c)
+            direction = w[:, unit] / np.linalg.norm(w[:, unit])
+            projected = c - np.outer(direction, direction @ c)
+            projected -= np.outer(projected @ direction, direction)
+            other = random.normal(size=len(direction))
+            found.append(
+                {
+                    "cosine": abs(vectors[:, -1] @ direction),
+                    "cosine_random": abs(vectors[:, -1] @ other) / np.linalg.norm(other),
+                    "share": values[-1] / values.sum(),
+                    "share_projected": np.linalg.eigvalsh(projected)[-1] / np.trace(projected),
+                }
+            )
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def train(config: Config) -> None:
+    """Trains one network."""
+    images = data.load(config.dataset, config.data_dir)
+    x, test_x = (
+        part.reshape(len(part), -1).astype(np.float32) / 255
+        for part in (images.train_images, images.test_images)
+    )
+    y, per_epoch = images.train_labels, len(x) // config.batch_size
+    if not per_epoch:
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(x)} images")
+    with Run(config, config.parameterization, config.note(images.caveat)) as run:
+        network = Network(config)
+        tfwn.data_dependent_init(lambda x: network(x)[1][-1], tf.constant(x[:500]))
+        optimizer = tf.keras.optimizers.SGD(config.learning_rate)
+        optimizer.build(network.trainable_variables)
+        measures = Measures(network)
+        train_step = make_step(network, optimizer, measures)
+        state = {"network": network, "optimizer": optimizer, "measures": measures}
+        run.begin(state, sums=2)
+
+        def look() -> dict[str, Any]:
+            some = slice(0, config.examples)
+            return measures.values(network) | covariances(config, network, x[some], y[some])
+
+        if run.step == 0:
+            run.log(**look())
+        for epoch in run.epochs(config.epochs, per_epoch, config.batch_size):
+            order = runtime.generator(config.seed, epoch.number).permutation(len(x))
+            for step in epoch:
+                batch = order[epoch.slice]
+                sums = train_step(x[batch], y[batch])
+                epoch.add(sums * config.batch_size)
+                if step % 100 == 0:
+                    run.show(loss=sums[0])
+            loss, angle = epoch.means
+            test_error = float(np.mean(np.argmax(network(test_x)[1][-1], 1) != images.test_labels))
+            run.log(epoch=epoch.number + 1, loss=loss, angle=angle, test_error=test_error, **look())
+            run.say(
+                f"epoch {epoch.number + 1}  loss {loss:.4f}  test error {test_error:.2%}  "
+                f"a step turns w by {angle:.3f} degrees"
+            )
