@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from catch import config_of, make_catch
+from catch import CATCH, config_of
 from support import ROOT, assert_same_run
 
 from models.common import metrics, run_folder
@@ -21,23 +21,17 @@ from models.dqn.replay import Replay
 
 
 @pytest.fixture
-def _catch(monkeypatch):
-    for module in (play, training):
-        monkeypatch.setattr(module, "make_games", make_catch)
-
-
-@pytest.fixture
 def run(command):
     """Runs the command line; returns (exit status, stdout, stderr)."""
     return lambda *argv: command(FUNCTIONS, *argv)
 
 
-@pytest.mark.usefixtures("_catch")
 @pytest.mark.parametrize("num_envs", [1, 8])
 @pytest.mark.parametrize("parameterization", ["normal", "weight_norm"])
 def test_a_small_game_is_solved(tmp_path, parameterization, num_envs):
     config = config_of(
         out=str(tmp_path / "a"),
+        game=CATCH,
         parameterization=parameterization,
         num_envs=num_envs,
         steps=4000,
