@@ -1,6 +1,7 @@
 """Training: act, remember, learn, and evaluate after each epoch."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ def train(config: Config) -> None:
             {"replay": replay, "actor": actor},
         )
         if games.processes:
-            run.say(f"{len(games)} games in {games.processes} processes")
+            cores = len(os.sched_getaffinity(0))
+            more = f"; --num-envs {cores} would use all {cores} cores" * (cores > len(games))
+            run.say(f"{len(games)} games in {games.processes} processes{more}")
         if actor.anew.any():
             run.say(f"{config.game} cannot save its state: its games begin anew")
         if replay.lost:

@@ -83,7 +83,7 @@ class Games:
                 _Process(context, make, memory, part) for part in self._parts
             ]
         else:
-            self._groups = [_Here(_Group(make, self._slots))]
+            self._groups = [_Group(make, self._slots)]
         self.num_actions = self._call("num_actions")[0]
 
     def __len__(self) -> int:
@@ -174,7 +174,7 @@ _SLOT = [
 
 
 class _Group:
-    """The games of one process."""
+    """The games of one process: send() calls a method, and recv() returns its result."""
 
     def __init__(self, make: Make, slots: np.ndarray):
         self._slots = slots
@@ -182,6 +182,15 @@ class _Group:
             [make] * len(slots), copy=False, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
         )
         self._never = np.zeros(len(slots), bool)
+
+    def send(self, name: str, value: Any) -> None:
+        self._result = getattr(self, name)(value)
+
+    def recv(self) -> Any:
+        return self._result
+
+    def close(self) -> None:
+        self._games.close()
 
     def num_actions(self, _: None) -> int:
         return int(self._games.single_action_space.n)
@@ -206,24 +215,8 @@ class _Group:
                 game.get_wrapper_attr("load_state_dict")(state)
 
 
-class _Here:
-    """Calls a group's methods in this process."""
-
-    def __init__(self, group: _Group):
-        self._group, self._result = group, None
-
-    def send(self, name: str, value: Any) -> None:
-        self._result = getattr(self._group, name)(value)
-
-    def recv(self) -> Any:
-        return self._result
-
-    def close(self) -> None:
-        pass
-
-
 class _Process:
-    """Calls a group's methods in a process of its own."""
+    """A group in a process of its own."""
 
     def __init__(self, context: Any, make: Make, memory: Any, part: slice):
         self._part = part
@@ -275,7 +268,8 @@ def _work(pipe: Any, make: Make, memory: Any, part: slice) -> None:
         while True:
             name, value = pipe.recv()
             group = group or _Group(make, np.frombuffer(memory, _SLOT)[part])
-            pipe.send((None, getattr(group, name)(value)))
+            group.send(name, value)
+            pipe.send((None, group.recv()))
     except (EOFError, ConnectionError):
         pass
     except UserError as error:

@@ -116,6 +116,19 @@ def test_a_game_has_one_name_in_any_spelling(run, tmp_path, monkeypatch):
     assert "--game was SpaceInvaders" in run("--resume", "--game", "pong", "--out", folder)[2]
 
 
+def test_games_that_cannot_be_saved_begin_anew_in_a_resumed_run(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # Where the processes find catch.
+    argv = ["--preset", "smoke", "--out", tmp_path / "a", "--game"]
+    status, out, err = run(*argv, "catch:Unsaved-v0", "--steps", 400)
+    assert (status, err, "begin anew" in out) == (0, "", False)
+    argv = ["--resume", "--accept-changes", "--steps", 600, "--out", tmp_path / "a"]
+    status, out, err = run(*argv)
+    assert (status, err) == (0, "")
+    assert "catch:Unsaved-v0 cannot save its state: its games begin anew" in out
+    status, out, err = run("watch", tmp_path / "a", "--seconds", 1)
+    assert (status, err) == (0, "")
+
+
 def test_what_a_run_s_state_does_not_fit_is_refused_before_anything_is_written(run, tmp_path):
     folder = tmp_path / "a"
     run("--preset", "smoke", "--steps", 240, "--out", folder)
@@ -124,6 +137,7 @@ def test_what_a_run_s_state_does_not_fit_is_refused_before_anything_is_written(r
     for change in (
         ("--num-envs", "2"),
         ("--game", "Pong"),
+        ("--scaling", "area"),
         ("--filters", "4", "4", "8"),
         ("--hidden", "8"),
         ("--optimizer", "rmsprop"),
@@ -196,6 +210,9 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_resumed_run(run, tmp_p
     ("argv", "named"),
     [
         (["--game", "Brakout"], "--game Brakout: not one of ale-py's 108 games; did you mean Br"),
+        (["--game", "CartPole-v1"], "--game CartPole-v1: its observations are Box"),
+        (["--game", "catch:Float-v0"], "DQN needs images of type uint8"),
+        (["--game", "nowhere:Game-v0"], "No module named 'nowhere'"),
         (["--strategy", "mirrored"], "--strategy mirrored"),
         (["--steps", "100"], "--steps 100"),
         (["--num-envs", "7"], "--num-envs 7"),
@@ -240,7 +257,7 @@ def test_games_and_replay_need_no_tensorflow_and_the_config_not_even_ale_py():
 import sys
 import models.dqn.config
 assert not {"tensorflow", "ale_py", "gymnasium", "tensorflow_datasets"} & set(sys.modules)
-import models.dqn.games, models.dqn.replay
+import models.dqn.replay, models.dqn.vector
 assert "tensorflow" not in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
