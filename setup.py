@@ -53,6 +53,7 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "ale-py>=0.11",  # Atari games, ROMs included
+        "gymnasium>=1.1",  # the games' interface
         "tyro>=1.0",  # command lines
         "rich>=13.9",  # progress lines and tables
         "matplotlib>=3.9",  # the paper's figures
@@ -62,8 +63,9 @@ EXTRAS = {
     "benchmark": [
         "torch==2.13.0",  # the peer
         "stable-baselines3>=2.7",  # DQN's peer
-        "gymnasium>=1.0",  # its games
-        "opencv-python-headless>=4.10",  # its games' frames
+        "ale-py>=0.11",  # its games
+        "gymnasium>=1.1",  # their interface
+        "opencv-python-headless>=4.10",  # their frames
         "rich>=13.9",  # tables
         "matplotlib>=3.9",  # plots
     ],
