@@ -150,7 +150,7 @@ def train(config: Config) -> None:
     y, per_epoch = images.train_labels, len(x) // config.batch_size
     if not per_epoch:
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(x)} images")
-    with Run(config, config.parameterization, config.note(images.caveat)) as run:
+    with Run(config, config.parameterization, images.caveat) as run:
         network = Network(config)
         tfwn.data_dependent_init(lambda x: network(x)[1][-1], tf.constant(x[:500]))
         optimizer = tf.keras.optimizers.SGD(config.learning_rate)
