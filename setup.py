@@ -10,6 +10,7 @@
     TFWN_CUDA_ARCHITECTURES=90   the GPUs to compile for: "80;90" (default: one per generation)
     TFWN_XLA=0                   no XLA kernels
     TFWN_TENSORFLOW=0            only `native`: needs no TensorFlow
+    TFWN_PYTHONS="python3.10 ..."    the Pythons to compile `native` for (default: this one)
     CXX, CXXFLAGS, CUDA_HOME     as everywhere
 """
 
@@ -22,14 +23,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -51,6 +53,7 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "ale-py>=0.11",  # Atari games, ROMs included
+        "gymnasium>=1.1",  # the games' interface
         "tyro>=1.0",  # command lines
         "rich>=13.9",  # progress lines and tables
         "matplotlib>=3.9",  # the paper's figures
@@ -60,8 +63,9 @@ EXTRAS = {
     "benchmark": [
         "torch==2.13.0",  # the peer
         "stable-baselines3>=2.7",  # DQN's peer
-        "gymnasium>=1.0",  # its games
-        "opencv-python-headless>=4.10",  # its games' frames
+        "ale-py>=0.11",  # its games
+        "gymnasium>=1.1",  # their interface
+        "opencv-python-headless>=4.10",  # their frames
         "rich>=13.9",  # tables
         "matplotlib>=3.9",  # plots
     ],
@@ -91,6 +95,58 @@ def wanted(name: str) -> bool:
 def output_of(*command: str) -> str:
     """Returns what `command` prints."""
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@dataclass(frozen=True)
+class Python:
+    """A Python to compile the bindings for."""
+
+    tag: str  # "cp311"
+    suffix: str  # of its extension modules
+    include: str
+
+    @classmethod
+    def of(cls, executable: str) -> "Python":
+        """Asks a Python for its names and folders."""
+        ask = (
+            "import sys, sysconfig; print('cp%d%d' % sys.version_info[:2], "
+            "sysconfig.get_config_var('EXT_SUFFIX'), sysconfig.get_path('include'), sep='\\n')"
+        )
+        try:
+            return cls(*output_of(executable, "-I", "-c", ask).splitlines())
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(
+                f"tfwn: TFWN_PYTHONS must list Pythons, but {executable} fails: {error}"
+            ) from None
+
+    @property
+    def extension(self) -> str:
+        """The name that setuptools knows the bindings for this Python by."""
+        return f"tfwn.native@{self.tag}"
+
+
+PYTHONS = [
+    Python.of(p) for p in shlex.split(os.environ.get("TFWN_PYTHONS", "")) or [sys.executable]
+]
+
+
+def missing_tools() -> list[str]:
+    """Returns what has to be installed before anything can be compiled."""
+    missing = []
+    if not shutil.which(CXX[0]):
+        missing.append(f"no C++ compiler: {CXX[0]} not found. Install g++, or set CXX")
+    for python in PYTHONS:
+        if not os.path.exists(f"{python.include}/Python.h"):
+            missing.append(
+                f"no Python.h in {python.include}. Install Python's headers (Debian, Ubuntu: "
+                "apt install python3-dev)"
+            )
+    if wanted("TFWN_TENSORFLOW") and find_tensorflow() is None:
+        missing.append(
+            f"TensorFlow is not installed. Install it first: pip install '{SUPPORTED}'. "
+            "TFWN_TENSORFLOW=0 builds the kernels without it"
+        )
+    return missing
 
 
 class Cuda:
@@ -169,7 +225,10 @@ def run(command: list[str], output: Path) -> float:
 
 
 def compile_all(commands: dict[str, list[str]], versions: str, jobs: int) -> dict[str, Path]:
-    """Returns the object of each source; compiles those that are not newer than all in them."""
+    """Returns the object of each source; compiles those that are not newer than all in them.
+
+    "@" and a name after a source tell apart the objects that different commands make of it.
+    """
     objects, stale = {}, []
     for source, command in commands.items():
         key = hashlib.sha256("\0".join([*command, source, versions]).encode()).hexdigest()[:12]
@@ -184,7 +243,7 @@ def compile_all(commands: dict[str, list[str]], versions: str, jobs: int) -> dic
         running = {}
         for source in stale:
             made_of = ["-MMD", "-MF", str(objects[source].with_suffix(".d"))]
-            command = [*commands[source], *made_of, "-c", source]
+            command = [*commands[source], *made_of, "-c", source.partition("@")[0]]
             running[pool.submit(run, command, objects[source])] = Path(source).name
         try:
             for number, done in enumerate(as_completed(running), 1):
@@ -224,26 +283,27 @@ def replace(source: Path, destination: Path) -> None:
     part.replace(destination)
 
 
+def labels(ext: Extension) -> list[str]:
+    """Returns the sources of a library, with the Python that they are compiled for."""
+    _, at, python = ext.name.partition("@")
+    return [source + at + python for source in ext.sources]
+
+
 class Build(build_ext):
     """Compiles with g++ and nvcc directly: setuptools knows neither .cu files nor dependencies."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Names TensorFlow's libraries without a Python version: they hold no Python."""
-        if fullname.rpartition(".")[2] in ("_ops", "_xla"):
-            return os.path.join(*fullname.split(".")) + ".so"
-        return super().get_ext_filename(fullname)
+        """Names the bindings for their Python; TensorFlow's libraries hold no Python."""
+        name, _, tag = fullname.partition("@")
+        suffix = next((python.suffix for python in PYTHONS if python.tag == tag), ".so")
+        return os.path.join(*name.split(".")) + suffix
 
     def build_extensions(self) -> None:
         """Compiles and links the libraries, and writes down what they were built against."""
-        if not shutil.which(CXX[0]):
-            raise SystemExit(f"tfwn: no C++ compiler: {CXX[0]} not found. Install g++, or set CXX")
+        if missing := missing_tools():
+            raise SystemExit("\n".join(f"tfwn: {what}" for what in missing))
         cuda = Cuda.find()
         tensorflow = find_tensorflow() if wanted("TFWN_TENSORFLOW") else None
-        if wanted("TFWN_TENSORFLOW") and tensorflow is None:
-            raise SystemExit(
-                f"tfwn: TensorFlow is not installed. Install it first: pip install '{SUPPORTED}'. "
-                "TFWN_TENSORFLOW=0 builds the kernels without it"
-            )
         compiler = output_of(*CXX, "--version").splitlines()[0]
         info = {
             "tensorflow": tensorflow.version if tensorflow else None,
@@ -260,21 +320,20 @@ class Build(build_ext):
             compile_commands |= dict.fromkeys(CUDA_KERNELS, cuda.compile_command)
         kernels = list(compile_commands)
         for ext in self.extensions:
-            for source in ext.sources:
+            for source in labels(ext):
                 flags = self.compile_flags(ext, tensorflow, info)
                 if cuda:
                     flags += ["-DTFWN_CUDA=1", "-isystem", f"{cuda.home}/include"]
                 compile_commands[source] = base + flags
 
         CACHE.mkdir(parents=True, exist_ok=True)
-        versions = f"{compiler} {info['tensorflow']}"
         longest = (".cu", "xla", "tensorflow")
         sources = sorted(compile_commands, key=lambda s: [w in s for w in longest], reverse=True)
         commands = {source: compile_commands[source] for source in sources}
-        objects = compile_all(commands, versions, self.parallel or os.cpu_count() or 1)
+        objects = compile_all(commands, compiler, self.parallel or os.cpu_count() or 1)
         for ext in self.extensions:
             flags = self.link_flags(ext, cuda, tensorflow)
-            library = link([objects[source] for source in [*ext.sources, *kernels]], flags)
+            library = link([objects[source] for source in [*labels(ext), *kernels]], flags)
             replace(library, Path(self.get_ext_fullpath(ext.name)))
         path = Path(self.build_lib, BUILD_INFO)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,15 +344,9 @@ class Build(build_ext):
         ext: Extension, tensorflow: TensorFlow | None, info: dict[str, Any]
     ) -> list[str]:
         """Returns the include directories and macros of a library's own sources."""
-        if tensorflow is None or ext.name == "tfwn.native":
+        python = next((p for p in PYTHONS if p.extension == ext.name), None)
+        if python:
             import pybind11
-
-            python = sysconfig.get_path("include")
-            if not os.path.exists(f"{python}/Python.h"):
-                raise SystemExit(
-                    f"tfwn: no Python.h in {python}. Install Python's headers (Debian, Ubuntu: "
-                    "apt install python3-dev)"
-                )
 
             macros = {
                 "TFWN_TENSORFLOW_VERSION": info["tensorflow"] or "",
@@ -301,9 +354,11 @@ class Build(build_ext):
                 "TFWN_CUDA_ARCHITECTURES": ",".join(map(str, info["cuda_architectures"])),
             }
             flags = [f'-D{name}="{value}"' for name, value in macros.items()]
-            includes = [pybind11.get_include(), python]
+            includes = [pybind11.get_include(), python.include]
         else:
-            flags = list(tensorflow.compile_flags)
+            assert tensorflow
+            # The version only makes other objects of them after an upgrade in place.
+            flags = [*tensorflow.compile_flags, f'-DTFWN_TENSORFLOW_VERSION="{tensorflow.version}"']
             includes = [tensorflow.include]
             if ext.name == "tfwn._xla":
                 external = f"{tensorflow.include}/external"
@@ -319,7 +374,7 @@ class Build(build_ext):
         flags = ["-Wl,-O1", "-Wl,--as-needed"]
         if cuda:
             flags += cuda.link_flags
-        if tensorflow and ext.name != "tfwn.native":
+        if tensorflow and not ext.name.startswith("tfwn.native"):
             flags += ["-Wl,-z,defs", f"-L{tensorflow.lib}"]
             flags += ["-l:libtensorflow_cc.so.2"] if ext.name == "tfwn._xla" else []
             flags += ["-l:libtensorflow_framework.so.2"]
@@ -338,9 +393,20 @@ class Build(build_ext):
         return [*super().get_outputs(), os.path.join(self.build_lib, BUILD_INFO)]
 
 
+class Wheel(bdist_wheel):
+    """Names a wheel for the Pythons whose bindings are in it; nothing else depends on Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Returns setuptools' tag for one Python, and no ABI for several."""
+        python, abi, platform = super().get_tag()
+        if len(PYTHONS) > 1:
+            python, abi = ".".join(sorted(python.tag for python in PYTHONS)), "none"
+        return python, abi, platform
+
+
 def extensions() -> list[Extension]:
     """Returns the libraries that are wanted; the kernels are added to them when they are linked."""
-    sources = {"tfwn.native": ["csrc/python_bindings.cc"]}
+    sources = {python.extension: ["csrc/python_bindings.cc"] for python in PYTHONS}
     if wanted("TFWN_TENSORFLOW"):
         sources["tfwn._ops"] = ["csrc/tensorflow_ops.cc"]
         if wanted("TFWN_XLA"):
@@ -369,4 +435,8 @@ def requirements() -> dict:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": Build}, **requirements())
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+        **requirements(),
+    )

@@ -3,8 +3,9 @@
     python -m benchmarks.vae [--dataset mnist] [--preset paper] [--batch-size 100] [--rounds 7]
 
 Every contender trains the same network on the same batch, drawing z, with the loss, its gradients,
-Adamax and the average of the parameters. Against our normal parameterisation: our weight norm, and
-weight norm in plain TensorFlow as users write it.
+Adamax and the average of the parameters: ours, normal and with weight norm; weight norm in plain
+TensorFlow as users write it; and, of MNIST's network in float32, PyTorch with its
+torch.nn.utils.parametrizations.weight_norm, plain and with torch.compile.
 """
 
 import argparse
@@ -15,10 +16,11 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import plain, timing
+from benchmarks import plain, timing, vae_peer
 from models.common import runtime
 from models.vae.config import Config
 from models.vae.model import initialize, make_network
@@ -40,6 +42,23 @@ def training_step(config: Config, images: np.ndarray):
     return run
 
 
+def torch_steps(config: Config, images: np.ndarray):
+    """PyTorch's steps by name; only of a network as large as ours."""
+    normal = make_network(dataclasses.replace(config, parameterization="normal"))
+    ours = sum(int(tf.size(variable)) for variable in normal.trainable_variables)
+    theirs = vae_peer.parameters(config)
+    if ours != theirs:
+        raise SystemExit(f"the two networks differ: {ours:,} and {theirs:,} parameters")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    made = {}
+    for compiled in (False, True):
+        for kind in ("normal", "weight_norm"):
+            one = dataclasses.replace(config, parameterization=kind)
+            name = f"PyTorch{', torch.compile' if compiled else ''}, {kind}"
+            made[name] = vae_peer.training_step(one, images, compiled)
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", choices=["mnist", "cifar10"], default="mnist")
@@ -50,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     options = parser.parse_args()
 
-    machine = timing.describe_machine("tensorflow")
+    machine = timing.describe_machine("tensorflow", "torch")
     config = Config.of_preset(
         options.preset,
         dataset=options.dataset,
@@ -68,6 +87,8 @@ def main() -> None:
     contenders = {kind: ours(kind) for kind in ("normal", "weight_norm")}
     with plain.weight_norm():
         contenders[plain.NAME] = ours("weight_norm")
+    if config.mnist and options.dtype == "float32":
+        contenders |= torch_steps(config, images)
 
     times = timing.interleave(contenders, rounds=options.rounds)
     title = (

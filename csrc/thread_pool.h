@@ -22,6 +22,14 @@
 
 #include "weight_norm.h"
 
+#if defined(__GLIBCXX__) && defined(__x86_64__)
+// std::condition_variable::wait under the name that every libstdc++ has: GCC 12 gave it a new one,
+// and the module would not load on systems that are a little older than the compiler.
+__asm__(
+    ".symver _ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE,"
+    "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE@GLIBCXX_3.4.11");
+#endif
+
 namespace tfwn {
 
 class ThreadPool {

@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from setuptools import Distribution
 
 import tfwn
 
@@ -112,6 +113,55 @@ def test_no_compiler(compiler):
     assert done.stderr.splitlines()[-1] == (
         "tfwn: no C++ compiler: no-such-compiler not found. Install g++, or set CXX"
     )
+
+
+def test_all_that_is_missing_is_named_at_once(setup_module, monkeypatch):
+    monkeypatch.setattr(setup_module, "CXX", ["no-such-compiler"])
+    monkeypatch.setattr(setup_module, "find_tensorflow", lambda: None)
+    monkeypatch.setattr(setup_module, "PYTHONS", [setup_module.Python("cp311", ".so", "/nowhere")])
+    monkeypatch.delenv("TFWN_TENSORFLOW", raising=False)
+    compiler, headers, tensorflow = setup_module.missing_tools()
+    assert "no-such-compiler" in compiler
+    assert "Python.h in /nowhere" in headers
+    assert setup_module.SUPPORTED in tensorflow
+
+
+def test_nothing_is_missing_here(setup_module):
+    assert setup_module.missing_tools() == []
+
+
+def test_a_python_that_cannot_run(setup_module):
+    with pytest.raises(SystemExit, match="TFWN_PYTHONS must list Pythons, but /no/python fails"):
+        setup_module.Python.of("/no/python")
+
+
+@pytest.fixture
+def two_pythons(setup_module, monkeypatch):
+    here = setup_module.PYTHONS[0]
+    other = setup_module.Python("cp39", ".cpython-39-x86_64-linux-gnu.so", "/other/include")
+    monkeypatch.setattr(setup_module, "PYTHONS", [here, other])
+    return here, other
+
+
+def test_the_bindings_are_built_for_each_python_and_the_rest_once(setup_module, two_pythons):
+    extensions = setup_module.extensions()
+    build = setup_module.Build(Distribution({"name": "x", "ext_modules": extensions}))
+    files = [build.get_ext_filename(ext.name) for ext in extensions]
+    bindings = [f"tfwn/native{python.suffix}" for python in two_pythons]
+    assert files == [*bindings, "tfwn/_ops.so", "tfwn/_xla.so"]
+    sources = [source for ext in extensions for source in setup_module.labels(ext)]
+    assert len(sources) == len(set(sources))  # Each has an object of its own.
+    for ext, python in zip(extensions, two_pythons, strict=False):
+        info = {"tensorflow": None, "cuda": None, "cuda_architectures": []}
+        assert python.include in setup_module.Build.compile_flags(ext, None, info)
+
+
+def test_a_wheel_names_the_pythons_whose_bindings_it_holds(setup_module, two_pythons):
+    distribution = Distribution({"name": "x", "ext_modules": setup_module.extensions()})
+    wheel = setup_module.Wheel(distribution)
+    wheel.finalize_options()
+    python, abi, _ = wheel.get_tag()
+    assert (python, abi) == (f"{two_pythons[0].tag}.cp39", "none")
 
 
 PROGRAM = """#!{python}

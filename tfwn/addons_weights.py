@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from tfwn.torch_state_dict import array_norm, array_weight_norm
-from tfwn.weight import with_direction, zero_units
+from tfwn.weight import directed
 
 # What Addons' wrapper adds with data_init=True: an unused copy of the layer.
 _COPY = "data_dep_init"
@@ -116,8 +116,8 @@ def _of_wrapper(wrapper, name, arrays) -> list[tuple[Any, Any]]:
             plain = variable.name != normalized or one.axis != last
             kept = [v.shape[a] for a in one.axis]
             g_of_v = array_norm(v, one.axis).reshape(kept) if plain else own_g
-            values.append((one.g, np.where(zero_units(v, one.axis), 0, g_of_v)))
-            v = np.asarray(with_direction(v, one.axis))
+            v, own_g = map(np.asarray, directed(v, g_of_v, one.axis, one.mask))
+            values.append((one.g, own_g))
         values.append((variable, v))
     if own:
         raise ValueError(f"{wrapper.name!r} has no {sorted(own)}, which {name!r} in the file has")

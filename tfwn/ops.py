@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import operator
 import pathlib
+import sys
 import types
 import warnings
 from collections.abc import Iterable, Sequence
@@ -215,14 +217,29 @@ def _backward(grad_w, v, g, norm, axis):
 # function of grad_w, v and g alone, with the norm understood as v's.
 
 
-@tf.RegisterGradient("Tfwn>WeightNorm")
+def _register(decorator):
+    """Applies a decorator that registers a function, also where this module is imported anew.
+
+    TensorFlow keeps the first function and refuses another: the first calls what is here now.
+    """
+
+    def register(function):
+        name = function.__name__
+        with contextlib.suppress(KeyError, AssertionError):  # An earlier import registered it.
+            decorator(lambda *arguments: getattr(sys.modules[__name__], name)(*arguments))
+        return function
+
+    return register
+
+
+@_register(tf.RegisterGradient("Tfwn>WeightNorm"))
 def _weight_norm_gradient(op, grad_w, _):
     v, g = op.inputs
     norm = op.outputs[1]
     return _backward(tf.convert_to_tensor(grad_w), v, g, norm, list(op.get_attr("axis")))
 
 
-@tf.RegisterGradient("Tfwn>WeightNormGrad")
+@_register(tf.RegisterGradient("Tfwn>WeightNormGrad"))
 def _weight_norm_gradient_gradient(op, a, b):
     """The gradient of sum(a * grad_v) + sum(b * grad_g), in plain TensorFlow.
 
@@ -274,36 +291,34 @@ def _layout(v: tf.Tensor, axis: list[int]) -> tf.Tensor:
     return tf.stack([tf.reduce_prod(part) for part in parts])
 
 
-def _register_vectorizations() -> None:
-    """Tells tf.vectorized_map and tf.GradientTape.jacobian how to batch the ops.
+def _vectorization(op_type: str):
+    """Returns a decorator for how tf.vectorized_map and tf.GradientTape.jacobian batch an op.
 
     They would loop otherwise. TensorFlow has no public interface for it.
     """
     try:
         from tensorflow.python.ops.parallel_for import pfor
 
-        register, wrap = pfor.RegisterPFor, pfor.wrap
+        return pfor.RegisterPFor(op_type)
     except (ImportError, AttributeError):
-        return
-
-    def batched(axis):
-        return [0, *(a + 1 if a >= 0 else a for a in axis)]
-
-    def stacked(converter):
-        converter.stack_inputs()
-        return [converter.stacked_input(i) for i in range(converter.num_inputs)]
-
-    @register("Tfwn>WeightNorm")
-    def _(converter):
-        v, g = stacked(converter)
-        axis = batched(converter.get_attr("axis"))
-        return [wrap(x, True) for x in _forward(v, g, axis, converter.output(0).dtype)]
-
-    @register("Tfwn>WeightNormGrad")
-    def _(converter):
-        grad_w, v, g, norm = stacked(converter)
-        axis = batched(converter.get_attr("axis"))
-        return [wrap(x, True) for x in _backward(grad_w, v, g, norm, axis)]
+        return lambda function: function
 
 
-_register_vectorizations()
+def _batched(converter, function, *options):
+    """Calls function(*inputs, axis, *options) on the stacked inputs, and wraps what it returns."""
+    from tensorflow.python.ops.parallel_for.pfor import wrap
+
+    converter.stack_inputs()
+    inputs = [converter.stacked_input(i) for i in range(converter.num_inputs)]
+    axis = [0, *(a + 1 if a >= 0 else a for a in converter.get_attr("axis"))]
+    return [wrap(x, True) for x in function(*inputs, axis, *options)]
+
+
+@_register(_vectorization("Tfwn>WeightNorm"))
+def _vectorized(converter):
+    return _batched(converter, _forward, converter.output(0).dtype)
+
+
+@_register(_vectorization("Tfwn>WeightNormGrad"))
+def _vectorized_gradient(converter):
+    return _batched(converter, _backward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import tensorflow as tf
 
@@ -11,6 +11,40 @@ from tfwn.recurrent_cells import Cell, GRUCell, LSTMCell, RecurrentOptions, Simp
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+class LoopOptions(TypedDict, total=False):
+    """The keyword arguments of `tfwn.RNN`, which all recurrent layers have."""
+
+    return_sequences: bool
+    return_state: bool
+    go_backwards: bool
+    unroll: bool
+    name: str | None
+
+
+class SimpleRNNOptions(RecurrentOptions, LoopOptions, total=False):
+    """The keyword arguments of `tfwn.SimpleRNN`: see `tfwn.SimpleRNNCell` and `tfwn.RNN`."""
+
+
+class LSTMOptions(SimpleRNNOptions, total=False):
+    """The keyword arguments of `tfwn.LSTM`: see `tfwn.LSTMCell` and `tfwn.RNN`."""
+
+    unit_forget_bias: bool
+    peepholes: bool
+    peephole_initializer: Any
+
+
+class GRUOptions(SimpleRNNOptions, total=False):
+    """The keyword arguments of `tfwn.GRU`: see `tfwn.GRUCell` and `tfwn.RNN`."""
+
+    reset_after: bool
+
+
+def _split(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the options of the cell, and those of the loop."""
+    loop = {name: options.pop(name) for name in LoopOptions.__annotations__ if name in options}
+    return options, loop
 
 
 class RNN(Layer):
@@ -177,16 +211,11 @@ class SimpleRNN(RNN):
         units,
         activation="tanh",
         use_bias=True,
-        *,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        unroll=False,
-        name=None,
-        **options: Unpack[RecurrentOptions],
+        **options: Unpack[SimpleRNNOptions],
     ):
-        cell = SimpleRNNCell(units, activation, use_bias, **options)
-        super().__init__(cell, return_sequences, return_state, go_backwards, unroll, name=name)
+        of_cell, of_loop = _split(options)
+        cell = SimpleRNNCell(units, activation, use_bias, **of_cell)
+        super().__init__(cell, **of_loop)
 
 
 class LSTM(RNN):
@@ -212,28 +241,11 @@ class LSTM(RNN):
         activation="tanh",
         recurrent_activation="sigmoid",
         use_bias=True,
-        *,
-        unit_forget_bias=True,
-        peepholes=False,
-        peephole_initializer="zeros",
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        unroll=False,
-        name=None,
-        **options: Unpack[RecurrentOptions],
+        **options: Unpack[LSTMOptions],
     ):
-        cell = LSTMCell(
-            units,
-            activation,
-            recurrent_activation,
-            use_bias,
-            unit_forget_bias=unit_forget_bias,
-            peepholes=peepholes,
-            peephole_initializer=peephole_initializer,
-            **options,
-        )
-        super().__init__(cell, return_sequences, return_state, go_backwards, unroll, name=name)
+        of_cell, of_loop = _split(options)
+        cell = LSTMCell(units, activation, recurrent_activation, use_bias, **of_cell)
+        super().__init__(cell, **of_loop)
 
 
 class GRU(RNN):
@@ -257,21 +269,8 @@ class GRU(RNN):
         activation="tanh",
         recurrent_activation="sigmoid",
         use_bias=True,
-        *,
-        reset_after=True,
-        return_sequences=False,
-        return_state=False,
-        go_backwards=False,
-        unroll=False,
-        name=None,
-        **options: Unpack[RecurrentOptions],
+        **options: Unpack[GRUOptions],
     ):
-        cell = GRUCell(
-            units,
-            activation,
-            recurrent_activation,
-            use_bias,
-            reset_after=reset_after,
-            **options,
-        )
-        super().__init__(cell, return_sequences, return_state, go_backwards, unroll, name=name)
+        of_cell, of_loop = _split(options)
+        cell = GRUCell(units, activation, recurrent_activation, use_bias, **of_cell)
+        super().__init__(cell, **of_loop)

@@ -15,7 +15,7 @@ from tfwn.modules import (
 from tfwn.normalized_variable import NormalizedVariable
 from tfwn.ops import weight_norm
 from tfwn.traces import check_traces, forget_traces
-from tfwn.weight import Weight
+from tfwn.weight import Weight, masked
 
 # Variables of rank 2 and more with these names are not weights.
 _NOT_WEIGHTS = ("b", "bias", "offset", "scale", "beta", "gamma")
@@ -26,6 +26,7 @@ def reparameterize(
     *,
     select: Callable[[tf.Variable], bool] | None = None,
     axis: int | Sequence[int] | Callable[[tf.Variable], Any] | str | None = "auto",
+    kernel_mask: Callable[[Any], Any] | None = None,
 ):
     """Weight-normalizes the weights of an existing model in place: v = w and g = ||w||.
 
@@ -52,13 +53,17 @@ def reparameterize(
       axis: for tf.Modules, the axis or axes of w that index its units, see `tfwn.weight_norm`, or a
         function of the variable that returns them. Default: by the name of the module's class, the
         last but one for "Transpose", the last two for "Depthwise", 0 for "Embed", else the last.
+      kernel_mask: a function of a variable w, of a tf.Module or of a Keras layer, that returns its
+        mask, an array that broadcasts to w, or None. It multiplies v before the normalization: w is
+        0 where the mask is, and the norm is over the other elements. Layers of tfwn have their own.
 
     Returns:
       `model` itself, or for a single Keras layer its wrapper.
 
     Raises:
-      ValueError: no weight was found; an invalid axis; a Keras model that is not built, or `select`
-        or `axis` for one; a tf.function in an attribute of the model that was traced before.
+      ValueError: no weight was found; an invalid axis or mask, or no mask from `kernel_mask`; a
+        Keras model that is not built, or `select` or `axis` for one; a tf.function in an attribute
+        of the model that was traced before.
       TypeError: layers of Keras 2.
 
     >>> class Linear(tf.Module):
@@ -81,10 +86,16 @@ def reparameterize(
                 "select and axis are for tf.Modules: for a Keras layer give weight_names and axis "
                 "to tfwn.keras.WeightNormalization(layer)"
             )
-        return _keras_module().reparameterize(model)
+        return _keras_module().reparameterize(model, kernel_mask)
     _check_module("reparameterize", model)
     refuse_keras_2(model)
-    walk = _Walk(lambda owner, value: _normalized(owner, value, select, axis))
+    masks: list = []
+
+    def mask_of(variable):
+        masks.append(kernel_mask(variable) if kernel_mask else None)
+        return masks[-1]
+
+    walk = _Walk(lambda owner, value: _normalized(owner, value, select, axis, mask_of))
     walk.find(model)
     weights = [m for m in walk.modules if isinstance(m, Weight) and m.parameterization == "normal"]
     if not weights and not walk.changes:
@@ -93,11 +104,13 @@ def reparameterize(
             f"reparameterize found no weight in {type(model).__name__}, whose variables are {names}"
             ": call the module once so that it makes them, or select its weights with `select`"
         )
+    if kernel_mask and all(mask is None for mask in masks):
+        raise ValueError("kernel_mask returned no mask for any weight")
     for weight in weights:
         weight.check_g(weight.get_g())
     walk.change()
     for variable in walk.new:
-        variable.assign(variable.v)
+        variable.assign_v_and_g(variable.v, variable.g)
     for weight in weights:
         _set_weight_norm(weight)
     return model
@@ -197,17 +210,17 @@ class _Walk:
             setattr(module, name, new)
 
 
-def _normalized(owner, value, select, axis):
+def _normalized(owner, value, select, axis, mask_of):
     """Returns what replaces the value of an attribute."""
     if is_keras_layer(value):
-        return _keras_module().reparameterize(value, required=False)
+        return _keras_module().reparameterize(value, mask_of, required=False)
     if not isinstance(value, tf.Variable) or not (select or _is_weight)(value):
         return value
     if callable(axis):
         axis = axis(value)
     elif isinstance(axis, str) and axis == "auto":
         axis = _unit_axis(type(owner).__name__)
-    return NormalizedVariable(value, axis)
+    return NormalizedVariable(value, axis, mask_of(value))
 
 
 def _folded(owner, value):
@@ -247,7 +260,7 @@ def _set_weight_norm(weight: Weight) -> None:
 
 def _set_normal(weight: Weight) -> None:
     v = weight.v
-    w = weight_norm(v if weight.mask is None else v * weight.mask, weight.get_g(), weight.axis)
+    w = weight_norm(masked(v, weight.mask), weight.get_g(), weight.axis)
     del weight.v
     delattr(weight, "s" if weight.exponential_g else "g")
     weight.w = v

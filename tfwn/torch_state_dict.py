@@ -12,6 +12,7 @@ from tfwn.embedding import Embedding
 from tfwn.modules import is_keras_layer
 from tfwn.recurrent import RNN
 from tfwn.recurrent_cells import Cell, GRUCell
+from tfwn.weight import masked
 
 GENERATIONS = ("parametrizations", "weight_g", "normal")
 
@@ -108,7 +109,7 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
                 g = array_norm(v, matrix.axis)
             else:
                 v = np.asarray(weight.v)
-                v = v if weight.mask is None else v * weight.mask
+                v = masked(v, weight.mask)
                 kept = [n if a in weight.axis else 1 for a, n in enumerate(v.shape)]
                 g = np.asarray(weight.get_g()).reshape(kept)
             if generation == "normal":

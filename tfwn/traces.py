@@ -7,6 +7,13 @@ import tensorflow as tf
 
 from tfwn.modules import attributes
 
+try:  # TensorFlow has no public name for the graphs of loops and branches.
+    from tensorflow.python.ops.control_flow_v2_func_graphs import ControlFlowFuncGraph
+except ImportError:
+    _CONTROL_FLOW: tuple = ()
+else:
+    _CONTROL_FLOW = (ControlFlowFuncGraph,)
+
 _FUNCTION = tf.types.experimental.PolymorphicFunction
 _CONCRETE = tf.types.experimental.ConcreteFunction
 
@@ -62,3 +69,21 @@ def _methods(module) -> Iterator:
                 function = function.__wrapped__
             if isinstance(function, _FUNCTION):
                 yield name, method, function
+
+
+def current_graph() -> tf.Graph | None:
+    """The graph that operations are added to, None where they run at once."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def is_within(graph: tf.Graph | None) -> bool:
+    """Whether the current graph is this one, or that of a loop or branch in it.
+
+    Not if it is that of a tf.function that is called there.
+    """
+    current = current_graph()
+    while current is not graph:
+        if not isinstance(current, _CONTROL_FLOW):
+            return False
+        current = current.outer_graph
+    return True

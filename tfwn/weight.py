@@ -104,20 +104,45 @@ def zero_units(v, axis: tuple[int, ...]) -> tf.Tensor:
     return tf.reduce_all(v == 0, [a for a in range(v.shape.rank) if a not in axis])
 
 
-def with_direction(v, axis: tuple[int, ...]) -> tf.Tensor:
-    """Returns v with random numbers, the same in each run, for each unit that is all zero.
+def directed(v, g, axis: tuple[int, ...], mask=None) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns v and g for a weight in which every unit learns; v is multiplied by the mask.
 
-    v = 0 has no direction, so that neither v nor g would ever get a gradient. Set g from the old
-    v, g = ||v|| = 0: w stays 0, and g learns.
+    A unit with v = 0 has no direction, so that neither v nor g would ever get a gradient. It gets
+    random numbers, the same in each run, and g = 0: its w is 0, and g learns. A unit that is masked
+    entirely stays as it is.
     """
-    v = tf.convert_to_tensor(v)
-    zero = zero_units(v, axis)
+    v, g = masked(tf.convert_to_tensor(v), mask), tf.convert_to_tensor(g)
+    zero = zero_units(v, axis) & ~masked_units(mask, axis)
     if tf.executing_eagerly() and not bool(tf.reduce_any(zero)):
-        return v
-    zero = tf.reshape(zero, [v.shape[a] if a in axis else 1 for a in range(v.shape.rank)])
+        return v, g
     wide = tf.float64 if v.dtype == tf.float64 else tf.float32
     direction = tf.random.stateless_normal(v.shape, [0, 0], stddev=0.05, dtype=wide)
-    return tf.where(zero, tf.cast(direction, v.dtype), v)
+    kept = [v.shape[a] if a in axis else 1 for a in range(v.shape.rank)]
+    v = tf.where(tf.reshape(zero, kept), masked(tf.cast(direction, v.dtype), mask), v)
+    return v, tf.where(zero, tf.zeros_like(g), g)
+
+
+def check_mask(mask, shape, dtype, name="mask") -> np.ndarray:
+    """Returns the mask as an array of a weight's shape and type; refuses other shapes."""
+    mask = np.asarray(mask, tf.as_dtype(dtype).as_numpy_dtype)
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(
+            f"{name} must broadcast to the weight's shape {tuple(shape)}, got shape {mask.shape}"
+        ) from None
+
+
+def masked(v, mask):
+    """Returns v * mask, or v where there is no mask."""
+    return v if mask is None else v * mask
+
+
+def masked_units(mask, axis: tuple[int, ...]) -> np.ndarray:
+    """Returns, in g's shape, which units a mask leaves nothing of."""
+    if mask is None:
+        return np.zeros([], bool)
+    return np.all(mask == 0, tuple(a for a in range(mask.ndim) if a not in axis))
 
 
 def in_scope_of(variable: tf.Variable):
@@ -192,23 +217,14 @@ class Weight(tf.Module):
         if not self.shape.is_fully_defined():
             raise ValueError(f"shape must be known in full, got {self.shape}")
         self.axis = check_axis(axis, self.shape.rank)
-        self.mask = None if mask is None else self._checked_mask(mask)
+        self.mask = None if mask is None else check_mask(mask, self.shape, self.dtype)
         with tf.init_scope(), self.name_scope:
             self._make_variables(initializer, options["g_initializer"])
-
-    def _checked_mask(self, mask) -> np.ndarray:
-        mask = np.asarray(mask, self.dtype.as_numpy_dtype)
-        try:
-            return np.broadcast_to(mask, self.shape)
-        except ValueError:
-            raise ValueError(
-                f"mask must broadcast to the weight's shape {self.shape}, got shape {mask.shape}"
-            ) from None
 
     def _make_variables(self, initializer, g_initializer):
         if initializer is None:
             initializer = tf.random_normal_initializer(0.0, 0.05)
-        v = self._masked(initial_value(initializer, self.shape, self.dtype))
+        v = masked(initial_value(initializer, self.shape, self.dtype), self.mask)
         g = norm(v, self.axis)
         if g_initializer is not None:
             g = initial_value(g_initializer, self.g_shape, self.dtype)
@@ -221,7 +237,7 @@ class Weight(tf.Module):
 
     def make_v_and_g(self, v, g, variable: tf.Variable | None = None) -> None:
         """Makes v, in `variable` if given, and g or s in its scope; see `assign_v_and_g`."""
-        v, g = self._with_direction(v, g)
+        v, g = directed(v, g, self.axis, self.mask)
         s = self._log(g) if self.exponential_g else None
         if variable is None:
             self.v = tf.Variable(v, name="v")
@@ -242,7 +258,7 @@ class Weight(tf.Module):
     def __call__(self) -> tf.Tensor:
         """Returns w, of shape `shape` and type `compute_dtype`."""
         if self.parameterization == "normal":
-            return tf.cast(self._masked(self.w), self.compute_dtype)
+            return tf.cast(masked(self.w, self.mask), self.compute_dtype)
         return self._normalized(self.get_g())
 
     def rows(self, indices) -> tf.Tensor:
@@ -267,7 +283,7 @@ class Weight(tf.Module):
     def get_g(self) -> tf.Tensor:
         """Returns g, of shape `g_shape`: g itself, exp(s), or ||w|| for "normal"."""
         if self.parameterization == "normal":
-            return norm(self._masked(self.w), self.axis)
+            return norm(masked(self.w, self.mask), self.axis)
         return tf.exp(self.s) if self.exponential_g else tf.convert_to_tensor(self.g)
 
     def set_g(self, g) -> None:
@@ -280,7 +296,7 @@ class Weight(tf.Module):
 
     def assign(self, w) -> None:
         """Sets the weight to `w`: v = w and g = ||w||."""
-        w = self._masked(tf.cast(w, self.dtype))
+        w = masked(tf.cast(w, self.dtype), self.mask)
         if self.parameterization == "normal":
             self.w.assign(w)
         else:
@@ -291,11 +307,11 @@ class Weight(tf.Module):
 
         A unit with v = 0 gets a random direction and g = 0, so that w is 0 and learns.
         """
-        v = self._masked(tf.cast(v, self.dtype))
+        v = masked(tf.cast(v, self.dtype), self.mask)
         if self.parameterization == "normal":
             self.w.assign(weight_norm(v, g, self.axis))
             return
-        v, g = self._with_direction(v, tf.cast(g, self.dtype))
+        v, g = directed(v, tf.cast(g, self.dtype), self.axis, self.mask)
         s = self._log(g) if self.exponential_g else None
         self.v.assign(v)
         if self.exponential_g:
@@ -303,23 +319,9 @@ class Weight(tf.Module):
         else:
             self.g.assign(g)
 
-    def _masked(self, v):
-        return v if self.mask is None else v * self.mask
-
-    def _masked_units(self) -> np.ndarray:
-        """Returns, in g's shape, which units are masked entirely."""
-        if self.mask is None:
-            return np.zeros(self.g_shape, bool)
-        others = tuple(a for a in range(self.shape.rank) if a not in self.axis)
-        return np.all(self.mask == 0, others)
-
-    def _with_direction(self, v, g):
-        zero = zero_units(v, self.axis) & ~self._masked_units()
-        return self._masked(with_direction(v, self.axis)), tf.where(zero, tf.zeros_like(g), g)
-
     def _normalized(self, g):
         v = self.w if self.parameterization == "normal" else self.v
-        return weight_norm(self._masked(v), g, self.axis, out_dtype=self.compute_dtype)
+        return weight_norm(masked(v, self.mask), g, self.axis, out_dtype=self.compute_dtype)
 
     def check_g(self, g) -> None:
         """Raises an error for a g that this weight cannot have, with `exponential_g`."""
@@ -328,7 +330,7 @@ class Weight(tf.Module):
 
     def _log(self, g):
         # A unit that is masked entirely has w = 0 whatever its g; log(1) keeps s finite.
-        g = tf.where(self._masked_units(), tf.ones_like(g), g)
+        g = tf.where(masked_units(self.mask, self.axis), tf.ones_like(g), g)
         tf.debugging.assert_positive(
             g,
             "g must be positive where g = exp(s): use exponential_g=False for units that are zero "

@@ -189,7 +189,7 @@ def versions() -> dict[str, str]:
     from importlib import metadata
 
     found = {"python": platform.python_version()}
-    for name in ("tensorflow", "keras", "numpy", "ale-py", "tensorflow-weight-norm"):
+    for name in ("tensorflow", "keras", "numpy", "ale-py", "gymnasium", "tensorflow-weight-norm"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -20,11 +20,16 @@ Where we deviate from the paper, or where it is silent:
     games play while the learner learns. `--num-envs 1` (the default) keeps Nature's order. Either
     way, every schedule counts actions.
  2. The paper adapts the code "deep_q_rl", which differs from Nature in details; `--variant
-    deep_q_rl` plays and learns as that code does (see Config).
+    deep_q_rl` plays and learns as that code does (see Config), with these exceptions: its initial
+    weights (He's, uniform; biases 0.1), the first 4 actions of a test, which are random there, and
+    the new game that it starts at each epoch.
  3. The batch for data-dependent initialization is drawn from the replay memory after the warm-up.
     The paper says neither where it comes from nor whether the output layer is initialized too
     (`--init-output none` leaves that layer out).
  4. With several games, a test plays them side by side and drops the games that are unfinished at
     the end; the paper's code has one such game.
- 5. Frames are scaled bilinearly, as in deep_q_rl; Nature's code averages areas.
+ 5. Frames are scaled bilinearly, as in deep_q_rl. Nature's code averages areas, and so does
+    `--preset nature`, which differs from that code in two details: there, a lost life in training
+    breaks the action off, and the game goes on with 1 to 30 no-ops and a new stack; and the first
+    convolution pads its input by 1.
 """

@@ -9,8 +9,9 @@ import tensorflow as tf
 import tfwn
 from models.common import layers, optimizers, runtime
 from models.dqn.config import Config
-from models.dqn.games import Environments, FrameStack, Steps
-from models.dqn.replay import CUT, LAST, TERMINAL, Batch, Replay
+from models.dqn.games import FRAME_SHAPE
+from models.dqn.replay import CUT, LAST, STACK, TERMINAL, Batch, Replay
+from models.dqn.vector import Games, Steps
 
 
 class Network(tf.Module):
@@ -149,15 +150,43 @@ def make_optimizer(config: Config, variables: Any) -> tf.keras.optimizers.Optimi
     return optimizer
 
 
+class FrameStack:
+    """The last 4 frames of each game; zeros before its first frame.
+
+    Attributes:
+      frames: uint8 [games, 84, 84, 4], the newest last.
+      newest: uint8 [games, 84, 84]: the newest.
+    """
+
+    def __init__(self, count: int):
+        self.frames = np.zeros((count, *FRAME_SHAPE, STACK), np.uint8)
+        self._pixels = self.frames.view("<u4")[..., 0]  # Of 4 frames, the newest in the high byte.
+        self.newest = np.zeros((count, *FRAME_SHAPE), np.uint8)
+
+    def push(self, frames: np.ndarray, begins: np.ndarray | None = None) -> None:
+        """Adds one frame per game; `begins`, bool [games], marks first frames of a game."""
+        self._pixels >>= 8  # Moving bytes takes ten times as long.
+        if begins is not None:
+            self._pixels[begins] = 0
+        self.newest[:] = frames
+        self._pixels |= self.newest.astype("<u4") << 24
+
+    def restore(self, frames: np.ndarray) -> None:
+        """Takes over all frames of another stack."""
+        self.frames[:] = frames
+        self.newest[:] = frames[..., -1]
+
+
 class Actor:
     """Plays epsilon-greedily in several games and stores the transitions in the replay memory."""
 
-    def __init__(self, config: Config, learner: Learner, games: Environments, replay: Replay):
+    def __init__(self, config: Config, learner: Learner, games: Games, replay: Replay):
         self._config, self._learner = config, learner
         self.games, self.replay = games, replay
         self.generator = runtime.generator(config.seed, 3)
         self._stack = FrameStack(len(games))
         self._ages = np.zeros(len(games), np.int64)  # Actions since the current life began.
+        self.anew = np.zeros(len(games), bool)  # Games that could not be restored.
         self.scores: list[float] = []
         self.lengths: list[int] = []
 
@@ -189,7 +218,7 @@ class Actor:
         last = dead | after.cut if self._config.variant == "deep_q_rl" else fresh
         ends = TERMINAL * dead + LAST * last + CUT * after.cut
         rewards = np.clip(after.rewards, -1, 1)
-        self.replay.add(self._stack.frames[..., -1], actions, rewards, ends)
+        self.replay.add(self._stack.newest, actions, rewards, ends)
         self._stack.push(after.frames, fresh)
         self._ages = np.where(dead | fresh, 0, self._ages + 1)
         self.scores += after.scores
@@ -216,9 +245,13 @@ class Actor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a saved state."""
+        """Restores a saved state, after that of the replay memory."""
         self.generator.bit_generator.state = state["generator"]
-        self.games.load_state_dict(state["games"])
-        self._stack.frames[:] = state["frames"]
-        self._ages = state["ages"]
+        self.anew = self.games.load_state_dict(state["games"])
+        frames = state["frames"]
+        frames[self.anew] = 0
+        frames[self.anew, ..., -1] = self.games.frames[self.anew]
+        self._stack.restore(frames)
+        self._ages = np.where(self.anew, 0, state["ages"])
+        self.replay.cut(self.anew)
         self.scores, self.lengths = state["scores"], state["lengths"]

@@ -1,6 +1,8 @@
 """The hyper-parameters of section 5.4, the paper's results, and the options of the commands."""
 
 import dataclasses
+import functools
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -8,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Positional
 
-from models.common.errors import UserError, nearest
+from models.common.errors import UserError, first_line, nearest
 from models.common.options import Count, Fraction, Preset, Range, Seed, SweepConfig, flag_of, option
 
 # Maximum test scores, figure 6; nature and random play: Mnih et al. 2015, extended data table 2.
@@ -33,7 +35,7 @@ SMOKE = {
 }  # fmt: skip
 NATURE = {
     "parameterization": "normal", "data_dependent_init": False, "protocol": "nature",
-    "optimizer": "rmsprop", "learning_rate": 2.5e-4, "batch_size": 32,
+    "optimizer": "rmsprop", "learning_rate": 2.5e-4, "batch_size": 32, "scaling": "area",
 }  # fmt: skip
 
 
@@ -43,7 +45,9 @@ class Config(SweepConfig):
 
     # The run folder.
     out: str = option("runs/dqn-{game}-{preset}-{parameterization}-{seed}", resume="free")
-    game: str = option("SpaceInvaders", resume="never")  # Any game of ale-py, in any spelling.
+    # An Atari game, as SpaceInvaders or ALE/SpaceInvaders-v5, or an environment of gymnasium with
+    # discrete actions and images, as MODULE:NAME-v0.
+    game: str = option("SpaceInvaders", resume="never")
     # Of every layer.
     parameterization: Literal["weight_norm", "normal"] = option("weight_norm", resume="never")
     # Compute type; weights stay float32.
@@ -76,7 +80,9 @@ class Config(SweepConfig):
     test_steps: Count = option(125_000, named=True)  # Actions of --protocol paper.
     test_epsilon: Fraction = 0.05  # Probability of a random action in evaluation.
     held_out: Count = 3200  # States whose mean maximal Q is logged.
-    # Games played side by side: 1 strict, 8 fast (deviation 1).
+    # How frames are scaled to 84 x 84: as in deep_q_rl, or averaging areas, as in Nature's code.
+    scaling: Literal["bilinear", "area"] = option("bilinear", resume="never")
+    # Games played side by side: 1 strict; 8 or more fast, in a process for each core (deviation 1).
     num_envs: Count = option(1, resume="never")
     # deep_q_rl: two more no-ops when a game or life begins, the first 4 actions of a life random,
     # updates counted from its beginning, no state that spans two lives.
@@ -116,9 +122,8 @@ class Config(SweepConfig):
     }
 
     def __post_init__(self) -> None:
-        roms = rom_names()
-        if (plain := _plain(self.game)) in roms:
-            object.__setattr__(self, "game", _camel(roms[plain]))
+        if rom := rom_of(self.game):
+            object.__setattr__(self, "game", _camel(rom))
 
     @property
     def last_epoch(self) -> float:
@@ -140,7 +145,7 @@ class Config(SweepConfig):
     def check(self) -> None:
         """Raises UserError for values that do not go together."""
         super().check()
-        rom_name(self.game)
+        check_game(self.game)
         if self.strategy != "none":
             raise UserError(f"--strategy {self.strategy}: DQN trains on one device; leave it out")
         if self.steps <= self.learning_starts:
@@ -194,19 +199,33 @@ class Watch:
     seed: Seed = 1  # Of game and actions.
 
 
-def rom_name(game: str) -> str:
-    """Returns the name of a game's ROM, such as space_invaders."""
-    roms = rom_names()
-    if not roms:
+def check_game(game: str) -> None:
+    """Raises UserError for a game that neither ale-py nor gymnasium knows."""
+    if rom_of(game):
+        return
+    if not (roms := rom_names()) and ":" not in game:
         raise UserError("Atari games need ale-py: pip install 'tensorflow-weight-norm[models]'")
-    if _plain(game) not in roms:
+    import gymnasium
+
+    module, _, name = game.rpartition(":")
+    try:
+        if module:
+            importlib.import_module(module)
+        gymnasium.spec(name)
+    except Exception as error:  # Of gymnasium, or of the module that is named.
+        similar = nearest(_stem(game), map(_camel, roms.values()))
         raise UserError(
             f"--game {game}: not one of ale-py's {len(roms)} games"
-            + (nearest(game, map(_camel, roms.values())) or f"; for example {', '.join(PAPER)}")
-        )
-    return roms[_plain(game)]
+            + (similar or f"; gymnasium: {first_line(error)}")
+        ) from None
 
 
+def rom_of(game: str) -> str | None:
+    """Returns the name of an Atari game's ROM, such as space_invaders, None for other games."""
+    return rom_names().get(_plain(_stem(game)))
+
+
+@functools.cache
 def rom_names() -> dict[str, str]:
     """Returns {"spaceinvaders": "space_invaders", ...}, without importing ale_py (0.3 s)."""
     spec = importlib.util.find_spec("ale_py")
@@ -214,8 +233,13 @@ def rom_names() -> dict[str, str]:
     return {_plain(rom.stem): rom.stem for rom in sorted(folder.glob("*.bin"))}
 
 
+def _stem(game: str) -> str:
+    """Returns an id of gymnasium without what DQN decides itself."""
+    return re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v[045]$", "", game)
+
+
 def _camel(name: str) -> str:
-    return "".join(part.capitalize() for part in name.split("_"))
+    return name.title().replace("_", "")
 
 
 def _plain(name: str) -> str:

@@ -1,296 +1,304 @@
-"""Atari games as DQN sees them, several side by side, playing while the learner learns.
+"""Games as DQN sees them: gymnasium environments whose observations are 84 x 84 gray pixels."""
 
-The emulator is driven directly (ale_py.ALEInterface): its state can then be saved, which ale_py's
-vector environment does not offer, and frames are scaled as the paper's code scales them.
-"""
-
-import concurrent.futures
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import gymnasium
 import numpy as np
 
-from models.common.errors import UserError
-from models.dqn.config import Config, rom_name
+from models.common.errors import UserError, first_line
+from models.dqn.config import Config, rom_of
 
-FRAME_SHAPE = (84, 84)
+SIZE = 84
+FRAME_SHAPE = (SIZE, SIZE)
+SKIP = 4  # Frames for which an action is repeated.
 
 
-def make_games(config: Config, count: int, seed: int, *, testing: bool = False) -> "Environments":
-    """Returns `count` games that begin and end as the Config's variant and protocol ask."""
-    max_frames = 18_000 if testing and config.protocol == "nature" else 0
+def make_game(config: Config, testing: bool = False, show: bool = False) -> gymnasium.Env:
+    """Returns a game that begins and ends as the Config's variant and protocol ask.
+
+    Args:
+      config: says which game and how it is played.
+      testing: with the protocol's limit of a game's length, and without no-ops after a life.
+      show: render() will be called.
+    """
+    limit = 18_000 if testing and config.protocol == "nature" else 0
     noops = 2 if config.variant == "deep_q_rl" else 0
-    return Environments(
-        lambda index: Atari(
-            config.game,
-            (seed * 1009 + index) % 2**31,
-            max_frames=max_frames,
-            start_noops=noops,
-            life_noops=0 if testing else noops,
-        ),
-        count,
+    rom = rom_of(config.game)
+    try:
+        if rom is None:
+            mode = "rgb_array" if show else None
+            # Image keeps the limit of an episode, because TimeLimit cannot be saved.
+            env = gymnasium.make(config.game, render_mode=mode, max_episode_steps=-1)
+            spec = gymnasium.spec(config.game.rpartition(":")[2])
+            limits = filter(None, (limit // SKIP, spec.max_episode_steps))
+            return Image(env, config.game, config.scaling, min(limits, default=0))
+        import ale_py
+
+        gymnasium.register_envs(ale_py)
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        env = gymnasium.make(
+            f"ALE/{config.game}-v5",
+            frameskip=1,
+            repeat_action_probability=0.0,
+            max_num_frames_per_episode=0,
+            disable_env_checker=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # Of many kinds: what gymnasium or the environment's module raises.
+        raise UserError(f"--game {config.game}: cannot be made ({first_line(error)})") from error
+    return Atari(
+        env,
+        config.scaling,
+        max_frames=limit,
+        start_noops=noops,
+        life_noops=0 if testing else noops,
     )
 
 
-class Step(NamedTuple):
-    """The outcome of an action."""
+class Atari(gymnasium.Wrapper):
+    """An Atari game: minimal action set, a reset only when the game is over.
 
-    frame: np.ndarray  # uint8 [84, 84]: the next observation.
-    reward: float  # Not clipped.
-    life_lost: bool
-    over: bool  # The game is over.
-    cut: bool  # The game was stopped at its maximum length, which is not an end of the task.
-
-
-class Atari:
-    """An Atari game: minimal action set, no sticky actions, a reset only when the game is over.
-
-    A frame is the luminance of the maximum of the last two screens, scaled to 84 x 84.
+    An observation is the luminance of the maximum of the last two screens, scaled to 84 x 84. The
+    emulator is driven directly: gymnasium's AtariEnv.step copies an RGB screen in each frame, which
+    takes a third of the time of emulating it.
 
     Args:
-      game: name, such as SpaceInvaders or space_invaders.
-      seed: of the emulator and of the number of no-ops.
-      frame_skip: frames for which an action is repeated.
+      env: an AtariEnv, without sticky actions.
+      scaling: see `scale`.
       noop_max: a game starts with 1 to `noop_max` frames of no-op; 0 for none.
-      max_frames: maximum length of a game in frames of 1/60 s; 0 for no limit.
+      max_frames: maximum length of a game in frames of 1/60 s, after which it is truncated; 0 for
+        no limit.
       start_noops, life_noops: extra frames of no-op when a game starts, and after a lost life.
     """
 
     def __init__(
         self,
-        game: str,
-        seed: int,
+        env: gymnasium.Env,
+        scaling: str = "bilinear",
         *,
-        frame_skip: int = 4,
         noop_max: int = 30,
         max_frames: int = 0,
         start_noops: int = 0,
         life_noops: int = 0,
     ):
-        import ale_py
-
-        path = rom_path(game)
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-        self._ale = ale_py.ALEInterface()
-        self._ale.setInt("random_seed", seed % 2**31)
-        self._ale.setFloat("repeat_action_probability", 0.0)
-        self._ale.setInt("max_num_frames_per_episode", 0)
-        self._ale.loadROM(path)
-        self._restore = ale_py.ALEState
-        self._actions = [action.value for action in self._ale.getMinimalActionSet()]
-        self.num_actions = len(self._actions)
-        self._generator = np.random.default_rng([seed, 1])
-        self._frame_skip, self._noop_max = frame_skip, noop_max
-        self._max_frames = max_frames
+        super().__init__(env)
+        self.observation_space = gymnasium.spaces.Box(0, 255, FRAME_SHAPE, np.uint8)
+        self._ale = env.unwrapped.ale
+        self._actions = self._ale.getMinimalActionSet()
+        self._scaling, self._noop_max, self._max_frames = scaling, noop_max, max_frames
         self._start_noops, self._life_noops = start_noops, life_noops
-        # The last two screens, the older one first.
-        self.screens = np.zeros((2, *self._ale.getScreenDims(), 3), np.uint8)
+        self._generator = np.random.default_rng()
+        self._screens = Screens(self._ale)
 
-    def reset(self) -> np.ndarray:
-        """Starts a game and returns its first frame."""
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        """Starts a game; a seed decides its number of no-ops and of those to come."""
+        if seed is not None:
+            self._generator = np.random.default_rng([seed, 1])
+        self.env.reset(seed=seed, options=options)
         noops = self._generator.integers(1, self._noop_max + 1) if self._noop_max else 0
-        self._ale.reset_game()
-        self._ale.getScreenRGB(self.screens[1])
+        self._screens.grab()
+        self._screens.grab()  # Without the last screen of the game before.
         for _ in range(noops + self._start_noops):
-            self._act(0)
+            self._ale.act(0)
+            self._screens.grab()
             if self._ale.game_over():
                 self._ale.reset_game()
-        return self._observe()
+        return self._observe(), {}
 
-    def step(self, action: int) -> Step:
-        """Plays one action (an index of the minimal action set)."""
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Plays an action for 4 frames; info has life_lost=True when a life was lost."""
         lives, reward, code = self._ale.lives(), 0, self._actions[action]
-        for passed in range(self._frame_skip):
-            # Only the last two screens are used.
-            reward += self._act(code, look=passed >= self._frame_skip - 2)
+        for passed in range(SKIP):
+            reward += self._ale.act(code)
+            if passed >= SKIP - 2:  # Only the last two screens are used.
+                self._screens.grab()
             if self._ale.game_over():
                 break
         over = self._ale.game_over()
         cut = bool(self._max_frames) and self._ale.getEpisodeFrameNumber() >= self._max_frames
         lost = self._ale.lives() < lives
         for _ in range(self._life_noops if lost and not over else 0):
-            self._act(0)
-        return Step(self._observe(), float(reward), lost, over, cut and not over)
+            self._ale.act(0)
+            self._screens.grab()
+        info = {"life_lost": True} if lost else {}
+        return self._observe(), float(reward), over, cut and not over, info
+
+    def render(self) -> np.ndarray:
+        """Returns what is observed in color and full size, uint8 [height, width, 3]."""
+        return self._screens.color()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the emulator's state, the random states and the last screens."""
+        """Returns the emulator's state, its random state included, and that of the no-ops."""
         return {
             "emulator": self._ale.cloneState(include_rng=True).serialize(),
             "generator": self._generator.bit_generator.state,
-            "screens": self.screens.copy(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a saved state."""
-        self._ale.restoreState(self._restore(state["emulator"]))
-        self._generator.bit_generator.state = state["generator"]
-        self.screens[:] = state["screens"]
+        import ale_py
 
-    def _act(self, code: int, look: bool = True) -> int:
-        reward = self._ale.act(code)
-        if look:
-            self.screens[0] = self.screens[1]
-            self._ale.getScreenRGB(self.screens[1])
-        return reward
+        self._ale.restoreState(ale_py.ALEState(state["emulator"]))
+        self._generator.bit_generator.state = state["generator"]
 
     def _observe(self) -> np.ndarray:
-        return preprocess(np.maximum(self.screens[0], self.screens[1]))
+        return scale(self._screens.luminance(), self._scaling)
 
 
-def preprocess(screen: np.ndarray) -> np.ndarray:
-    """Returns the luminance of a screen, uint8 [height, width, 3], scaled to uint8 [84, 84].
+class Screens:
+    """An emulator's last two screens as color numbers, and the maximum of the two.
 
-    Luminance is 0.299 R + 0.587 G + 0.114 B, rounded. Scaling interpolates bilinearly between
-    pixel centers, without smoothing (OpenCV's INTER_LINEAR), and rounds. All of it is integer
-    arithmetic without matrix products, whose threads would wait for those of the learner.
+    Copying color numbers takes a twentieth of the time of copying an RGB screen. What a number
+    stands for is learned from an RGB screen when the number is first seen.
     """
-    (top, bottom, from_top, from_bottom), (left, right, from_left, from_right) = (
-        _taps(source, target) for source, target in zip(screen.shape, FRAME_SHAPE, strict=False)
-    )
-    rgb = screen.astype(np.uint32)
-    luminance = (rgb[..., 0] * 299 + rgb[..., 1] * 587 + rgb[..., 2] * 114 + 500) // 1000
-    rows = luminance[top] * from_top[:, None] + luminance[bottom] * from_bottom[:, None]
-    scaled = rows.take(left, 1) * from_left + rows.take(right, 1) * from_right
-    divisor = (from_top[0] + from_bottom[0]) * (from_left[0] + from_right[0])
-    return ((scaled + divisor // 2) // divisor).astype(np.uint8)
+
+    def __init__(self, ale: Any):
+        self._ale = ale
+        self._newer = ale.getScreen()
+        self._older = self._newer.copy()
+        self._changed = np.zeros(0, np.int64)  # Where the two differ.
+        self._known = np.zeros(256, bool)
+        self._colors = np.zeros((256, 3), np.uint8)
+        self._learn()
+
+    def grab(self) -> None:
+        """Takes the emulator's screen."""
+        self._older, self._newer = self._newer, self._older
+        self._ale.getScreen(self._newer)
+        self._changed = np.flatnonzero(self._newer != self._older)
+        if not self._known[self._newer.take(self._changed)].all():
+            self._learn()
+
+    def luminance(self) -> np.ndarray:
+        """Returns the luminance of the maximum of both screens, uint8 [height, width]."""
+        gray = np.frombuffer(bytearray(self._newer.tobytes().translate(self._single)), np.uint8)
+        both = self._newer.take(self._changed), self._older.take(self._changed)
+        gray[self._changed] = self._paired[both]
+        return gray.reshape(self._newer.shape)
+
+    def color(self) -> np.ndarray:
+        """Returns the maximum of both screens, uint8 [height, width, 3]."""
+        return np.maximum(self._colors[self._newer], self._colors[self._older])
+
+    def _learn(self) -> None:
+        self._colors[self._newer] = self._ale.getScreenRGB()
+        self._known[self._newer] = True
+        self._paired = luminance(np.maximum(self._colors[:, None], self._colors[None]))
+        self._single = self._paired.diagonal().tobytes()
 
 
-def rom_path(game: str) -> str:
-    """Returns the path of a game's ROM."""
-    from ale_py import roms
+class Image(gymnasium.Wrapper):
+    """An environment that is not Atari: the luminance of its images, scaled to 84 x 84.
 
-    path = roms.get_rom_path(rom_name(game))
-    if path is None or not path.exists():
-        raise UserError(
-            f"--game {game}: ale-py lacks its ROM; reinstall it: "
-            "pip install --force-reinstall --no-deps ale-py"
-        )
-    return str(path)
+    An action is played once: what skips frames is the environment's own business. Its game can be
+    saved if the environment has state_dict() and load_state_dict(state).
+
+    Args:
+      env: an environment with discrete actions, whose observations are images of type uint8.
+      name: what the user calls it.
+      scaling: see `scale`.
+      max_steps: maximum length of an episode, after which it is truncated; 0 for no limit.
+    """
+
+    def __init__(
+        self, env: gymnasium.Env, name: str, scaling: str = "bilinear", max_steps: int = 0
+    ):
+        super().__init__(env)
+        seen, actions = env.observation_space, env.action_space
+        if not isinstance(actions, gymnasium.spaces.Discrete) or actions.n > 256:
+            raise UserError(
+                f"--game {name}: its actions are {actions}; DQN needs Discrete actions, at most 256"
+            )
+        shape = seen.shape or ()
+        if seen.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,)):
+            raise UserError(
+                f"--game {name}: its observations are {seen}; DQN needs images of type uint8, "
+                "[height, width] or [height, width, 1 or 3]"
+            )
+        self.observation_space = gymnasium.spaces.Box(0, 255, FRAME_SHAPE, np.uint8)
+        self.action_space = gymnasium.spaces.Discrete(int(actions.n))
+        self._first, self._scaling, self._max_steps = actions.start, scaling, max_steps
+        self._steps = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
+        """Starts an episode."""
+        image, _ = self.env.reset(seed=seed, options=options)
+        self._steps = 0
+        return self._observe(image), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Plays an action."""
+        image, reward, over, cut, _ = self.env.step(self._first + action)
+        self._steps += 1
+        cut |= self._steps == self._max_steps
+        return self._observe(image), float(reward), bool(over), bool(cut and not over), {}
+
+    def render(self) -> np.ndarray:
+        """Returns the picture of the environment, or else its last observation, in color."""
+        picture = self.env.render() if self.env.render_mode else self._image
+        picture = np.asarray(picture)
+        return np.broadcast_to(picture.reshape(*picture.shape[:2], -1), (*picture.shape[:2], 3))
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Returns the environment's state, None if it cannot be saved."""
+        if not all(map(self.env.has_wrapper_attr, ("state_dict", "load_state_dict"))):
+            return None
+        return {"steps": self._steps, "env": self.env.get_wrapper_attr("state_dict")()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a saved state."""
+        self._steps = state["steps"]
+        self.env.get_wrapper_attr("load_state_dict")(state["env"])
+
+    def _observe(self, image: np.ndarray) -> np.ndarray:
+        self._image = image
+        gray = luminance(image) if image.shape[2:] == (3,) else image.reshape(image.shape[:2])
+        return scale(gray, self._scaling)
+
+
+def luminance(rgb: np.ndarray) -> np.ndarray:
+    """Returns 0.299 R + 0.587 G + 0.114 B, rounded, of uint8 [..., 3]."""
+    wide = rgb.astype(np.uint32)
+    total = wide[..., 0] * 299 + wide[..., 1] * 587 + wide[..., 2] * 114
+    return ((total + 500) // 1000).astype(np.uint8)
+
+
+def scale(gray: np.ndarray, scaling: str = "bilinear") -> np.ndarray:
+    """Returns an image, uint8 [height, width], scaled to uint8 [84, 84] and rounded.
+
+    "bilinear" interpolates between pixel centers, without smoothing (OpenCV's INTER_LINEAR), as
+    deep_q_rl does. "area" averages the area of each target pixel, as Nature's code does. All of it
+    is integer arithmetic without matrix products, whose threads would wait for the learner's.
+    """
+    rows, columns, total = _both_taps(gray.shape, scaling)
+    scaled = sum(gray.take(pixels, 0) * weights[:, None] for pixels, weights in rows)
+    scaled = sum(scaled.take(pixels, 1) * weights for pixels, weights in columns)
+    return ((scaled + total // 2) // total).astype(np.uint8)
 
 
 @functools.cache
-def _taps(source: int, target: int) -> tuple[np.ndarray, ...]:
-    """Returns the two source pixels of each target pixel, and their integer weights."""
-    # The center of target pixel i lies at source pixel ((2 i + 1) source - target) / (2 target).
-    at, rest = np.divmod((2 * np.arange(target) + 1) * source - target, 2 * target)
-    common = math.gcd(2 * target, *map(int, rest))
-    weights = np.array([2 * target - rest, rest]) // common
-    pixels = np.clip([at, at + 1], 0, source - 1)
-    return (*pixels, *weights.astype(np.uint32))
+def _both_taps(shape: tuple[int, int], scaling: str) -> tuple[list, list, Any]:
+    """Returns (pixels, weights) of rows and columns, and the sum of the products of weights."""
+    axes = [_taps(length, scaling == "area") for length in shape]
+    total = math.prod(int(weights.sum(0)[0]) for _, weights in axes)
+    dtype = np.min_scalar_type(256 * total)  # The smallest that is enough, which is the fastest.
+    rows, columns = ([*zip(pixels, weights.astype(dtype), strict=True)] for pixels, weights in axes)
+    return rows, columns, dtype.type(total)
 
 
-class Steps(NamedTuple):
-    """The outcomes of all environments' actions; see Step."""
-
-    frames: np.ndarray  # uint8 [environments, 84, 84]; after an end the new game's first frame.
-    rewards: np.ndarray  # float32 [environments]
-    life_lost: np.ndarray  # bool [environments]
-    over: np.ndarray  # bool [environments]
-    cut: np.ndarray  # bool [environments]
-    scores: list[float]  # Of the games that ended.
-    lengths: list[int]  # Their numbers of actions.
-
-
-class Environments:
-    """Several games side by side: send(actions), do other work, recv() the outcomes.
-
-    A game that ends is restarted at once. One thread plays the games in order, so a seed always
-    gives the same games.
-
-    Args:
-      make: returns the game of an index: num_actions, reset(), step(action), state_dict() and
-        load_state_dict(state), as Atari has them.
-      count: the number of games.
-    """
-
-    def __init__(self, make: Callable[[int], Any], count: int):
-        self.games = [make(index) for index in range(count)]
-        self.num_actions = self.games[0].num_actions
-        self._scores = np.zeros(count)
-        self._lengths = np.zeros(count, np.int64)
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "environments")
-        self._pending: concurrent.futures.Future | None = None
-
-    def __len__(self) -> int:
-        return len(self.games)
-
-    def reset(self) -> np.ndarray:
-        """Starts all games and returns their first frames, uint8 [environments, 84, 84]."""
-        self._scores[:], self._lengths[:] = 0, 0
-        return np.stack([game.reset() for game in self.games])
-
-    def send(self, actions: np.ndarray) -> None:
-        """Starts playing one action in each game."""
-        self._pending = self._thread.submit(self.step, actions)
-
-    def recv(self) -> Steps:
-        """Waits for the outcomes of the actions sent."""
-        assert self._pending is not None, "recv() without send()"
-        pending, self._pending = self._pending, None
-        return pending.result()
-
-    def unfinished(self) -> tuple[list[float], list[int]]:
-        """Returns the scores and lengths of the games in progress."""
-        return self._scores.tolist(), self._lengths.tolist()
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns everything the games' future depends on; not between send() and recv()."""
-        assert self._pending is None, "state_dict() between send() and recv()"
-        return {
-            "games": [game.state_dict() for game in self.games],
-            "scores": self._scores.copy(),
-            "lengths": self._lengths.copy(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a saved state."""
-        for game, saved in zip(self.games, state["games"], strict=True):
-            game.load_state_dict(saved)
-        self._scores[:], self._lengths[:] = state["scores"], state["lengths"]
-
-    def step(self, actions: np.ndarray) -> Steps:
-        """Plays one action in each game."""
-        frames, scores, lengths, rest = [], [], [], []
-        for index, (game, action) in enumerate(zip(self.games, actions, strict=True)):
-            frame, *outcome = game.step(int(action))
-            reward, _, over, cut = outcome
-            self._scores[index] += reward
-            self._lengths[index] += 1
-            if over or cut:
-                scores.append(float(self._scores[index]))
-                lengths.append(int(self._lengths[index]))
-                self._scores[index], self._lengths[index] = 0, 0
-                frame = game.reset()
-            frames.append(frame)
-            rest.append(outcome)
-        rewards, *endings = zip(*rest, strict=True)
-        life_lost, dead, stopped = (np.array(column, bool) for column in endings)
-        return Steps(
-            np.stack(frames), np.array(rewards, np.float32), life_lost, dead, stopped,
-            scores, lengths,
-        )  # fmt: skip
-
-
-class FrameStack:
-    """The last 4 frames of each game; zeros before its first frame.
-
-    Attributes:
-      frames: uint8 [environments, 84, 84, 4], the newest last.
-    """
-
-    def __init__(self, count: int, size: int = 4):
-        self.frames = np.zeros((count, *FRAME_SHAPE, size), np.uint8)
-
-    def push(self, frames: np.ndarray, begins: np.ndarray | None = None) -> np.ndarray:
-        """Adds one frame per game; `begins`, bool [environments], marks first frames of a game."""
-        self.frames[..., :-1] = self.frames[..., 1:]
-        if begins is not None:
-            self.frames[begins] = 0
-        self.frames[..., -1] = frames
-        return self.frames
+def _taps(source: int, area: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the source pixels of each target pixel and their whole weights, [taps, 84] both."""
+    if area:
+        # In units of 1/84 source pixel, target pixel i reaches from i source to (i + 1) source.
+        begin = np.arange(SIZE) * source
+        pixels = begin // SIZE + np.arange(-(-source // SIZE) + 1)[:, None]
+        ends = np.minimum((pixels + 1) * SIZE, begin + source)
+        weights = np.maximum(ends - np.maximum(pixels * SIZE, begin), 0)
+    else:
+        # The center of target pixel i lies at source pixel ((2 i + 1) source - 84) / (2 84).
+        at, rest = np.divmod((2 * np.arange(SIZE) + 1) * source - SIZE, 2 * SIZE)
+        pixels, weights = np.array([at, at + 1]), np.array([2 * SIZE - rest, rest])
+    return np.clip(pixels, 0, source - 1), weights // math.gcd(*map(int, weights.ravel()))

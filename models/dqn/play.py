@@ -10,9 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from models.common import checkpoints, progress, runtime, video
-from models.dqn.agent import Network
+from models.dqn.agent import FrameStack, Network
 from models.dqn.config import Config, Evaluate, Watch
-from models.dqn.games import Atari, FrameStack, make_games
+from models.dqn.games import make_game
+from models.dqn.vector import Games
 
 Act = Callable[[tf.Tensor], tf.Tensor]  # Returns Q-values, float32 [batch, actions], of states.
 
@@ -43,7 +44,7 @@ def play_games(
     if games or config.protocol == "nature":
         np.add.at(wanted, np.arange(games or 30) % count, 1)
     generator = np.random.default_rng(seed)
-    made = make_games(config, count, int(generator.integers(2**31)), testing=True)
+    made = Games(config, count, int(generator.integers(2**31)), testing=True)
     stack, played = FrameStack(count), np.zeros(count, np.int64)
     stack.push(made.reset())
     scores: list[float] = []
@@ -88,7 +89,8 @@ def restore(path: str) -> tuple[Config, Act, checkpoints.Found]:
     """Returns a run's Config, its network as a function, and where it was found."""
     found = checkpoints.open_run(path, Config)
     dtype = runtime.compute_dtype(found.config)
-    network = Network(found.config, Atari(found.config.game, 0).num_actions, dtype, dtype)
+    actions = make_game(found.config).action_space.n
+    network = Network(found.config, int(actions), dtype, dtype)
     found.restore(learner=tf.train.Checkpoint(acting=network))
     return found.config, tf.function(network.__call__), found
 
@@ -122,23 +124,23 @@ def watch(asked: Watch) -> None:
     """Plays until the game is over and records it, with score and Q-values, as a video."""
     config, act, found = restore(asked.checkpoint)
     out = Path(asked.out or found.folder / "game.gif")
-    game = Atari(config.game, asked.seed)
+    game = make_game(config, show=True)
     generator = np.random.default_rng([asked.seed, 5])
-    stack, score = FrameStack(1), 0.0
-    stack.push(game.reset()[None])
+    stack, score, over = FrameStack(1), 0.0, False
+    stack.push(game.reset(seed=asked.seed)[0][None])
     with video.Video(out, rate=15) as film:
         for _ in range(int(asked.seconds * 15)):
             q = act(tf.constant(stack.frames)).numpy()[0]
             action = int(q.argmax())
             if generator.random() < asked.epsilon:
-                action = int(generator.integers(game.num_actions))
-            film.frame(picture(game.screens.max(0), f"{config.game}  {score:,.0f}", q, action))
-            after = game.step(action)
-            stack.push(after.frame[None])
-            score += after.reward
-            if after.over:
+                action = int(generator.integers(len(q)))
+            film.frame(picture(game.render(), f"{config.game}  {score:,.0f}", q, action))
+            frame, reward, over, cut, _ = game.step(action)
+            stack.push(frame[None])
+            score += reward
+            if over or cut:
                 break
-    print(f"{out}: score {score:,.0f} {'' if after.over else '(game not over)'}")
+    print(f"{out}: score {score:,.0f} {'' if over else '(game not over)'}")
 
 
 def picture(screen: np.ndarray, text: str, q: np.ndarray, chosen: int) -> np.ndarray:

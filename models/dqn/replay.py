@@ -9,9 +9,10 @@ that checkpoint's window, so one file serves the last two checkpoints, and a che
 small arrays only.
 """
 
+import concurrent.futures
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,8 @@ class Replay:
         self._floor = 0  # Slots before this one are lost.
         self._id = 0  # 0 until slots are written to the file.
         self._before = 0  # The id of the memory that this one replaced.
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "replay")
+        self._ahead: tuple[concurrent.futures.Future, Any] | None = None
         shape = (environments, self._slots)
         if in_memory:
             _check_memory(self._slots * environments * FRAME, capacity)
@@ -106,6 +109,7 @@ class Replay:
 
     def close(self) -> None:
         """Releases the file; this memory must not be used any more."""
+        self._thread.shutdown()
         if self.file is not None:
             del self._header
 
@@ -116,6 +120,7 @@ class Replay:
         self, frames: np.ndarray, actions: np.ndarray, rewards: np.ndarray, ends: np.ndarray
     ) -> None:
         """Adds a step of each environment: x_t, a_t, r_t, and TERMINAL | LAST | CUT."""
+        assert self._ahead is None, "add() between prepare() and batches()"
         slot = self._written % self._slots
         if not self._in_memory:
             self._mark(self._written + 1)
@@ -125,8 +130,39 @@ class Replay:
         self._ends[:, slot] = ends
         self._written += 1
 
+    def cut(self, rings: np.ndarray) -> None:
+        """Marks the latest steps of some environments as stopped: another game follows."""
+        if self._written:
+            self._ends[rings, (self._written - 1) % self._slots] |= CUT | LAST
+
     def sample(self, size: int) -> Batch:
         """Draws transitions uniformly, with replacement."""
+        if self._ahead is not None:  # It is drawn again, after this.
+            (drawn, before), self._ahead = self._ahead, None
+            drawn.result()
+            self._generator.bit_generator.state = before
+        return self._sample(size)
+
+    def prepare(self, size: int, count: int, convert: Callable[[Batch], Any]) -> None:
+        """Starts drawing what batches() with the same arguments returns, in a thread.
+
+        Until then nothing may be added. A state that is saved in between is that of before, and a
+        memory restored from it draws the same again.
+        """
+        before = self._generator.bit_generator.state
+        self._ahead = self._thread.submit(self._draw, size, count, convert), before
+
+    def batches(self, size: int, count: int, convert: Callable[[Batch], Any]) -> tuple[Any, ...]:
+        """Draws several samples, each converted."""
+        if self._ahead is None:
+            return self._draw(size, count, convert)
+        (drawn, _), self._ahead = self._ahead, None
+        return drawn.result()
+
+    def _draw(self, size: int, count: int, convert: Callable[[Batch], Any]) -> tuple[Any, ...]:
+        return tuple(convert(self._sample(size)) for _ in range(count))
+
+    def _sample(self, size: int) -> Batch:
         chosen = self._choose(size)
         while (bad := ~self._usable(*chosen)).any():
             for kept, new in zip(chosen, self._choose(int(bad.sum())), strict=True):
@@ -163,7 +199,7 @@ class Replay:
             "id": self._id,
             "written": self._written,
             "floor": self._floor,
-            "generator": self._generator.bit_generator.state,
+            "generator": self._ahead[1] if self._ahead else self._generator.bit_generator.state,
             "actions": self._actions[:, slots],
             "rewards": self._rewards[:, slots],
             "ends": self._ends[:, slots],

@@ -1,23 +1,25 @@
 """Training: act, remember, learn, and evaluate after each epoch."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 
 from models.common.run import Run
 from models.dqn import figures, play
 from models.dqn.agent import Actor, Learner
 from models.dqn.config import Config
-from models.dqn.games import make_games
-from models.dqn.replay import Replay
+from models.dqn.replay import Batch, Replay
+from models.dqn.vector import Games
 
 
 def train(config: Config) -> None:
     """Trains, evaluates after each epoch, and leaves a learning curve in the run folder."""
     with (
         Run(config, config.title) as run,
-        contextlib.closing(make_games(config, config.num_envs, config.seed)) as games,
+        contextlib.closing(Games(config, config.num_envs, config.seed)) as games,
         contextlib.closing(make_replay(config)) as replay,
     ):
         learner = Learner(config, games.num_actions, run.dtype)
@@ -25,8 +27,14 @@ def train(config: Config) -> None:
         actor.begin()
         run.begin(
             {"learner": learner, "optimizer": learner.optimizer},
-            {"actor": actor, "replay": replay},
+            {"replay": replay, "actor": actor},
         )
+        if games.processes:
+            cores = len(os.sched_getaffinity(0))
+            more = f"; --num-envs {cores} would use all {cores} cores" * (cores > len(games))
+            run.say(f"{len(games)} games in {games.processes} processes{more}")
+        if actor.anew.any():
+            run.say(f"{config.game} cannot save its state: its games begin anew")
         if replay.lost:
             run.say(f"the replay memory lacks its {replay.lost:,} oldest transitions")
         if len(replay) < min(run.step, config.learning_starts) and run.step < config.steps:
@@ -92,7 +100,7 @@ def load_held_out(run: Run) -> np.ndarray | None:
 
 def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
     """Plays an action in each game and makes the updates that are due."""
-    actions = actor.choose(step)
+    actions, after = actor.choose(step), step + config.num_envs
     if config.num_envs == 1:
         # Nature's order: act, observe, remember, learn.
         actor.remember(actions, actor.games.step(actions))
@@ -101,15 +109,27 @@ def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
         actor.games.send(actions)
         learn(config, learner, actor, step)
         actor.remember(actions, actor.games.recv())
-    if crosses(step, step + config.num_envs, config.target_every) and learner.initialized:
+        if count := due(config, actor, after):
+            actor.replay.prepare(config.batch_size, count, to_tensors)
+    if crosses(step, after, config.target_every) and learner.initialized:
         learner.copy_to_target()
 
 
 def learn(config: Config, learner: Learner, actor: Actor, step: int) -> None:
     """Makes the updates that are due after a step, in one call."""
+    if count := due(config, actor, step):
+        learner.update(actor.replay.batches(config.batch_size, count, to_tensors))
+
+
+def due(config: Config, actor: Actor, step: int) -> int:
+    """Returns the number of updates due after the actions of a step."""
     # A run resumed without its replay memory refills it first.
-    if len(actor.replay) >= config.learning_starts and (updates := actor.updates(step)):
-        learner.update(tuple(actor.replay.sample(config.batch_size) for _ in range(updates)))
+    return actor.updates(step) if len(actor.replay) >= config.learning_starts else 0
+
+
+def to_tensors(batch: Batch) -> Batch:
+    """Moves a batch to where it is used."""
+    return Batch(*map(tf.convert_to_tensor, batch))
 
 
 def end_epoch(config: Config, learner: Learner, run: Run, held_out: np.ndarray | None) -> None:

@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
-from catch import Catch, config_of, random_batch, random_states
+from catch import CATCH, config_of, random_batch, random_states
 
 import tfwn
 from models.dqn import replay
-from models.dqn.agent import Actor, Learner, Network, make_optimizer
+from models.dqn.agent import Actor, FrameStack, Learner, Network, make_optimizer
 from models.dqn.config import Config
-from models.dqn.games import Environments, Steps
 from models.dqn.replay import Replay
+from models.dqn.vector import Games, Steps
 
 
 @pytest.fixture
@@ -171,9 +171,9 @@ def test_the_papers_preset_is_the_table_of_the_paper():
 
 
 def actor_of(num_envs=2, **values):
-    config = config_of(num_envs=num_envs, **values)
+    config = config_of(num_envs=num_envs, game=CATCH, **values)
     memory = Replay(100, num_envs)
-    games = Environments(lambda index: Catch(index), num_envs)
+    games = Games(config, num_envs, 0, processes=0)
     actor = Actor(config, Learner(config, 3, tf.float32), games, memory)
     actor.begin()
     return actor, memory
@@ -197,6 +197,17 @@ def test_rewards_are_clipped_and_a_lost_life_is_terminal_but_not_the_games_end(
     np.testing.assert_array_equal(ends & replay.TERMINAL != 0, [True, True, False, False])
     np.testing.assert_array_equal(ends & replay.LAST != 0, [life_is_last, True, False, True])
     np.testing.assert_array_equal(ends & replay.CUT != 0, [False, False, False, True])
+
+
+def test_the_stack_is_the_last_four_frames_and_zeros_before_a_game(rng):
+    stack = FrameStack(2)
+    frames = rng.integers(1, 255, (6, 2, 84, 84)).astype(np.uint8)
+    for t, frame in enumerate(frames):
+        stack.push(frame, np.array([t == 0, t in (0, 4)]))
+    np.testing.assert_array_equal(stack.frames[0], np.moveaxis(frames[2:, 0], 0, -1))
+    expected = np.moveaxis(frames[2:, 1], 0, -1).copy()
+    expected[..., :2] = 0
+    np.testing.assert_array_equal(stack.frames[1], expected)
 
 
 def test_epsilon_decays_after_the_warm_up():

@@ -1,12 +1,14 @@
 """models/dqn/games.py: what DQN sees and hears, against ALE itself."""
 
 import ale_py
+import gymnasium
 import numpy as np
 import pytest
+from ale_py import roms
 
 from models.common.errors import UserError
-from models.dqn import config
-from models.dqn.games import Atari, Environments, FrameStack, preprocess, rom_path
+from models.dqn.config import Config, check_game, rom_of
+from models.dqn.games import Atari, Screens, luminance, make_game, scale
 
 GAMES = ["SpaceInvaders", "Breakout", "Enduro", "Seaquest"]
 
@@ -15,16 +17,23 @@ def emulator(game, seed):
     ale = ale_py.ALEInterface()
     ale.setInt("random_seed", seed)
     ale.setFloat("repeat_action_probability", 0.0)
-    ale.loadROM(rom_path(game))
+    ale.loadROM(roms.get_rom_path(rom_of(game)))
     ale.reset_game()
     return ale
 
 
-def naive_preprocess(screen):
+def atari(game, scaling="bilinear", **options):
+    return Atari(make_game(Config(game=game)).env, scaling, **options)
+
+
+def naive_luminance(rgb):
+    red, green, blue = (rgb[..., i].astype(int) for i in range(3))
+    return (299 * red + 587 * green + 114 * blue + 500) // 1000
+
+
+def naive_bilinear(gray):
     """The definition, one pixel at a time, in exact fractions of whole numbers."""
-    height, width, _ = screen.shape
-    red, green, blue = (screen[..., i].astype(int) for i in range(3))
-    luminance = (299 * red + 587 * green + 114 * blue + 500) // 1000
+    height, width = gray.shape
     result = np.zeros((84, 84), np.uint8)
     for i in range(84):
         # 168 y is the height of the centre of row i, in rows of the screen.
@@ -34,191 +43,224 @@ def naive_preprocess(screen):
             x, fx = divmod((2 * j + 1) * width - 84, 168)
             x0, x1 = max(x, 0), min(x + 1, width - 1)
             total = (
-                (168 - fy) * ((168 - fx) * luminance[y0, x0] + fx * luminance[y0, x1])
-                + fy * ((168 - fx) * luminance[y1, x0] + fx * luminance[y1, x1])
+                (168 - fy) * ((168 - fx) * gray[y0, x0] + fx * gray[y0, x1])
+                + fy * ((168 - fx) * gray[y1, x0] + fx * gray[y1, x1])
             )  # fmt: skip
             result[i, j] = (total + 168 * 168 // 2) // 168**2
     return result
 
 
-@pytest.mark.parametrize("shape", [(210, 160), (250, 160), (84, 84), (50, 40)])
-def test_preprocessing_is_its_definition_on_any_pixels(rng, shape):
+def naive_area(gray):
+    """Every pixel in 84 x 84 equal parts; a target pixel is the mean of as many parts."""
+    height, width = gray.shape
+    rows = np.add.reduceat(np.repeat(gray, 84, 0), np.arange(0, 84 * height, height), 0)
+    both = np.add.reduceat(np.repeat(rows, 84, 1), np.arange(0, 84 * width, width), 1)
+    return ((both + height * width // 2) // (height * width)).astype(np.uint8)
+
+
+NAIVE = {"bilinear": naive_bilinear, "area": naive_area}
+
+
+@pytest.mark.parametrize("scaling", NAIVE)
+@pytest.mark.parametrize("shape", [(210, 160), (250, 160), (84, 84), (50, 40), (84, 421)])
+def test_frames_are_their_definition_on_any_pixels(rng, shape, scaling):
     screen = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(preprocess(screen), naive_preprocess(screen))
+    gray = naive_luminance(screen)
+    np.testing.assert_array_equal(luminance(screen), gray)
+    np.testing.assert_array_equal(scale(luminance(screen), scaling), NAIVE[scaling](gray))
+    np.testing.assert_array_equal(scale(np.full(shape, 255, np.uint8), scaling), 255)
 
 
+def test_areas_are_averaged_as_opencv_does(rng):
+    cv2 = pytest.importorskip("cv2")
+    gray = rng.integers(0, 256, (210, 160)).astype(np.uint8)
+    expected = cv2.resize(gray, (84, 84), interpolation=cv2.INTER_AREA)
+    assert abs(scale(gray, "area").astype(int) - expected).max() <= 1  # Its sums are float32.
+
+
+@pytest.mark.parametrize("scaling", NAIVE)
 @pytest.mark.parametrize("game", GAMES)
-def test_frames_rewards_and_lives_are_those_of_the_raw_emulator(rng, game):
-    env, ale = Atari(game, 5, noop_max=0), emulator(game, 5)
+def test_frames_rewards_and_lives_are_those_of_the_raw_emulator(rng, game, scaling):
+    env, ale = atari(game, scaling, noop_max=0), emulator(game, 5)
     actions = ale.getMinimalActionSet()
-    assert env.num_actions == len(actions)
-    np.testing.assert_array_equal(env.reset(), naive_preprocess(ale.getScreenRGB()))
+    assert env.action_space.n == len(actions)
+    naive = lambda rgb: NAIVE[scaling](naive_luminance(rgb))  # noqa: E731
+    np.testing.assert_array_equal(env.reset(seed=5)[0], naive(ale.getScreenRGB()))
     for number in range(120):
-        action = int(rng.integers(len(actions)))
-        screens, reward, lives = [], 0, ale.lives()
+        action = rng.integers(len(actions))
+        screens, expected, lives = [], 0, ale.lives()
         for _ in range(4):
-            reward += ale.act(actions[action])
+            expected += ale.act(actions[action])
             screens.append(ale.getScreenRGB())
-        step = env.step(action)
-        assert (step.reward, step.life_lost) == (reward, ale.lives() < lives)
-        assert (step.over, step.cut) == (ale.game_over(), False)
+        frame, reward, over, cut, info = env.step(action)
+        assert (reward, info.get("life_lost", False)) == (expected, ale.lives() < lives)
+        assert (over, cut) == (ale.game_over(), False)
+        both = np.maximum(screens[-2], screens[-1])
+        np.testing.assert_array_equal(env.render(), both)
         if number % 20 == 0:
-            expected = naive_preprocess(np.maximum(screens[-2], screens[-1]))
-            np.testing.assert_array_equal(step.frame, expected)
+            np.testing.assert_array_equal(frame, naive(both))
 
 
 def test_flicker_is_seen_in_both_screens():
     """Space Invaders draws its shots in every other screen."""
-    env = Atari("SpaceInvaders", 0)
-    env.reset()
+    env = atari("SpaceInvaders")
+    env.reset(seed=0)
     differs = 0
     for _ in range(60):
         env.step(1)
-        both = env.screens.max(0)
-        differs += (both != env.screens[0]).any() and (both != env.screens[1]).any()
+        both, newer = env.render(), env.unwrapped.ale.getScreenRGB()
+        differs += (both != newer).any()
     assert differs > 5
+
+
+def test_a_color_is_learned_when_it_is_first_seen(rng):
+    """Also if it is seen in one of the two screens only."""
+    palette = rng.integers(0, 256, (256, 3)).astype(np.uint8)
+    screens = rng.integers(0, 40, (30, 21, 16)).astype(np.uint8)
+    screens += np.arange(30, dtype=np.uint8)[:, None, None] * 7
+
+    class Fake:
+        def getScreen(self, out=None):
+            return now.copy() if out is None else out.__setitem__(..., now)
+
+        def getScreenRGB(self):
+            return palette[now]
+
+    now = screens[0]
+    made, before = Screens(Fake()), screens[0]
+    for now in screens:
+        made.grab()
+        both = np.maximum(palette[before], palette[now])
+        np.testing.assert_array_equal(made.color(), both)
+        np.testing.assert_array_equal(made.luminance(), naive_luminance(both))
+        before = now
 
 
 def play(env, steps, seed=0):
     generator = np.random.default_rng(seed)
     result = []
     for _ in range(steps):
-        step = env.step(int(generator.integers(env.num_actions)))
-        result.append((step.frame.tobytes(), *step[1:]))
-        if step.over or step.cut:
-            result.append(env.reset().tobytes())
+        frame, *step = env.step(generator.integers(env.action_space.n))
+        result.append((frame.tobytes(), *step))
+        if step[1] or step[2]:
+            result.append(env.reset()[0].tobytes())
     return result
 
 
 def test_a_lost_life_does_not_end_the_game_and_the_last_one_does():
-    env = Atari("Breakout", 0)
-    env.reset()
+    env = atari("Breakout")
+    env.reset(seed=0)
     lost = []
     for _ in range(2000):
-        step = env.step(1)
-        if step.life_lost:
-            lost.append(step.over)
-        if step.over:
+        _, _, over, _, info = env.step(1)
+        if info:
+            lost.append(over)
+        if over:
             break
     assert lost == [False] * 4 + [True]
 
 
 def test_a_game_begins_with_1_to_30_noops():
-    env = Atari("Breakout", 3)
+    env = atari("Breakout")
+    env.reset(seed=3)
     starts = []
     for _ in range(60):
         env.reset()
-        starts.append(env._ale.getEpisodeFrameNumber())
+        starts.append(env.unwrapped.ale.getEpisodeFrameNumber())
     assert (min(starts), max(starts)) == (1, 30)
 
 
 def test_a_game_is_cut_at_its_longest_length_which_is_not_its_end():
-    env = Atari("SpaceInvaders", 0, noop_max=0, max_frames=100)
-    env.reset()
-    outcomes = [env.step(0)[3:] for _ in range(25)]
+    env = atari("SpaceInvaders", noop_max=0, max_frames=100)
+    env.reset(seed=0)
+    outcomes = [env.step(0)[2:4] for _ in range(25)]
     assert outcomes == [(False, False)] * 24 + [(False, True)]
 
 
 def test_noops_after_a_life_let_the_game_go_on_unseen():
-    plain, other = (Atari("Breakout", 0, noop_max=0, life_noops=n) for n in (0, 2))
     frames = []
-    for env in (plain, other):
-        env.reset()
-        while not env.step(1).life_lost:
+    for noops in (0, 2):
+        env = atari("Breakout", noop_max=0, life_noops=noops)
+        env.reset(seed=0)
+        while not env.step(1)[-1]:
             pass
-        frames.append(env._ale.getEpisodeFrameNumber())
+        frames.append(env.unwrapped.ale.getEpisodeFrameNumber())
     assert frames[1] == frames[0] + 2
 
 
 @pytest.mark.parametrize("game", GAMES)
 def test_a_saved_game_goes_on_as_it_would_have(game):
-    env = Atari(game, 7, max_frames=1500)
-    env.reset()
+    env = atari(game, max_frames=1500)
+    env.reset(seed=7)
     play(env, 150)
     state = env.state_dict()
     expected = play(env, 400, seed=1)
-    other = Atari(game, 8, max_frames=1500)
-    other.reset()
+    other = atari(game, max_frames=1500)
+    other.reset(seed=8)
     other.load_state_dict(state)
     assert play(other, 400, seed=1) == expected
 
 
-def environments_of(count, seed=0, game="Breakout"):
-    return Environments(lambda i: Atari(game, seed + i), count)
-
-
-def test_an_ended_game_begins_anew_and_tells_its_score():
-    games = environments_of(3, game="SpaceInvaders")
-    games.reset()
-    alone = Atari("SpaceInvaders", 1)
-    alone.reset()
-    score, length = 0.0, 0
-    for _ in range(1000):
-        step = alone.step(1)
-        score, length = score + step.reward, length + 1
-        after = games.step(np.ones(3, int))
-        if after.over[1]:
-            break
-        np.testing.assert_array_equal(after.frames[1], step.frame)
-    assert step.over
-    assert score > 0
-    index = after.over[:1].sum()
-    assert (after.scores[index], after.lengths[index]) == (score, length)
-    np.testing.assert_array_equal(after.frames[1], alone.reset())
-
-
-def test_sent_and_received_is_stepped(rng):
-    one, two = environments_of(2), environments_of(2)
-    np.testing.assert_array_equal(one.reset(), two.reset())
-    for _ in range(50):
-        actions = rng.integers(0, 4, 2)
-        one.send(actions)
-        expected, got = two.step(actions), one.recv()
-        for a, b in zip(expected, got, strict=True):
-            np.testing.assert_array_equal(a, b)
-    one.close()
-
-
-def test_all_games_are_saved_with_their_scores_so_far(rng):
-    games = environments_of(2)
-    games.reset()
-    plan = rng.integers(0, 4, (700, 2))
-    for actions in plan[:100]:
-        games.step(actions)
-    state = games.state_dict()
-    expected = [games.step(actions) for actions in plan[100:]]
-    assert sum(len(after.scores) for after in expected) > 2
-    other = environments_of(2, seed=50)
-    other.reset()
-    other.load_state_dict(state)
-    for actions, want in zip(plan[100:], expected, strict=True):
-        for a, b in zip(want, other.step(actions), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
-def test_the_stack_is_the_last_four_frames_and_zeros_before_a_game(rng):
-    stack = FrameStack(2)
-    frames = rng.integers(1, 255, (6, 2, 84, 84)).astype(np.uint8)
-    for t, frame in enumerate(frames):
-        stack.push(frame, np.array([t == 0, t in (0, 4)]))
-    np.testing.assert_array_equal(stack.frames[0], np.moveaxis(frames[2:, 0], 0, -1))
-    expected = np.moveaxis(frames[2:, 1], 0, -1).copy()
-    expected[..., :2] = 0
-    np.testing.assert_array_equal(stack.frames[1], expected)
-
-
-@pytest.mark.parametrize("name", ["SpaceInvaders", "space_invaders", "space-invaders"])
+@pytest.mark.parametrize(
+    "name",
+    ["SpaceInvaders", "space_invaders", "ALE/SpaceInvaders-v5", "SpaceInvadersNoFrameskip-v4"],
+)
 def test_a_game_has_its_name_in_any_spelling(name):
-    assert config.Config(game=name).game == "SpaceInvaders"
-    assert rom_path(name).endswith("space_invaders.bin")
+    assert Config(game=name).game == "SpaceInvaders"
+    check_game(name)
 
 
-def test_an_unknown_game_is_told_with_the_nearest_names():
-    with pytest.raises(UserError, match=r"--game SpaceInvader: .*did you mean SpaceInvaders"):
-        config.rom_name("SpaceInvader")
+def test_every_game_of_gymnasium_has_its_name():
+    gymnasium.register_envs(ale_py)
+    for name in (n for n in gymnasium.registry if n.startswith("ALE/")):
+        assert f"ALE/{Config(game=name).game}-v5" == name
 
 
-def test_a_missing_rom_is_told_with_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr("ale_py.roms.get_rom_path", lambda _: tmp_path / "breakout.bin")
-    with pytest.raises(UserError, match=r"lacks its ROM.*pip install --force-reinstall"):
-        rom_path("Breakout")
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("SpaceInvader", "not one of ale-py's 10. games; did you mean SpaceInvaders"),
+        ("ALE/Brakout-v5", "did you mean Breakout"),
+        ("CartPol-v1", "gymnasium: .*CartPole"),
+        ("no_such_module:Env-v0", "gymnasium: .*no_such_module"),
+        ("catch:Cetch-v0", "gymnasium: .*Catch"),
+    ],
+)
+def test_an_unknown_game_is_told_with_the_nearest_name(name, told):
+    with pytest.raises(UserError, match=f"--game {name}: .*{told}"):
+        check_game(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("CartPole-v1", "its observations are Box.*DQN needs images of type uint8"),
+        ("catch:Float-v0", "its observations are Box.*DQN needs images of type uint8"),
+        ("Pendulum-v1", "its actions are Box.*DQN needs Discrete actions"),
+        ("Combat", "cannot be made .*Combat"),
+    ],
+)
+def test_what_cannot_be_played_is_refused_with_the_rule(name, told):
+    check_game(name)
+    with pytest.raises(UserError, match=f"--game {name}: {told}"):
+        make_game(Config(game=name))
+
+
+def test_an_environment_that_is_not_atari_is_seen_in_gray_and_cut_at_its_limit():
+    env = make_game(Config(game="catch:Colorful-v0"))
+    frame, _ = env.reset(seed=0)
+    inner = env.unwrapped
+    np.testing.assert_array_equal(frame, naive_bilinear(naive_luminance(inner.frame())))
+    np.testing.assert_array_equal(env.render(), inner.frame())
+    outcomes = [env.step(0)[2:4] for _ in range(3)]
+    assert outcomes == [(False, False), (False, False), (False, True)]
+    assert inner.paddle == 0
+    env.reset()
+    env.step(0)
+    other = make_game(Config(game="catch:Colorful-v0"))
+    other.reset()
+    other.load_state_dict(env.state_dict())
+    for _ in range(2):
+        (one, *_), (two, *_) = *[env.step(2)], *[other.step(2)]
+        np.testing.assert_array_equal(one, two)
+    assert other.step(2)[2:4] == env.step(2)[2:4]

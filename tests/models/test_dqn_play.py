@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from catch import config_of, make_catch
+from catch import CATCH, config_of
 
 from models.dqn import play
 
@@ -13,11 +13,6 @@ def act(states):
     return tf.tile([[0.0, 1.0, 0.0]], [len(states), 1])
 
 
-@pytest.fixture
-def _catch(monkeypatch):
-    monkeypatch.setattr(play, "make_games", make_catch)
-
-
 def test_a_score_has_its_standard_error():
     scores = np.random.default_rng().normal(size=7)
     spread = np.sqrt(((scores - scores.mean()) ** 2).sum() / 6)
@@ -25,22 +20,21 @@ def test_a_score_has_its_standard_error():
     assert np.isnan(play.standard_error([5.0]))
 
 
-@pytest.mark.usefixtures("_catch")
 def test_natures_protocol_is_30_games_each_counted_once():
-    scores, lengths = play.play_games(config_of(protocol="nature", num_envs=8), act, [0])
+    scores, lengths = play.play_games(
+        config_of(game=CATCH, protocol="nature", num_envs=8), act, [0]
+    )
     assert len(scores) == 30
     assert lengths == [5] * 30
 
 
-@pytest.mark.usefixtures("_catch")
 def test_the_papers_protocol_counts_the_games_that_end_within_its_steps():
-    scores, _ = play.play_games(config_of(test_steps=52, num_envs=4), act, [0])
+    scores, _ = play.play_games(config_of(game=CATCH, test_steps=52, num_envs=4), act, [0])
     assert len(scores) == 4 * (13 // 5)
 
 
-@pytest.mark.usefixtures("_catch")
 def test_if_no_game_ends_the_unfinished_ones_count():
-    scores, lengths = play.play_games(config_of(test_steps=16, num_envs=4), act, [0])
+    scores, lengths = play.play_games(config_of(game=CATCH, test_steps=16, num_envs=4), act, [0])
     assert (scores, lengths) == ([0.0] * 4, [4] * 4)
 
 

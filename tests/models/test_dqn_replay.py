@@ -124,6 +124,39 @@ def samples(made, rng_seed, steps):
     return result
 
 
+def test_what_is_prepared_is_what_would_have_been_drawn(rng, tmp_path):
+    options = {"file": tmp_path / "ring", "seed": 3}
+    plain = filled(np.random.default_rng(1), 60, 2, 40, seed=3)
+    ahead = filled(np.random.default_rng(1), 60, 2, 40, **options)
+    expected = [plain.sample(8), plain.sample(8), plain.sample(5), plain.sample(8)]
+    ahead.prepare(8, 2, lambda batch: batch)
+    state = ahead.state_dict()
+    got = [*ahead.batches(8, 2, lambda batch: batch)]
+    ahead.prepare(8, 1, lambda batch: batch)
+    got += [ahead.sample(5), *ahead.batches(8, 1, lambda batch: batch)]
+    ahead.close()
+    del ahead
+    restored = Replay(60, 2, **options)
+    restored.load_state_dict(state)
+    got += restored.batches(8, 2, lambda batch: batch)
+    for one, other in zip([*expected, *expected[:2]], got, strict=True):
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_cut_step_is_never_drawn_and_ends_a_game(rng):
+    made = filled(rng, 40, 2, 10)
+    made._ends[:] = 0
+    made.cut(np.array([False, True]))
+    made.add(*random_step(rng, 2))
+    made._ends[:, 10] = 0
+    assert made._usable(np.array([0, 1]), np.array([9, 9])).tolist() == [True, False]
+    assert made._foreign(np.array([0, 1]), np.array([10, 10])).tolist() == [
+        [False] * 4,
+        [True] * 3 + [False],
+    ]
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("first", [4, 19, 60, 100])
 def test_a_restored_memory_goes_on_as_it_would_have(rng, tmp_path, first, in_memory):

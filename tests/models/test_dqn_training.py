@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from catch import config_of, make_catch
+from catch import CATCH, config_of
 from support import ROOT, assert_same_run
 
 from models.common import metrics, run_folder
@@ -21,23 +21,17 @@ from models.dqn.replay import Replay
 
 
 @pytest.fixture
-def _catch(monkeypatch):
-    for module in (play, training):
-        monkeypatch.setattr(module, "make_games", make_catch)
-
-
-@pytest.fixture
 def run(command):
     """Runs the command line; returns (exit status, stdout, stderr)."""
     return lambda *argv: command(FUNCTIONS, *argv)
 
 
-@pytest.mark.usefixtures("_catch")
 @pytest.mark.parametrize("num_envs", [1, 8])
 @pytest.mark.parametrize("parameterization", ["normal", "weight_norm"])
 def test_a_small_game_is_solved(tmp_path, parameterization, num_envs):
     config = config_of(
         out=str(tmp_path / "a"),
+        game=CATCH,
         parameterization=parameterization,
         num_envs=num_envs,
         steps=4000,
@@ -122,6 +116,19 @@ def test_a_game_has_one_name_in_any_spelling(run, tmp_path, monkeypatch):
     assert "--game was SpaceInvaders" in run("--resume", "--game", "pong", "--out", folder)[2]
 
 
+def test_games_that_cannot_be_saved_begin_anew_in_a_resumed_run(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # Where the processes find catch.
+    argv = ["--preset", "smoke", "--out", tmp_path / "a", "--game"]
+    status, out, err = run(*argv, "catch:Unsaved-v0", "--steps", 400)
+    assert (status, err, "begin anew" in out) == (0, "", False)
+    argv = ["--resume", "--accept-changes", "--steps", 600, "--out", tmp_path / "a"]
+    status, out, err = run(*argv)
+    assert (status, err) == (0, "")
+    assert "catch:Unsaved-v0 cannot save its state: its games begin anew" in out
+    status, out, err = run("watch", tmp_path / "a", "--seconds", 1)
+    assert (status, err) == (0, "")
+
+
 def test_what_a_run_s_state_does_not_fit_is_refused_before_anything_is_written(run, tmp_path):
     folder = tmp_path / "a"
     run("--preset", "smoke", "--steps", 240, "--out", folder)
@@ -130,6 +137,7 @@ def test_what_a_run_s_state_does_not_fit_is_refused_before_anything_is_written(r
     for change in (
         ("--num-envs", "2"),
         ("--game", "Pong"),
+        ("--scaling", "area"),
         ("--filters", "4", "4", "8"),
         ("--hidden", "8"),
         ("--optimizer", "rmsprop"),
@@ -201,6 +209,9 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_resumed_run(run, tmp_p
     ("argv", "named"),
     [
         (["--game", "Brakout"], "--game Brakout: not one of ale-py's 108 games; did you mean Br"),
+        (["--game", "CartPole-v1"], "--game CartPole-v1: its observations are Box"),
+        (["--game", "catch:Float-v0"], "DQN needs images of type uint8"),
+        (["--game", "nowhere:Game-v0"], "No module named 'nowhere'"),
         (["--strategy", "mirrored"], "--strategy mirrored"),
         (["--steps", "100"], "--steps 100"),
         (["--num-envs", "7"], "--num-envs 7"),
@@ -245,7 +256,7 @@ def test_games_and_replay_need_no_tensorflow_and_the_config_not_even_ale_py():
 import sys
 import models.dqn.config
 assert not {"tensorflow", "ale_py", "gymnasium", "tensorflow_datasets"} & set(sys.modules)
-import models.dqn.games, models.dqn.replay
+import models.dqn.replay, models.dqn.vector
 assert "tensorflow" not in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -66,3 +66,17 @@ def test_another_model_is_refused_and_unchanged():
     nested = keras.Sequential([keras.Input([4, 3]), sequences(), keras.layers.Dense(2)])
     with pytest.raises(ValueError, match="only direct layers"):
         tfwn.convert.from_addons(DATA / "sequences.h5", nested)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("images_data_init", images), ("images_plain", images), ("sequences", sequences)],
+)
+def test_the_loader_of_keras_refuses_these_files(name, make):
+    """Keras compares the number of arrays, and asks no layer."""
+    model = make()
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="Weight count mismatch"):
+        model.load_weights(DATA / f"{name}.h5")
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(new, old)

@@ -2,6 +2,7 @@
 
 import copy
 
+import keras
 import numpy as np
 import pytest
 import sonnet as snt
@@ -10,6 +11,16 @@ import tensorflow as tf
 import tfwn
 
 W = np.array([[3.0, 0.5, 1.0], [4.0, 1.0, -2.0]], np.float32)
+
+
+def kernel_of_keras(axis=-1):
+    """The kernel of a wrapped Keras layer, as a caller reads it."""
+    layer = keras.layers.Dense(3)
+    layer.build((None, 2))
+    layer.kernel.assign(W)
+    wrapper = tfwn.keras.WeightNormalization(layer, axis=axis)
+    wrapper.build((None, 2))
+    return wrapper.kernel
 
 
 class Module(tf.Module):
@@ -43,7 +54,7 @@ USES = {
     "lookup": lambda w: tf.nn.embedding_lookup(w, [[1], [0]]),
     "sparse_read": lambda w: w.sparse_read([[1], [0]]),
     "gather_nd": lambda w: w.gather_nd([[1, 2]]),
-    "value": lambda w: w.value() + w.read_value(),
+    "value": lambda w: w.read_value() + (w.value() if callable(w.value) else w.value),
     "stack": lambda w: tf.stack([w, w]),
     "argument": outer_product,
     "keyword": lambda w: outer_product(w=w),
@@ -55,38 +66,48 @@ USES = {
 
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("of", ["module", "keras"])
 @pytest.mark.parametrize("use", USES.values(), ids=USES.keys())
-def test_user_code(use, axis, graph):
+def test_user_code(use, of, axis, graph):
     module = Module()
     expected = use(module.w)
-    tfwn.reparameterize(module, axis=axis)
+    if of == "module":
+        tfwn.reparameterize(module, axis=axis)
+    else:
+        module.w = kernel_of_keras(axis)
     call = tf.function(lambda: module(use)) if graph else lambda: module(use)
-    with tf.GradientTape(persistent=True) as tape:
+    variables = [getattr(v, "_value", v) for v in (module.w.v, module.w.g)]
+    with tf.GradientTape() as tape:
         actual = call()
         loss = tf.reduce_sum(actual)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     if use is not USES["equality"]:
-        assert np.any(tf.convert_to_tensor(tape.gradient(loss, module.w.v)) != 0)
-        assert np.all(np.isfinite(tf.convert_to_tensor(tape.gradient(loss, module.w.g))))
+        of_v, of_g = map(tf.convert_to_tensor, tape.gradient(loss, variables))
+        assert np.any(of_v != 0)
+        assert np.all(np.isfinite(of_g))
 
 
-def test_attributes():
-    w = tfwn.reparameterize(Module()).w
+@pytest.mark.parametrize("of", ["module", "keras"])
+def test_attributes(of):
+    w = tfwn.reparameterize(Module()).w if of == "module" else kernel_of_keras()
     assert w.shape == w.get_shape() == [2, 3]
-    assert (w.dtype, w.name, w.trainable, len(w)) == (tf.float32, "w:0", True, 2)
-    assert w.device == w.v.device
+    name = "w:0" if of == "module" else "kernel"
+    assert (w.dtype, w.name, w.trainable, len(w)) == ("float32", name, True, 2)
+    assert w.device == tf.convert_to_tensor(w.v).device
     w.set_shape([2, None])
     with pytest.raises(ValueError, match="incompatible"):
         w.set_shape([3, 3])
     np.testing.assert_allclose(np.asarray(w), W, rtol=1e-6)
     assert hash(w) == hash(w)
-    np.testing.assert_allclose(copy.deepcopy(w).numpy(), W, rtol=1e-6)
+    if of == "module":
+        np.testing.assert_allclose(copy.deepcopy(w).numpy(), W, rtol=1e-6)
     with pytest.raises(ValueError, match="truth value"):
         bool(w)
 
 
-def test_assignments():
-    w = tfwn.reparameterize(Module()).w
+@pytest.mark.parametrize("of", ["module", "keras"])
+def test_assignments(of):
+    w = tfwn.reparameterize(Module()).w if of == "module" else kernel_of_keras()
     w.assign(2 * W).assign_add(W).assign_sub(tf.ones([2, 3]))
     np.testing.assert_allclose(w.numpy(), 3 * W - 1, rtol=1e-5)
     np.testing.assert_allclose(w.g, np.linalg.norm(3 * W - 1, axis=0), rtol=1e-5)
@@ -98,14 +119,15 @@ def test_assignments():
 
 
 @pytest.mark.parametrize("name", ["scatter_update", "ref", "initializer", "handle", "_unique_id"])
-def test_what_it_cannot_do_it_says(name):
-    w = tfwn.reparameterize(Module()).w
+@pytest.mark.parametrize("of", ["module", "keras"])
+def test_what_it_cannot_do_it_says(name, of):
+    w = tfwn.reparameterize(Module()).w if of == "module" else kernel_of_keras()
     with pytest.raises(AttributeError, match=rf"has no '{name}': .*its \.v and \.g.*tfwn\.fold"):
         getattr(w, name)
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         _ = w.other
     with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(w.value())
+        loss = tf.reduce_sum(tf.convert_to_tensor(w))
     with pytest.raises(TypeError, match=r"whose variables are \.v and \.g"):
         tape.gradient(loss, w)
 

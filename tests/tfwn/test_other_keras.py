@@ -61,12 +61,14 @@ def run(code, **environment):
     )
 
 
-def test_another_backend():
-    pytest.importorskip("torch", reason="needs PyTorch as the backend of Keras")
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_another_backend(backend):
+    pytest.importorskip(backend, reason=f"needs {backend} as the backend of Keras")
     run(
         """
+import os
 import keras, tensorflow as tf, tfwn
-assert keras.backend.backend() == "torch"
+assert keras.backend.backend() == os.environ["KERAS_BACKEND"]
 x = tf.ones([2, 6, 3])
 layers = [tfwn.LSTM(3), tfwn.GRU(3), tfwn.SimpleRNN(3), tfwn.Conv1D(3, 2, activation="gelu"),
           tfwn.Conv1DTranspose(3, 2, kernel_initializer="he_normal"),
@@ -74,6 +76,10 @@ layers = [tfwn.LSTM(3), tfwn.GRU(3), tfwn.SimpleRNN(3), tfwn.Conv1D(3, 2, activa
 for layer in layers:
     assert isinstance(layer(x), tf.Tensor), layer
     tfwn.fold(layer)
+    tfwn.reparameterize(layer)
+dense = tfwn.Dense(2, "elu")
+y = tfwn.data_dependent_init(dense, tf.random.normal([100, 3]))
+assert isinstance(y, tf.Tensor) and tfwn.is_initialized(dense)
 assert isinstance(tfwn.Embedding(3, 4)(tf.constant([1])), tf.Tensor)
 try:
     tfwn.reparameterize(keras.layers.Dense(2))
@@ -82,7 +88,7 @@ except ImportError as error:
 else:
     raise AssertionError
 """,
-        KERAS_BACKEND="torch",
+        KERAS_BACKEND=backend,
     )
 
 

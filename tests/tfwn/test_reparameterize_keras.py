@@ -142,3 +142,66 @@ def test_a_layer_of_a_strategy_wrapped_outside_of_its_scope(name):
         assert one.g.value.distribute_strategy is strategy
     outputs = strategy.experimental_local_results(strategy.run(wrapper, (x,)))
     np.testing.assert_allclose(outputs[0], outputs[1])
+
+
+@keras.saving.register_keras_serializable("tests")
+class Transposed(keras.layers.Layer):
+    """x . w' of another layer's kernel w."""
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(**kwargs)
+        self.layer = layer
+
+    def call(self, x):
+        kernel = getattr(self.layer, "embeddings", None)
+        return keras.ops.matmul(
+            x, keras.ops.transpose(self.layer.kernel if kernel is None else kernel)
+        )
+
+
+class Tied(keras.Model):
+    def __init__(self, make):
+        super().__init__()
+        self.layer = make()
+        self.head = Transposed(self.layer)
+
+    def call(self, x):
+        return self.head(self.layer(x))
+
+
+TIED = {
+    "dense": (lambda: keras.layers.Dense(5, use_bias=False), normal(4, 8)),
+    "embedding": (lambda: keras.layers.Embedding(9, 3), tf.constant([[1, 2, 1]])),
+}
+
+
+@pytest.mark.parametrize("kind", ["functional", "subclass"])
+@pytest.mark.parametrize("name", TIED)
+def test_tied_kernels_have_one_g(name, kind):
+    make, x = TIED[name]
+    if kind == "subclass":
+        model = Tied(make)
+    else:
+        layer = make()
+        inputs = keras.Input(x.shape[1:], dtype=x.dtype)
+        model = keras.Model(inputs, Transposed(layer)(layer(inputs)))
+    expected = model(x)
+    assert tfwn.reparameterize(model) is model
+    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+    v, g = sorted(model.trainable_variables, key=lambda v: -len(v.shape))
+    g.assign(g * 2)
+    np.testing.assert_allclose(model(x), 4 * expected, rtol=1e-4, atol=1e-5)
+    model.compile("sgd", "mse")
+    model.fit(x, expected, verbose=0)
+    expected = model(x)
+    tfwn.fold(model)
+    assert [one.path for one in model.trainable_variables] == [v.path]
+    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_kernel_that_two_layers_have_as_their_own_is_refused():
+    first, second = keras.layers.Dense(5), keras.layers.Dense(5)
+    model = keras.Sequential([keras.Input([5]), first, second])
+    second._kernel = first._kernel
+    with pytest.raises(ValueError, match=r"is a kernel of .*: let one layer have the kernel"):
+        tfwn.reparameterize(model)

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 import tfwn
-from tfwn.weight import with_direction
+from tfwn.weight import directed
 
 OPTIONS = {
     "weight_norm": {},
@@ -259,20 +259,23 @@ def test_norm_of_v_never_decreases_under_gradient_descent(rng):
 
 
 @pytest.mark.parametrize("axis", [(), (1,), (0,), (0, 1)])
-def test_units_of_zeros_get_a_direction_and_others_stay(axis):
-    zeros = with_direction(tf.zeros([30, 40]), axis)
+def test_units_of_zeros_get_a_direction_and_g_of_0(axis):
+    g = tf.ones([(30, 40)[a] for a in axis])
+    zeros, of_g = directed(tf.zeros([30, 40]), g, axis)
     assert np.all(zeros != 0)
     np.testing.assert_allclose(np.std(zeros), 0.05, rtol=0.1)
-    np.testing.assert_array_equal(zeros, with_direction(tf.zeros([30, 40]), axis))
-    assert with_direction(tf.zeros([3, 4], tf.float16), axis).dtype == tf.float16
+    np.testing.assert_array_equal(zeros, directed(tf.zeros([30, 40]), g, axis)[0])
+    np.testing.assert_array_equal(of_g, tf.zeros_like(g))
+    assert directed(tf.zeros([30, 40], tf.float16), g, axis)[0].dtype == tf.float16
 
 
 def test_only_units_of_zeros_get_a_direction():
     v = np.ones([3, 4], np.float32)
     v[:, 1] = 0
     v[0, 2] = 0
-    filled = with_direction(v, (1,)).numpy()
-    np.testing.assert_array_equal(filled[:, [0, 2, 3]], v[:, [0, 2, 3]])
+    filled, g = directed(v, tf.ones([4]), (1,))
+    np.testing.assert_array_equal(filled.numpy()[:, [0, 2, 3]], v[:, [0, 2, 3]])
     assert np.all(filled[:, 1] != 0)
-    traced = tf.function(lambda v: with_direction(v, (1,)))
-    np.testing.assert_array_equal(traced(v), filled)
+    np.testing.assert_array_equal(g, [1, 0, 1, 1])
+    traced = tf.function(lambda v: directed(v, tf.ones([4]), (1,)))
+    np.testing.assert_array_equal(traced(v)[0], filled)

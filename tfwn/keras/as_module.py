@@ -3,9 +3,8 @@
 import keras
 import tensorflow as tf
 
-from tfwn.keras.data_dependent_init import DEPTHWISE, TRANSPOSED
+from tfwn.keras.normalized import DEPTHWISE, TRANSPOSED
 from tfwn.keras.wrapper import WeightNormalization
-from tfwn.weight import norm, with_direction, zero_units
 
 _RECURRENT = (keras.layers.SimpleRNN, keras.layers.LSTM, keras.layers.GRU)
 _CELLS = (keras.layers.SimpleRNNCell, keras.layers.LSTMCell, keras.layers.GRUCell)
@@ -79,30 +78,17 @@ class _Weight:
 
     parameterization = "weight_norm"
     exponential_g = False
-    mask = None
 
     def __init__(self, normalized):
-        self._normalized = normalized
-        self.v = normalized.v
-        self.axis = normalized.axis
-        self.shape = tf.TensorShape(normalized.v.shape)
-        self.dtype = tf.as_dtype(normalized.v._dtype)
+        self.v, self.axis, self.mask = normalized.v, normalized.axis, normalized.mask
+        self.shape = normalized.get_shape()
+        self.dtype = tf.as_dtype(normalized.dtype)
+        self.assign, self.assign_v_and_g = normalized.assign, normalized.assign_v_and_g
+        self.get_g = lambda: normalized.g
+        self._w = normalized.w
 
     def __call__(self):
-        return self._normalized.w()
-
-    def get_g(self):
-        """See `tfwn.Weight.get_g`."""
-        return self._normalized.g
-
-    def assign(self, w):
-        """See `tfwn.Weight.assign`."""
-        self.assign_v_and_g(w, norm(tf.convert_to_tensor(w), self.axis))
-
-    def assign_v_and_g(self, v, g):
-        """See `tfwn.Weight.assign_v_and_g`."""
-        self.v.assign(with_direction(v, self.axis))
-        self._normalized.g.assign(tf.where(zero_units(v, self.axis), tf.zeros_like(g), g))
+        return self._w()
 
 
 class _Plain:

@@ -7,16 +7,11 @@ import keras
 import tensorflow as tf
 
 from tfwn.keras.internals import stored, stored_dtype
+from tfwn.keras.normalized import DEPTHWISE, TRANSPOSED, Reading
 from tfwn.keras.scope import Substitution
 from tfwn.layer import initialize, refuse_initialization
-from tfwn.weight import norm, with_direction
+from tfwn.weight import directed, masked, norm
 
-TRANSPOSED = (
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-)
-DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 # Layers with one kernel and the pre-activation x . w + b. Separable convolutions have two kernels.
 INITIALIZABLE = (
     keras.layers.Dense,
@@ -39,7 +34,7 @@ class _Unit:
         owner = normalized.owner
         self.name = wrapper.name if owner is wrapper.layer else normalized.v.path
         self.weight = self
-        self._axis = normalized.axis
+        self._axis, self._mask = normalized.axis, normalized.mask
         self._v, self._g = stored(normalized.v), stored(normalized.g)
         self.b = None
         g_shape = normalized.g.shape
@@ -54,12 +49,15 @@ class _Unit:
     def get_g(self):
         """As `tfwn.Weight.get_g`; 0 for a unit with v = 0, whose w is 0."""
         g = tf.convert_to_tensor(self._g)
-        return tf.where(norm(self._v, self._axis) == 0, tf.zeros_like(g), g)
+        zero = norm(masked(self._v, self._mask), self._axis) == 0
+        return tf.where(zero, tf.zeros_like(g), g)
 
     def set_g(self, g):
         """As `tfwn.Weight.set_g`; a unit with v = 0 gets a direction."""
-        self._g.assign(tf.reshape(tf.cast(g, self._g.dtype), self._g.shape))
-        self._v.assign(with_direction(self._v, self._axis))
+        g = tf.reshape(tf.cast(g, self._g.dtype), self._g.shape)
+        v, g = directed(self._v, g, self._axis, self._mask)
+        self._v.assign(v)
+        self._g.assign(g)
 
 
 class _Bias:
@@ -127,7 +125,7 @@ class _InitializingCall:
     def __call__(self, *args, **kwargs):
         n = self._normalized
         ones = tf.ones(n.g.shape, stored_dtype(n.g))
-        values = [(n.v, lambda dtype: n.scaled(ones, dtype))]
+        values = [(n.v, Reading(n, ones))]
         if n.owner.bias is not None:
             values.append((n.owner.bias, tf.zeros(n.owner.bias.shape, n.owner.bias.dtype)))
         activation, n.owner.activation = n.owner.activation, None
@@ -137,7 +135,7 @@ class _InitializingCall:
         finally:
             n.owner.activation = activation
         initialize(self._unit, _units_last(n.owner, t))
-        with Substitution([(n.v, n.w)]):
+        with Substitution([(n.v, Reading(n))]):
             return self._call(*args, **kwargs)
 
 

@@ -16,6 +16,9 @@ from keras.src.utils.tracking import DotNotTrackScope
 
 __all__ = ["DropoutRNNCell", "Functional"]
 
+# Attributes of models with what was traced; Keras makes them anew.
+TRACED_BY_KERAS = ("train_function", "test_function", "predict_function")
+
 current_scope = backend.get_stateless_scope
 in_stateless_scope = backend.in_stateless_scope
 

@@ -1,51 +1,60 @@
 """What a wrapper keeps of each kernel: v, g, the axes, and how a call reads w in v's place."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfwn.keras.data_dependent_init import DEPTHWISE, TRANSPOSED
 from tfwn.keras.internals import (
     add_variable,
     in_stateless_scope,
     layers_in,
     read_dtype,
+    stored,
     stored_dtype,
     strategy_scope,
 )
 from tfwn.keras.scope import exact
+from tfwn.normalized_variable import Normalized
 from tfwn.ops import weight_norm
-from tfwn.weight import check_axis, norm, with_direction
+from tfwn.traces import current_graph, is_within
+from tfwn.weight import check_axis, check_mask, directed, masked, norm
+
+TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
+DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
-class NormalizedVariable:
-    """One normalized variable of a Keras layer: `v` and `g`, the `axis` of g in v, its `owner`."""
+class NormalizedKernel(Normalized):
+    """One normalized variable of a Keras layer: `v`, `g`, `axis`, `mask`, the layer as `owner`.
 
-    def __init__(self, owner, v, g, axis):
+    It is used as the variable w, but does not take v's place in the layer, as NormalizedVariable
+    does in a tf.Module: Keras saves, freezes and distributes the variables that a layer made.
+    """
+
+    def __init__(self, owner, v, g, axis, mask):
+        super().__init__(v, g, axis, mask)
         self.owner = owner
-        self.v = v
-        self.g = g
-        self.axis = axis
         self.unit = None  # What data-dependent initialization sees of it, once it has been here.
 
     def w(self, dtype=None) -> tf.Tensor:
-        """Returns w = g * v / ||v||, of type `dtype`, by default v's."""
+        """Returns w, of type `dtype`, by default v's."""
         return self.scaled(exact(self.g), dtype)
 
     def scaled(self, g, dtype=None) -> tf.Tensor:
         """Returns g * v / ||v|| with this g."""
-        return weight_norm(exact(self.v), g, self.axis, out_dtype=dtype or stored_dtype(self.v))
+        v = masked(exact(self.v), self.mask)
+        return weight_norm(v, g, self.axis, out_dtype=dtype or self.dtype)
 
-    def reading(self) -> Callable[[str], tf.Tensor]:
-        """What a call reads in the place of v: a function of the type to read it in.
-
-        w is computed here, once and outside of any loop in the call, in the type that its owner
-        reads it in: no cast, no copy in the variable's type.
-        """
-        owner_dtype = read_dtype(self.owner, self.v)
-        w = self.w(owner_dtype)
-        return lambda dtype: w if dtype == owner_dtype else self.w(dtype)
+    # As of a Keras variable.
+    value = property(lambda self: self.w())
+    dtype = property(lambda self: stored_dtype(self.v))
+    device = property(lambda self: stored(self.v).device)
+    path = property(lambda self: self.v.path)
 
     def check_owner(self) -> None:
         """Refuses an owner that does not use v any more."""
@@ -56,10 +65,19 @@ class NormalizedVariable:
                 "quantize() on what it returns"
             )
 
+    def check_mask(self) -> None:
+        """Refuses LoRA's additions to a masked kernel."""
+        if self.mask is not None and getattr(self.owner, "lora_enabled", False):
+            raise ValueError(
+                f"{self.owner.name!r} has a kernel_mask, which does not hold for what LoRA adds to "
+                "the kernel: call enable_lora on layers without a mask"
+            )
+
     def fold(self) -> None:
         """Sets v = w and g = ||w||: the function stays, also where g was negative."""
-        self.v.assign(self.w())
-        self.g.assign(norm(exact(self.v), self.axis))
+        w = self.w()
+        self.v.assign(w)
+        self.g.assign(norm(w, self.axis))
 
     def merged_g(self) -> tf.Tensor | keras.Variable:
         """The g that belongs to the kernel that the owner writes into files.
@@ -72,6 +90,39 @@ class NormalizedVariable:
         self.fold()
         merged = getattr(self.owner, self.v.name)
         return norm(tf.convert_to_tensor(merged), self.axis)
+
+
+class Reading:
+    """What a call reads in the place of v: w, with its g or another one.
+
+    w is computed here, once and outside of any loop in the call, in the type that its owner reads
+    it in: no cast, no copy in the variable's type. A tf.function that the call calls computes its
+    own: its trace outlives this call.
+    """
+
+    def __init__(self, normalized: NormalizedKernel, g: tf.Tensor | None = None):
+        normalized.check_mask()
+        self._normalized = normalized
+        self._g = g
+        self._compute()
+
+    def _compute(self):
+        self._dtype = read_dtype(self._normalized.owner, self._normalized.v)
+        self._graph = current_graph()
+        self._w = self._in(self._dtype)
+
+    def _in(self, dtype):
+        g = exact(self._normalized.g) if self._g is None else self._g
+        return self._normalized.scaled(g, dtype)
+
+    def __call__(self, dtype) -> tf.Tensor:
+        """Returns w in this type."""
+        return self._w if dtype == self._dtype and is_within(self._graph) else self._in(dtype)
+
+    def assign(self, w) -> None:
+        """Sets w, where the call writes its kernel."""
+        self._normalized.assign(w)
+        self._compute()
 
 
 class Gain(keras.Variable):
@@ -111,33 +162,47 @@ def is_weight(variable: keras.Variable) -> bool:
 
 
 def find(layer, select: Callable[[keras.Variable], bool]) -> Iterator[tuple]:
-    """Yields (owner, v) for each variable that `select` chooses in the layer and those in it."""
-    seen = set()
+    """Yields (owner, v) for each variable that `select` chooses in the layer and those in it.
+
+    The owner is the layer that made v, where others have it as an attribute too.
+    """
+    owners: dict[int, tuple] = {}
     for owner in layers_in(layer):
         for v in vars(owner).values():
-            if isinstance(v, keras.Variable) and id(v) not in seen and select(v):
-                seen.add(id(v))
-                yield owner, v
+            if isinstance(v, keras.Variable) and select(v):
+                made = v.path == f"{owner.path}/{v.name}"
+                if made or id(v) not in owners:
+                    owners[id(v)] = owner, v
+    yield from owners.values()
 
 
-def normalize(wrapper, owner, v) -> NormalizedVariable:
+def option(value, v, default=None) -> Any:
+    """The option of a wrapper for this variable: of a dict, what it has under v's name."""
+    return value.get(v.name, default) if isinstance(value, Mapping) else value
+
+
+def normalize(wrapper, owner, v) -> NormalizedKernel:
     """Adds g to the wrapper, for a variable v of a layer in it."""
     if v.constraint is not None:
         raise ValueError(
             f"{v.path} has the constraint {v.constraint!r}, which would act on v and not on "
             "w = g * v / ||v||: remove it from the layer"
         )
-    axis = wrapper.axis.get(v.name, "auto") if isinstance(wrapper.axis, Mapping) else wrapper.axis
+    axis = option(wrapper.axis, v, "auto")
     axis = unit_axes(owner, v) if isinstance(axis, str) and axis == "auto" else axis
     axes = check_axis(axis, len(v.shape))
+    mask = option(wrapper.kernel_mask, v)
+    if mask is not None:
+        mask = check_mask(mask, v.shape, stored_dtype(v), f"kernel_mask of {v.path}")
 
     def initial_g(shape, dtype):
         before = exact(v)
+        g = norm(masked(before, mask), axes)
         if not in_stateless_scope():  # Where Keras only traces, there is no value yet.
-            after = with_direction(before, axes)
+            after, g = directed(before, g, axes, mask)
             if after is not before:
                 v.assign(after)
-        return norm(before, axes)
+        return g
 
     with strategy_scope(v):
         g = add_variable(
@@ -150,7 +215,7 @@ def normalize(wrapper, owner, v) -> NormalizedVariable:
             name=v.path.removeprefix(f"{wrapper.layer.path}/").replace("/", "_") + "_g",
         )
     g.follow(v)
-    normalized = NormalizedVariable(owner, v, g, axes)
+    normalized = NormalizedKernel(owner, v, g, axes, mask)
     if v.regularizer is not None:
         v.regularizer = OfWeight(v.regularizer, normalized)
     return normalized

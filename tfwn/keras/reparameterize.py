@@ -3,27 +3,46 @@
 from collections.abc import Callable
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from tfwn.keras import internals
-from tfwn.keras.normalized import is_weight
+from tfwn.keras.normalized import find, is_weight
 from tfwn.keras.recipe import remember
+from tfwn.keras.scope import exact
 from tfwn.keras.wrapper import WeightNormalization
 from tfwn.modules import attributes
 from tfwn.traces import check_traces, forget_traces
 
 
-def reparameterize(model: keras.layers.Layer, required: bool = True) -> keras.layers.Layer:
+def reparameterize(
+    model: keras.layers.Layer, kernel_mask: Callable | None = None, required: bool = True
+) -> keras.layers.Layer:
     """`tfwn.reparameterize` for Keras: a model's layers in wrappers, or a layer in its wrapper.
 
     Where nothing is found, an error is raised if `required`, or the model is returned as it is.
     """
     _check_traces(model)
-    change = _Change(_wrapped)
+    before: list[tuple[keras.Variable, tf.Tensor]] = []
+    masks: list = []
+
+    def mask_of(v):
+        before.append((v, exact(v)))
+        masks.append(kernel_mask(v) if kernel_mask else None)
+        return masks[-1]
+
+    change = _Change(lambda layer: _wrapped(layer, mask_of), separate=True)
     try:
         change.find(model)
+        if required and kernel_mask and all(mask is None for mask in masks):
+            raise ValueError(
+                f"kernel_mask returned no mask for any of {[v.path for v, _ in before]}"
+            )
     except BaseException:
         for _, wrapper in change.replaced.values():
             wrapper.fold()
+        for v, value in before:
+            v.assign(value)
         raise
     if required and not change.replaced and not _wrappers_in(model):
         names = [variable.path for variable in model.variables]
@@ -52,22 +71,39 @@ def _wrappers_in(layer) -> list[WeightNormalization]:
     return [one for one in internals.layers_in(layer) if isinstance(one, WeightNormalization)]
 
 
-def _wrapped(layer):
+def _wrapped(layer, mask_of):
     """The layer in a wrapper, where it has something to normalize and is in none."""
     if isinstance(layer, WeightNormalization):
         return layer
-    variables = [
-        value
-        for one in internals.layers_in(layer)
-        for value in vars(one).values()
-        if isinstance(value, keras.Variable)
-    ]
-    if layer.built and not any(is_weight(v) for v in variables):
+    weights = [v for _, v in find(layer, is_weight)]
+    if layer.built and not weights:
         return layer
-    wrapper = WeightNormalization(layer, name=layer.name)
+    wrapper = WeightNormalization(
+        layer, name=layer.name, kernel_mask=_masks(layer, weights, mask_of)
+    )
     if layer.built:
         wrapper.build()
     return wrapper
+
+
+def _masks(layer, weights, mask_of) -> dict | None:
+    """The masks of a layer's weights by their names, as its wrapper takes them."""
+    found = [(v.name, mask_of(v)) for v in weights]
+    masks = {name: mask for name, mask in found if mask is not None}
+    for name, mask in found:
+        if name in masks and (mask is None or not np.array_equal(mask, masks[name])):
+            raise ValueError(
+                f"kernel_mask returned several masks for the variables {name!r} in {layer.name!r}: "
+                "one layer in a wrapper has one for each name"
+            )
+    return masks or None
+
+
+def _has_kernels_itself(layer) -> bool:
+    values = vars(layer).values()
+    return isinstance(layer, WeightNormalization) or any(
+        isinstance(value, keras.Variable) and is_weight(value) for value in values
+    )
 
 
 def _unwrapped(layer):
@@ -75,23 +111,62 @@ def _unwrapped(layer):
 
 
 class _Change:
-    """Puts other layers in the place of those in a model, in the model itself."""
+    """Puts other layers in the place of those in a model, in the model itself.
 
-    def __init__(self, replace: Callable[[keras.layers.Layer], keras.layers.Layer]):
+    With `separate`, layers that have a kernel in common, as of tied weights, are not replaced as
+    they are, but what they have in common is.
+    """
+
+    def __init__(
+        self,
+        replace: Callable[[keras.layers.Layer], keras.layers.Layer],
+        separate: bool = False,
+    ):
         self._replace = replace
-        self._seen: dict[int, keras.layers.Layer] = {}  # The layer too: an id is used again.
+        self._separate = separate
+        self._separated: set[int] = set()
         self._holders: list[keras.layers.Layer] = []
         self.replaced: dict[int, tuple[keras.layers.Layer, keras.layers.Layer]] = {}
 
-    def find(self, layer) -> None:
+    def find(self, model) -> None:
         """Makes what takes the place of each layer; the model stays as it is."""
-        if id(layer) in self._seen:
-            return
-        self._seen[id(layer)] = layer
-        if not self._holds_layers(layer):
+        while True:
+            self._holders = []
+            units = list(self._units(model, set()))
+            if not (self._separate and self._separate_some(units)):
+                break
+        for layer in units:
             new = self._replace(layer)
             if new is not layer:
                 self.replaced[id(layer)] = layer, new
+
+    def _separate_some(self, units) -> bool:
+        """Makes holders of the layers that share a kernel with another; whether there are any."""
+        users: dict[int, tuple] = {}
+        for layer in units:
+            for _, v in find(layer, is_weight):
+                users.setdefault(id(v), (v, []))[1].append(layer)
+        for v, sharing in users.values():
+            if len(sharing) == 1:
+                continue
+            apart = [layer for layer in sharing if not _has_kernels_itself(layer)]
+            if len(apart) < len(sharing) - 1:
+                raise ValueError(
+                    f"{v.path} is a kernel of {', '.join(layer.name for layer in sharing)}, which "
+                    "would each normalize it: let one layer have the kernel, and the others have "
+                    "that layer as an attribute"
+                )
+            self._separated.update(id(layer) for layer in apart)
+            return True
+        return False
+
+    def _units(self, layer, seen):
+        """Yields what is replaced as a whole, and collects the holders around it."""
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        if not (id(layer) in self._separated or self._holds_layers(layer)):
+            yield layer
             return
         if isinstance(layer, keras.Model):
             _check_built(layer)
@@ -99,7 +174,7 @@ class _Change:
             internals.refresh_graph(layer, {})  # Another model of the same graph may have changed.
         self._holders.append(layer)
         for inner in internals.layers_in(layer, include_self=False, recursive=False):
-            self.find(inner)
+            yield from self._units(inner, seen)
 
     @staticmethod
     def _holds_layers(layer) -> bool:
@@ -128,7 +203,7 @@ class _Change:
         if internals.is_functional(holder):
             internals.refresh_graph(holder, layers)
         _replace_attributes(holder, layers)
-        for name in _EXECUTION:
+        for name in internals.TRACED_BY_KERAS:
             if getattr(holder, name, None) is not None:
                 setattr(holder, name, None)
         if isinstance(holder, keras.Model):
@@ -136,13 +211,9 @@ class _Change:
         return changed
 
 
-# Traced with the layers before; Keras makes them anew.
-_EXECUTION = ("train_function", "test_function", "predict_function")
-
-
 def _check_traces(model):
     for layer in internals.layers_in(model):
-        check_traces(layer, ignored=_EXECUTION)
+        check_traces(layer, ignored=internals.TRACED_BY_KERAS)
 
 
 def _check_built(model):

@@ -16,8 +16,9 @@ def exact(variable) -> tf.Tensor:
 class Substitution(keras.StatelessScope):
     """While active, variables read as the given values; writes to all others take effect.
 
-    A value is a tensor, or a function of the type that the variable is read in. Keras' own scope
-    keeps every write back, and hides an outer scope.
+    A value is a tensor, or a function of the type that the variable is read in; one with a method
+    `assign` gets what is written to the variable. Keras' own scope keeps every write back, and
+    hides an outer scope.
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class Substitution(keras.StatelessScope):
     def add_update(self, update):
         """What Keras tells when it writes one: the write goes where it would without this scope."""
         variable, value = update
-        self._outside(lambda: variable.assign(value))
+        assign = getattr(self.state_mapping.get(id(variable)), "assign", variable.assign)
+        self._outside(lambda: assign(value))
 
     def _outside(self, function):
         initialize_variables = self.initialize_variables

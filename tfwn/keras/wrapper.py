@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfwn.keras import internals
@@ -20,10 +21,18 @@ from tfwn.keras.data_dependent_init import (
     initializing_call,
     refuse,
 )
-from tfwn.keras.normalized import NormalizedVariable, OfWeight, find, is_weight, normalize
+from tfwn.keras.normalized import (
+    NormalizedKernel,
+    OfWeight,
+    Reading,
+    find,
+    is_weight,
+    normalize,
+)
 from tfwn.keras.scope import Substitution
 from tfwn.layer import is_initializing
 from tfwn.modules import refuse_keras_2
+from tfwn.traces import check_traces, forget_traces
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -51,6 +60,9 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
       axis: the axis or axes of v that index its output units, the norm runs over all the others;
         None: one norm for the whole tensor. A dict gives one for each variable's name. Default:
         by the type of the layer that owns the variable, the last axis where the type is unknown.
+      kernel_mask: fixed array that broadcasts to v, or a dict of arrays by the variables' names. It
+        multiplies v before the normalization: w is 0 where the mask is, and the norm runs over the
+        other elements.
       kwargs: name, trainable, dtype: of the wrapper, by default the layer's own.
 
     Inputs, outputs, masks and call arguments are the layer's. Attributes: `layer`, and
@@ -68,7 +80,16 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
     [(2,), (3, 2), (2,)]
     """
 
-    def __init__(self, layer, data_init=False, *, weight_names=None, axis="auto", **kwargs):
+    def __init__(
+        self,
+        layer,
+        data_init=False,
+        *,
+        weight_names=None,
+        axis="auto",
+        kernel_mask=None,
+        **kwargs,
+    ):
         _check_layer(layer)
         if data_init:
             raise ValueError(
@@ -87,8 +108,11 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         internals.pass_arguments_on(self, layer)
         self.weight_names = None if weight_names is None else list(weight_names)
         self.axis = axis
+        self.kernel_mask: Any = None if kernel_mask is None else np.asarray(kernel_mask)
+        if isinstance(kernel_mask, Mapping):
+            self.kernel_mask = {name: np.asarray(mask) for name, mask in kernel_mask.items()}
         self.supports_masking = layer.supports_masking
-        self.normalized: tuple[NormalizedVariable, ...] = ()
+        self.normalized: tuple[NormalizedKernel, ...] = ()
         # Where data-dependent initialization marks that it has been here. Saved with the model, but
         # no weight of it: no arithmetic over weights can set it. Made here, so that a checkpoint
         # can be restored before the layer is built.
@@ -113,6 +137,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
                 "none yet, call the layer once before it is wrapped"
             )
         self._check_names({v.name for _, v in found})
+        self._forget_traces()
         # A tuple: Keras' tracker would make a layer's list of variables of a list.
         self.normalized = tuple(normalize(self, *one) for one in found)
         # tf.train.Checkpoint saves what is an attribute.
@@ -133,15 +158,25 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         """Refuses names of `weight_names` and `axis` that no variable has."""
         names = {v.name for v in self.layer.variables}
         axis = self.axis if isinstance(self.axis, Mapping) else ()
+        mask = self.kernel_mask if isinstance(self.kernel_mask, Mapping) else ()
         for argument, unknown in (
             ("weight_names", set(self.weight_names or ()) - selected),
             ("axis", set(axis) - names),
+            ("kernel_mask", set(mask) - selected),
         ):
             if unknown:
                 raise ValueError(
                     f"{argument} names {', '.join(sorted(unknown))}, which layer "
                     f"{self.layer.name!r} does not have; it has {', '.join(sorted(names))}"
                 )
+
+    def _forget_traces(self):
+        """Makes the layer's own tf.functions read what stands in the place of its kernels now."""
+        layers = internals.layers_in(self.layer)
+        for layer in layers:
+            check_traces(layer, ignored=internals.TRACED_BY_KERAS)
+        for layer in layers:
+            forget_traces(layer)
 
     def _is_weight(self, variable) -> bool:
         if self.weight_names is not None:
@@ -165,7 +200,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
 
     def _reading_w(self, **options) -> Substitution:
         """While active, what reads a kernel of the layer gets w."""
-        return Substitution([(one.v, one.reading()) for one in self.normalized], **options)
+        return Substitution([(one.v, Reading(one)) for one in self.normalized], **options)
 
     def _initialize_and_call(self, *args, **kwargs):
         if not self.can_initialize():
@@ -196,6 +231,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         """
         for normalized in self.normalized:
             normalized.check_owner()
+        self._forget_traces()
         for normalized in self.normalized:
             normalized.fold()
             if isinstance(normalized.v.regularizer, OfWeight):
@@ -221,31 +257,10 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             value = getattr(layer, name)
         for one in self.normalized:
             if value is one.v:
-                return one.w()
+                return one
         if inspect.ismethod(value) and value.__self__ is layer:
             return self._method(value)
         return value
-
-    # keras.layers.RNN draws the masks of a cell before its loop over time, and drops them after it.
-    def get_dropout_mask(self, step_input):
-        """The cell's own."""
-        if isinstance(self.layer, internals.DropoutRNNCell):
-            return self.layer.get_dropout_mask(step_input)
-
-    def get_recurrent_dropout_mask(self, step_input):
-        """The cell's own."""
-        if isinstance(self.layer, internals.DropoutRNNCell):
-            return self.layer.get_recurrent_dropout_mask(step_input)
-
-    def reset_dropout_mask(self):
-        """The cell's own."""
-        if isinstance(self.layer, internals.DropoutRNNCell):
-            self.layer.reset_dropout_mask()
-
-    def reset_recurrent_dropout_mask(self):
-        """The cell's own."""
-        if isinstance(self.layer, internals.DropoutRNNCell):
-            self.layer.reset_recurrent_dropout_mask()
 
     def _method(self, method):
         @functools.wraps(method)
@@ -273,7 +288,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         if not internals.has_own_build(self.layer):
             # It says "built" of a layer that only a call builds.
             config["layer"].pop("build_config", None)
-        config.update(weight_names=self.weight_names, axis=self.axis)
+        mask = keras.saving.serialize_keras_object(self.kernel_mask)
+        config.update(weight_names=self.weight_names, axis=self.axis, kernel_mask=mask)
         return config
 
     @classmethod
@@ -285,6 +301,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             inner["config"] = dict(inner["config"]) | {"go_backwards": config.pop("go_backwards")}
         axis = config.get("axis", "auto")
         config["axis"] = tuple(axis) if isinstance(axis, list) else axis
+        mask = config.get("kernel_mask")
+        config["kernel_mask"] = keras.saving.deserialize_keras_object(mask)
         layer = keras.saving.deserialize_keras_object(inner, custom_objects=custom_objects)
         return cls(layer, **config)
 
@@ -362,6 +380,21 @@ for _name in (
     *("state_size", "output_size", "get_initial_state"),
 ):
     setattr(WeightNormalization, _name, _forwarded(_name))
+
+
+def _of_cell(name: str):
+    """A method by which keras.layers.RNN draws a cell's masks before its loop, or drops them."""
+
+    def call(self, *inputs):
+        if isinstance(self.layer, internals.DropoutRNNCell):
+            return getattr(self.layer, name)(*inputs)
+
+    return call
+
+
+for _mask in ("dropout_mask", "recurrent_dropout_mask"):
+    for _name in (f"get_{_mask}", f"reset_{_mask}"):
+        setattr(WeightNormalization, _name, _of_cell(_name))
 
 
 def _with_signature(function, model):

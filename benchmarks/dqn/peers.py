@@ -15,8 +15,10 @@ from stable_baselines3 import DQN
 from stable_baselines3.common import atari_wrappers, buffers, vec_env
 from torch import nn
 
-from models.dqn.games import Atari, Environments, FrameStack
+from models.dqn.agent import FrameStack
+from models.dqn.config import Config
 from models.dqn.replay import LAST, TERMINAL, Replay
+from models.dqn.vector import Games
 
 gymnasium.register_envs(ale_py)
 BATCH, EVERY, MEMORY, EPSILON, DISCOUNT = 64, 4, 10_000, 0.1, 0.99
@@ -107,7 +109,7 @@ def stable_baselines3(environments: int) -> Callable[[int], None]:
 
 def tuned(warm_up: int, environments: int = 8) -> Callable[[int], None]:
     """Our games and memory, stepping while it learns; channels-last and bfloat16 in PyTorch."""
-    games = Environments(lambda index: Atari("SpaceInvaders", index), environments)
+    games = Games(Config(game=GAME), environments, 0)
     memory = Replay(MEMORY, environments)
     stack = FrameStack(environments)
     stack.push(games.reset())
@@ -149,7 +151,7 @@ def tuned(warm_up: int, environments: int = 8) -> Callable[[int], None]:
                 update()
             after = games.recv()
             ends = TERMINAL * (after.over | after.life_lost) + LAST * after.over
-            memory.add(stack.frames[..., -1], actions, np.clip(after.rewards, -1, 1), ends)
+            memory.add(stack.newest, actions, np.clip(after.rewards, -1, 1), ends)
             stack.push(after.frames, after.over)
 
     play(warm_up, learning=False)

@@ -22,12 +22,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import dqn_peers, plain, timing
+from benchmarks import plain, timing
+from benchmarks.dqn import peers
 from models.dqn.agent import Actor, Learner
 from models.dqn.config import Config
-from models.dqn.games import make_games
 from models.dqn.replay import Replay
 from models.dqn.training import advance
+from models.dqn.vector import Games
 
 STEPS = 64  # Of one call.
 WARM_UP = 2_048
@@ -48,11 +49,11 @@ def ours(parameterization: Any, dtype: tf.DType, num_envs: int) -> Callable[[], 
     config = Config(
         parameterization=parameterization,
         num_envs=num_envs,
-        replay=dqn_peers.MEMORY,
+        replay=peers.MEMORY,
         learning_starts=WARM_UP,
         epsilon_steps=1,
     )
-    games = make_games(config, num_envs, 0)
+    games = Games(config, num_envs, 0)
     memory = Replay(config.replay, num_envs)
     learner = Learner(config, games.num_actions, dtype)
     actor = Actor(config, learner, games, memory)
@@ -89,10 +90,10 @@ def contenders(only: list[str]) -> dict[str, Callable[[], object]]:
     made: dict[str, Callable[[], Callable[[], object]]] = {
         **{name: functools.partial(ours, *options) for name, options in OURS.items()},
         PLAIN: functools.partial(in_plain_tensorflow, *OURS["tfwn, weight norm"]),
-        CLEANRL: functools.partial(peer, dqn_peers.cleanrl, WARM_UP),
-        SB3: functools.partial(peer, dqn_peers.stable_baselines3, 1),
-        SB3_8: functools.partial(peer, dqn_peers.stable_baselines3, 8),
-        TUNED: functools.partial(peer, dqn_peers.tuned, WARM_UP),
+        CLEANRL: functools.partial(peer, peers.cleanrl, WARM_UP),
+        SB3: functools.partial(peer, peers.stable_baselines3, 1),
+        SB3_8: functools.partial(peer, peers.stable_baselines3, 8),
+        TUNED: functools.partial(peer, peers.tuned, WARM_UP),
     }
     unknown = set(only) - set(made)
     if unknown:
@@ -121,15 +122,15 @@ def main() -> None:
     times = timing.interleave(
         contenders(arguments.only), rounds=arguments.rounds, window_seconds=arguments.window
     )
-    peers = [name for name in (CLEANRL, SB3, SB3_8, TUNED) if name in times]
+    compared = [name for name in (CLEANRL, SB3, SB3_8, TUNED) if name in times]
     table = Table(title="agent steps per second; ratios: median of windows, ± half the quartiles")
     table.add_column("")
     table.add_column("steps/s", justify="right")
-    for peer in peers:
+    for peer in compared:
         table.add_column(f"x {peer}", justify="right")
     for name, seconds in times.seconds.items():
         speed = timing.Quartiles.of(STEPS / np.asarray(seconds))
-        ratios = [f"{times.ratio(peer, name):.2f}" for peer in peers]
+        ratios = [f"{times.ratio(peer, name):.2f}" for peer in compared]
         table.add_row(name, f"{speed:.0f}", *ratios)
     console.print(table)
     rows = [

@@ -1,0 +1,74 @@
+"""Importing tfwn again, as interactive sessions and plugin hosts do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECK = """
+import importlib, sys
+import keras, numpy as np, tensorflow as tf, tfwn, tfwn.keras
+
+def check():
+    v, g = tf.Variable([[3.0, 1.0], [4.0, 0.0]]), tf.Variable([1.0, 2.0])
+    with tf.GradientTape() as outer:
+        with tf.GradientTape() as inner:
+            loss = tf.reduce_sum(tfwn.weight_norm(v, g) ** 2)
+        gradient = inner.gradient(loss, g)
+        again = tf.reduce_sum(gradient**2)
+    np.testing.assert_allclose(gradient, [2, 4], rtol=1e-6)
+    np.testing.assert_allclose(outer.gradient(again, v), np.zeros([2, 2]), atol=1e-5)
+    w = tf.vectorized_map(lambda v: tfwn.weight_norm(v, g), tf.ones([3, 2, 2]))
+    np.testing.assert_allclose(w, np.broadcast_to([0.5**0.5, 2 * 0.5**0.5], [3, 2, 2]), rtol=1e-6)
+    model = keras.Sequential(
+        [keras.Input([3]), tfwn.keras.WeightNormalization(keras.layers.Dense(2))]
+    )
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    model.save(sys.argv[1])
+    x = tf.ones([1, 3])
+    np.testing.assert_allclose(keras.models.load_model(sys.argv[1])(x), model(x))
+    layer = tfwn.Dense(2)
+    y = layer(x)
+    np.testing.assert_allclose(tfwn.reparameterize(tfwn.fold(layer))(x), y, rtol=1e-5, atol=1e-6)
+
+check()
+"""
+
+# A change of a module's code takes effect, though TensorFlow keeps what it was given first.
+AGAIN = {
+    "reload": "importlib.reload(tfwn)",
+    "reload the op": """
+gradient = tfwn.ops._backward
+importlib.reload(tfwn.ops)
+assert tfwn.ops._backward is not gradient
+calls = []
+new = tfwn.ops._backward
+tfwn.ops._backward = lambda *arguments: calls.append(1) or new(*arguments)
+check()
+assert calls
+""",
+    "reload all": """
+for name in sorted(name for name in sys.modules if name.startswith("tfwn")):
+    importlib.reload(sys.modules[name])
+""",
+    "import the package anew": """
+del sys.modules["tfwn"]
+import tfwn, tfwn.keras
+""",
+    "import everything anew": """
+for name in [name for name in sys.modules if name.partition(".")[0] == "tfwn"]:
+    del sys.modules[name]
+import tfwn, tfwn.keras
+""",
+}
+
+
+@pytest.mark.parametrize("again", AGAIN.values(), ids=AGAIN.keys())
+def test_import_again(again, tmp_path):
+    subprocess.run(
+        [sys.executable, "-c", CHECK + again + "\ncheck()\n", tmp_path / "model.keras"],
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )

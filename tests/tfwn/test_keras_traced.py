@@ -1,0 +1,178 @@
+"""Layers that trace or write their kernels themselves, weight-normalized."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.keras_layers import LAYERS, Attention, normal
+from tfwn.keras import WeightNormalization
+
+every_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def traced(make, how):
+    """A layer whose `call` is a tf.function, or which has one as a method or attribute."""
+    cls = type(make())
+    if how == "call":
+        made = type(cls.__name__, (cls,), {"call": tf.function(cls.call)})
+        config = make().get_config()
+        return made.from_config(config) if cls is not Attention else made()
+
+    class Outer(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.inner = make()
+            if how == "attribute":
+                self.function = tf.function(lambda x: self.inner(x))
+
+        def build(self, shape):
+            self.inner.build(shape)
+
+        @tf.function
+        def method(self, x):
+            return self.inner(x)
+
+        def call(self, x):
+            return self.method(x) if how == "method" else self.function(x)
+
+    return Outer()
+
+
+def sorted_kernels(wrapper):
+    """By their paths in the innermost layers: holders order them differently."""
+
+    def key(one):
+        return [part.rstrip("_0123456789") for part in one.v.path.split("/")[-3:]]
+
+    return sorted(wrapper.normalized, key=key)
+
+
+@every_layer
+@pytest.mark.parametrize("before", ["nothing", "call"])
+@pytest.mark.parametrize("how", ["call", "method", "attribute"])
+def test_a_trace_follows_v_and_g(name, how, before):
+    """Called eagerly and in tf.functions, with the gradients of a layer that traces nothing."""
+    make, x, _ = LAYERS[name]
+    layer = traced(make, how)
+    if before == "call":
+        layer(x)
+        if how == "attribute":
+            with pytest.raises(ValueError, match=r"the tf\.function 'function' .* was traced"):
+                WeightNormalization(layer)(x)
+            return
+    wrapper = WeightNormalization(layer)
+    wrapper(x)
+    plain = make()
+    plain(x)
+    plain.set_weights(wrapper.layer.get_weights())
+    expected = WeightNormalization(plain)
+    expected(x)
+    pairs = list(zip(*map(sorted_kernels, (wrapper, expected)), strict=True))
+    calls = [wrapper, tf.function(lambda: wrapper(x)), tf.function(lambda: wrapper(x) * 1)]
+    for factor in (1.0, 2.0, 3.0):
+        for one, other in pairs:
+            for of in (one, other):
+                of.g.assign(of.g * factor)
+                of.v.assign(of.v * factor + 0.1)
+        for call in calls:
+            with tf.GradientTape(persistent=True) as tape:
+                y = call(x) if call is wrapper else call()
+                z = expected(x)
+                losses = [tf.reduce_sum(t**2) for t in (y, z)]
+            np.testing.assert_allclose(y, z, rtol=1e-4, atol=1e-5)
+            for one, other in pairs:
+                for a, b in ((one.v, other.v), (one.g, other.g)):
+                    a = tf.convert_to_tensor(tape.gradient(losses[0], a.value))
+                    b = tf.convert_to_tensor(tape.gradient(losses[1], b.value))
+                    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+    if how == "attribute":
+        with pytest.raises(ValueError, match="was traced already"):
+            wrapper.fold()
+        return
+    plain = wrapper.fold()
+    for one in wrapper.normalized:
+        one.v.assign(one.v * 0.5)
+    folded = expected.fold()
+    for one in expected.normalized:
+        one.v.assign(one.v * 0.5)
+    np.testing.assert_allclose(plain(x), folded(x), rtol=1e-4, atol=1e-5)
+
+
+def test_w_is_computed_once_outside_of_a_loop():
+    wrapper = WeightNormalization(keras.layers.LSTM(3))
+    x = normal(4, 6, 8)
+    wrapper(x)
+    graph = tf.function(lambda: wrapper(x)).get_concrete_function().graph
+    functions = graph.as_graph_def().library.function
+    assert [op.type for op in graph.get_operations()].count("Tfwn>WeightNorm") == 2
+    assert not any("WeightNorm" in node.op for f in functions for node in f.node_def)
+
+
+class MaskedByItself(keras.layers.Layer):
+    """keras.io's PixelCNN: each call sets the kernel to its product with a mask."""
+
+    def __init__(self, layer, axis):
+        super().__init__()
+        self.layer, self.axis = layer, axis
+
+    def build(self, shape):
+        self.layer.build(shape)
+        self.mask = np.ones(self.layer.kernel.shape, np.float32)
+        self.mask[:1] = 0
+
+    def call(self, x):
+        self.layer.kernel.assign(self.layer.kernel * self.mask)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("name", ["dense", "conv", "transposed", "einsum"])
+def test_what_a_call_writes_to_the_kernel_is_w(name, graph):
+    make, x, _ = LAYERS[name]
+    layer = MaskedByItself(make(), name)
+    layer.build(x.shape)
+    kernel = layer.layer.kernel
+    before = kernel.numpy()
+    wrapper = WeightNormalization(layer)
+    wrapper.build(x.shape)
+    (one,) = wrapper.normalized
+    one.g.assign(one.g * 2)
+    call = tf.function(wrapper) if graph else wrapper
+    for _ in range(2):
+        y = call(x)
+        np.testing.assert_allclose(one.w(), 2 * before * layer.mask, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(kernel, 2 * before * layer.mask, rtol=1e-5, atol=1e-6)
+    wrapper.fold()
+    np.testing.assert_allclose(layer(x), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["inside", "outside"])
+@pytest.mark.parametrize("name", ["dense", "conv", "transposed", "embedding"])
+def test_spectral_normalization(name, order):
+    """It reads its layer's kernel, and writes it in training."""
+    make, x, _ = LAYERS[name]
+    plain = keras.layers.SpectralNormalization(make())
+    plain.build(x.shape)
+    kernel = plain.kernel
+    before, u = kernel.numpy(), plain.vector_u.numpy()
+    expected = plain(x, training=True)
+    if order == "inside":
+        layer = WeightNormalization(plain)
+        kernel.assign(before)
+        layer.build(x.shape)
+        wrapper = layer
+    else:
+        inner = make()
+        inner.build(x.shape)
+        inner.set_weights([before, *plain.layer.get_weights()[1:]])
+        wrapper = WeightNormalization(inner)
+        layer = keras.layers.SpectralNormalization(wrapper)
+        layer.build(x.shape)
+    vector_u = plain.vector_u if order == "inside" else layer.vector_u
+    vector_u.assign(u)
+    np.testing.assert_allclose(layer(x, training=True), expected, rtol=1e-4, atol=1e-5)
+    (one,) = wrapper.normalized
+    assert one.axis == {"transposed": (2,), "embedding": (0,)}.get(name, (len(before.shape) - 1,))
+    np.testing.assert_allclose(one.w(), kernel if order == "inside" else plain.kernel, rtol=1e-4)
+    np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,120 @@
+"""Tries the wheels of dist/ as a user gets them: fresh environments, nothing but Python on PATH.
+
+    python -m wheels.try_out [--this]
+
+Each wheel is installed by pip beside its TensorFlow, for each Python that it names, and
+`wheels/checks.py` is run. Then the wheel for another TensorFlow, if there is one, is put in its
+place: its import must fail with an error that names both versions.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+
+from wheels.build import ROOT, find_pythons
+
+PACKAGE = "tensorflow-weight-norm"
+TENSORFLOWS = ("tensorflow", "tensorflow-cpu")
+
+
+def call(environment: Path, *words: object) -> subprocess.Popen:
+    """Starts a program of an environment, with nothing of this process's environment but pip's."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    return subprocess.Popen(
+        [environment / "bin" / "python", *map(str, words)],
+        env=variables | {"PATH": f"{environment}/bin", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        cwd=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def pip(environment: Path, *words: object) -> float:
+    """Runs pip; returns the seconds that it took."""
+    begin = time.monotonic()
+    options = ["--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
+    process = call(environment, "-m", "pip", "install", *options, *words)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"pip install {words}: {errors}")
+    return time.monotonic() - begin
+
+
+def try_wheel(python: str, wheel: Path, minor: str, others: list[Path]) -> str:
+    """Returns the row of the table for one wheel in one Python."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = Path(folder, "environment")
+        subprocess.run([python, "-m", "venv", environment], check=True)
+        tensorflow = pip(environment, f"tensorflow-cpu=={minor}.*")
+
+        # By name, as from a package index: pip has to choose the wheel for this TensorFlow.
+        begin = time.monotonic()
+        named = f"{PACKAGE}[tensorflow-cpu]"
+        install = pip(environment, "--no-index", "--find-links", wheel.parent, named)
+        process = call(environment, "-W", "error", ROOT / "wheels" / "checks.py")
+        trained = None
+        passed = []
+        assert process.stdout
+        for line in process.stdout:
+            passed.append(line.strip())
+            if line == "trained step\n":
+                trained = time.monotonic() - begin
+        if process.wait() != 0 or trained is None:
+            assert process.stderr
+            raise SystemExit(f"{wheel.name}, {python}: after {passed}\n{process.stderr.read()}")
+        print(f"{wheel.name}, {python}: {', '.join(passed)}", flush=True)
+
+        for other in others:
+            pip(environment, "--no-index", "--no-deps", "--force-reinstall", other)
+            _, error = call(environment, "-c", "import tfwn").communicate()
+            built = re.search(r"\+tf([\d.]+)-", other.name)
+            assert built
+            last = error.strip().splitlines()[-1]
+            expected = (
+                rf"ImportError: tfwn was built for TensorFlow {built[1]}.* is TensorFlow {minor}"
+            )
+            if not re.match(expected, last):
+                raise SystemExit(f"{other.name} beside TensorFlow {minor}: {error}")
+            print(f"{other.name} beside TensorFlow {minor}: {last}", flush=True)
+    return f"| {minor} | {python} | {tensorflow:.0f} | {install:.0f} | {trained:.0f} |"
+
+
+def this() -> tuple[str, str]:
+    """Returns the minor versions of the TensorFlow and the Python that run this."""
+    (version,) = {d.version for d in distributions() if d.name.replace("_", "-") in TENSORFLOWS}
+    return ".".join(version.split(".")[:2]), "{}.{}".format(*sys.version_info)
+
+
+def main() -> None:
+    """Tries the wheels, and prints a table of how long it took."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--this", action="store_true", help="only for the Python and the TensorFlow that run this"
+    )
+    only = this() if parser.parse_args().this else None
+    wheels = sorted((ROOT / "dist").glob("*.whl"))
+    rows = []
+    for wheel in wheels:
+        match = re.search(r"\+tf([\d.]+)-([\w.]+)-", wheel.name)
+        if not match:
+            continue
+        for version, python in find_pythons().items():
+            tag = "cp" + version.replace(".", "")
+            if tag in match[2].split(".") and only in (None, (match[1], version)):
+                others = [other for other in wheels if other != wheel]
+                rows.append(try_wheel(python, wheel, match[1], others))
+    if not rows:
+        raise SystemExit(f"wheels.try_out: no such wheel in {ROOT / 'dist'}: make wheels")
+    print("| TensorFlow | Python | seconds for TensorFlow | for the wheel | to a trained step |")
+    print("|---|---|---|---|---|", *rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
