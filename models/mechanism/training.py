@@ -137,7 +137,8 @@ def covariances(config: Config, network: Network, images, labels) -> dict[str, f
                     "share_projected": np.linalg.eigvalsh(projected)[-1] / np.trace(projected),
                 }
             )
-    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    names = found[0] if found else ()  # None if the network has died.
+    return {name: float(np.mean([one[name] for one in found])) for name in names}
 
 
 def train(config: Config) -> None:
