@@ -98,7 +98,7 @@ class Config(SweepConfig):
         return self.epochs
 
     @property
-    def first_learning_rate(self) -> float:
+    def rate(self) -> float:
         """The learning rate of the first half of the epochs."""
         if self.learning_rate is None:
             return 0.0003 if self.parameterization == "normal" else 0.003

@@ -39,7 +39,7 @@ def schedule(config: Config, epoch: int) -> tuple[float, float]:
     """Returns (learning rate, beta_1) of an epoch, counted from 0."""
     half = config.epochs / 2
     beta_1 = config.beta_1 if epoch < half else config.beta_1_late
-    return config.first_learning_rate * min(2 - epoch / half, 1.0), beta_1
+    return config.rate * min(2 - epoch / half, 1.0), beta_1
 
 
 def make_steps(config: Config, strategy, network: Network, optimizer=None):
@@ -94,7 +94,7 @@ def train(config: Config) -> None:
         raise UserError(
             f"--batch-size {config.batch_size} is more than the {examples} training images"
         )
-    with Run(config, config.parameterization, config.note(images.caveat)) as run:
+    with Run(config, config.parameterization, images.caveat) as run:
         with run.strategy.scope():
             network = Network(config, run.dtype)
             network(images.test_images[:1])  # Makes the variables.

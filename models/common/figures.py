@@ -1,4 +1,4 @@
-"""Figures and tables of finished runs: reading runs, drawing axes; each program draws its own.
+"""Figures and tables of finished runs: reading runs, and comparing arms by learning rate.
 
 A program has its figures in models/PROGRAM/figures.py: draw(runs, output).
 """
@@ -14,45 +14,92 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.console
-import rich.table
-from rich.markup import escape
 
 from models.common import metrics, options, run_folder
 from models.common.errors import UserError
 
-COLORS = {
-    "normal": "C0",
-    "weight_norm": "C1",
-    "batch_norm": "C2",
-    "mean_only_bn": "C3",
-    "weight_norm_mean_only_bn": "C4",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A run folder: its Config as a dict, metrics.csv by column, and the note of its results.
+    """A run folder: its Config, metrics.csv by column, and what to say beside its results.
 
-    Flags that change a preset make another preset of it: config["preset"] is then "cpu, changed:
-    width 4, epochs 1".
+    Attributes:
+      arm: the name of its arm; its parameterization if its values are no arm's.
+      preset: flags that change a preset, other than the arm and the rate, make another preset of
+        it: "cpu, changed: width 4, epochs 1".
     """
 
     path: Path
     program: str
-    config: dict[str, Any]
-    differs_from_paper: Mapping[str, Any]
+    config: Any
+    arm: str
+    preset: str
     metrics: dict[str, list[float]]
-    note: str
+    caveats: str
+    outcome: str
 
-    def curve(self, x: str, y: str, *others: str) -> tuple[np.ndarray, ...]:
-        """Returns columns of metrics.csv, without the rows in which x or y is blank."""
+    @property
+    def known(self) -> bool:
+        """Whether its values are those of an arm."""
+        return self.arm in self.config.ARMS
+
+    def curve(self, y: str, *others: str) -> tuple[np.ndarray, ...]:
+        """Returns `epoch` and columns of metrics.csv, without rows in which epoch or y is blank."""
         missing = [math.nan] * len(self.metrics.get("step", ()))
-        columns = np.array([self.metrics.get(name, missing) for name in (x, y, *others)])
+        columns = np.array([self.metrics.get(name, missing) for name in ("epoch", y, *others)])
         return tuple(columns[:, np.isfinite(columns[:2]).all(axis=0)])
 
 
-def find_runs(paths: Sequence[str], output: "Output") -> list[FinishedRun]:
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table: the last value of a column of metrics.csv, or its highest.
+
+    Attributes:
+      name: of the column in metrics.csv.
+      label: what it is, with its unit.
+      form: the format of its numbers.
+      scale: a factor, such as 100 for percent.
+      highest: the highest value instead of the last.
+    """
+
+    name: str
+    label: str
+    form: str = ".2f"
+    scale: float = 1
+    highest: bool = False
+
+    def of(self, run: FinishedRun, epoch: float) -> float:
+        """Returns a run's value up to this epoch, nan where it has none."""
+        epochs, values = run.curve(self.name)
+        values = self.scale * values[epochs <= epoch * (1 + 1e-6)]
+        return float(values.max() if self.highest else values[-1]) if len(values) else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """How a program's arms are compared.
+
+    Attributes:
+      title: of figures and tables.
+      curve: what is drawn by epoch.
+      columns: of the table. The first is the measure by which a rate is chosen.
+      paper: the paper's result of each arm.
+      labels: of arms whose names in words will not do.
+      limits: of the paper's figure, ((x), (y)), for runs of its preset.
+      error: columns of metrics.csv with the standard error of the measure in a single run, and the
+        number of what it is over, which is named third.
+    """
+
+    title: str
+    curve: Column
+    columns: tuple[Column, ...]
+    paper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    limits: tuple[tuple[float, float], tuple[float, float]] | None = None
+    error: tuple[str, str, str] | None = None
+
+
+def find_runs(paths: Sequence[str | Path], output: "Output") -> list[FinishedRun]:
     """Returns the runs in the folders, each of which is a run or holds some."""
     found = {}
     for path in map(Path, paths):
@@ -71,73 +118,55 @@ def find_runs(paths: Sequence[str], output: "Output") -> list[FinishedRun]:
 
 def read_run(folder: Path) -> FinishedRun:
     """Returns the run in a folder."""
-    program = run_folder.load(folder)["program"].removeprefix("models.")
+    content = run_folder.load(folder)
+    program = content["program"].removeprefix("models.")
     try:
-        module = importlib.import_module(f"models.{program}.config")
+        config_class = importlib.import_module(f"models.{program}.config").Config
     except ModuleNotFoundError:
         raise UserError(f"{folder}: no figures for the program {program!r}") from None
-    config = run_folder.load_config(folder, module.Config)
-    kind = getattr(config, "parameterization", None)
-    if kind not in COLORS:
+    config = run_folder.load_config(folder, config_class)
+    kinds = {arm["parameterization"] for arm in config.ARMS.values()}
+    if config.parameterization not in kinds:
         raise UserError(
-            f"{folder}: its config.json has parameterization {kind!r}, which must be one of "
-            f"{', '.join(COLORS)}; leave this run out"
+            f"{folder}: its config.json has parameterization {config.parameterization!r}, which "
+            f"must be one of {', '.join(sorted(kinds))}; leave this run out"
         )
-    changes, note = config.changes(), folder / "note.txt"
-    preset = config.preset + (f", {changes}" if changes else "")
+    changes = config.changes({"learning_rate", *(config.arm_fields() if config.arm else ())})
+    config = dataclasses.replace(config, out=str(folder))
     return FinishedRun(
         folder,
         program,
-        dataclasses.asdict(config) | {"preset": preset},
-        config.differences(),
+        config,
+        config.arm or config.parameterization,
+        config.preset + (f", {changes}" if changes else ""),
         metrics.read(folder),
-        note.read_text().strip() if note.exists() else "",
+        content.get("caveats", ""),
+        run_folder.outcome(config),
     )
 
 
-def group(runs: Sequence[FinishedRun], *fields: str) -> dict[tuple, list[FinishedRun]]:
-    """Returns the runs by their values of these fields of the Config."""
-    groups: dict[tuple, list[FinishedRun]] = collections.defaultdict(list)
+def group(runs: Sequence[FinishedRun], key: Any) -> dict[Any, list[FinishedRun]]:
+    """Returns the runs by key(run)."""
+    groups: dict[Any, list[FinishedRun]] = collections.defaultdict(list)
     for run in runs:
-        groups[tuple(run.config[name] for name in fields)].append(run)
+        groups[key(run)].append(run)
     return dict(groups)
 
 
-def mean_and_error(values: Sequence[Any] | np.ndarray) -> tuple[Any, Any]:
-    """Returns the mean over the first axis and its standard error (nan for one value)."""
-    values = np.asarray(values, float)
-    count = len(values)
-    error = values.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else values[0] * math.nan
-    return values.mean(axis=0), error
-
-
-def finished(runs: Sequence[FinishedRun], column: str, name: str) -> list[FinishedRun]:
-    """Returns the runs with at least one epoch; UserError without any.
-
-    Args:
-      runs: of one program.
-      column: of metrics.csv, filled at the end of an epoch.
-      name: the program's, for the error.
-    """
-    found = [run for run in runs if len(run.curve("epoch", column)[0])]
-    if not found:
-        raise UserError(f"none of {name} runs has finished an epoch yet")
-    return found
-
-
-def notes_of(runs: Sequence[FinishedRun], *notes: str) -> str:
-    """Returns the notes of runs, each once, after these."""
-    return "; ".join([*notes, *sorted({run.note for run in runs if run.note})])
-
-
-def with_error(mean: float, error: float, form: str = ".2f") -> str:
-    """Returns "8.46 ± 0.05", or the mean alone where the error is nan, for a single run."""
-    return f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
+def refuse_mixed(runs: Sequence[FinishedRun], field: str, what: str) -> None:
+    """Refuses to compare runs of which a field of the Config has several values."""
+    values = {getattr(run.config, field): run.path for run in runs}
+    if len(values) > 1:
+        shown = " and some ".join(map(str, sorted(values)))
+        raise UserError(
+            f"some {what} have {options.flag_of(field)} {shown}: their results are not "
+            "comparable; draw them apart"
+        )
 
 
 def check_presets(runs: Sequence[FinishedRun], label: bool) -> None:
     """Refuses to draw runs of different presets together, unless they are labeled."""
-    presets = {run.config["preset"]: run.path for run in runs}
+    presets = {run.preset: run.path for run in runs}
     if len(presets) > 1 and not label:
         named = (f"{path} is --preset {options.shorten(n)}" for n, path in presets.items())
         raise UserError(
@@ -150,29 +179,263 @@ def check_same_settings(seeds: Sequence[FinishedRun]) -> None:
     """Refuses to average runs that differ in more than the seed, or have the same seed."""
     first, by_seed = seeds[0], dict[int, Path]()
     for run in seeds:
-        names = first.differs_from_paper.keys() | run.differs_from_paper.keys()
-        for name in sorted(names - {"parameterization"}):
-            values = [r.config.get(name) for r in (first, run)]
+        names = first.config.differences().keys() | run.config.differences().keys()
+        for name in sorted(names - {"parameterization", "learning_rate"}):
+            values = [getattr(r.config, name) for r in (first, run)]
             if values[0] != values[1]:
                 raise UserError(
-                    f"{first.path} has --{name.replace('_', '-')} {values[0]} and {run.path} "
-                    f"{values[1]}: they are not seeds of one experiment. Draw them apart"
+                    f"{first.path} has {options.flag_of(name)} {options.show(values[0])} and "
+                    f"{run.path} {options.show(values[1])}: they are not seeds of one experiment. "
+                    "Draw them apart"
                 )
-        other = by_seed.setdefault(run.config["seed"], run.path)
+        other = by_seed.setdefault(run.config.seed, run.path)
         if other != run.path:
             raise UserError(
-                f"{other} and {run.path} both have --seed {run.config['seed']}: the same run would "
+                f"{other} and {run.path} both have --seed {run.config.seed}: the same run would "
                 "count twice. Leave one of them out"
             )
 
 
-class Output:
-    """Writes figures as PNG files, and tables to the terminal and TABLES.md."""
+def mean_and_error(values: Sequence[Any] | np.ndarray) -> tuple[Any, Any]:
+    """Returns the mean over the first axis and its standard error (nan for one value)."""
+    values = np.asarray(values, float)
+    count = len(values)
+    error = values.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else values[0] * math.nan
+    return values.mean(axis=0), error
 
-    def __init__(self, folder: Path, label_presets: bool):
-        self.folder, self.label_presets = folder, label_presets
-        self._console = rich.console.Console()
-        self._tables: list[str] = []
+
+def with_error(mean: float, error: float, form: str = ".2f") -> str:
+    """Returns "8.46 ± 0.05", or the mean alone where the error is nan; "" if that is."""
+    if math.isnan(mean):
+        return ""
+    return f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
+
+
+class Arm:
+    """The runs of one arm and preset: those of each learning rate, and those of the best rate.
+
+    The best rate has the best last value of the measure with the first seed.
+    """
+
+    def __init__(self, experiment: Experiment, runs: list[FinishedRun]):
+        self.experiment, self.config = experiment, runs[0].config
+        self.name, self.preset = runs[0].arm, runs[0].preset
+        self.measure = experiment.columns[0]
+        self.seed = min(run.config.seed for run in runs)
+        self.rates = dict(sorted(group(runs, lambda run: run.config.rate).items()))
+        for seeds in self.rates.values():
+            check_same_settings(seeds)
+        first = {rate: run for rate in self.rates if (run := self.first(rate)) and self.ends(run)}
+        self.best: float | None = None
+        self.runs: list[FinishedRun] = []
+        if first:
+            epoch = min(map(self.ends, first.values()))
+            choose = min if self.config.LOWER_IS_BETTER else max
+            self.best = choose(first, key=lambda rate: self.measure.of(first[rate], epoch))
+            self.runs = [run for run in self.rates[self.best] if self.ends(run)]
+            self.epoch = min(map(self.ends, self.runs))
+
+    def first(self, rate: float) -> FinishedRun | None:
+        """Returns the run of a rate with the first seed."""
+        return next((r for r in self.rates.get(rate, []) if r.config.seed == self.seed), None)
+
+    def ends(self, run: FinishedRun) -> float:
+        """Returns the last epoch of a run, 0 if it diverged or has none."""
+        epochs = run.curve(self.measure.name)[0]
+        return float(epochs[-1]) if len(epochs) and run.outcome != "diverged" else 0.0
+
+    def value(self, column: Column) -> str:
+        """Returns the mean of a column over the seeds, and its standard error."""
+        mean, error = mean_and_error([column.of(run, self.epoch) for run in self.runs])
+        if len(self.runs) == 1 and column == self.measure and self.experiment.error:
+            error = Column(self.experiment.error[0], "").of(self.runs[0], self.epoch)
+        return with_error(mean, error, column.form)
+
+    def unit(self) -> str:
+        """Returns what the standard errors are over, and how many."""
+        if len(self.runs) > 1 or not self.experiment.error:
+            return f"{len(self.runs)} seed" + ("s" if len(self.runs) > 1 else "")
+        _, count, over = self.experiment.error
+        number = Column(count, "").of(self.runs[0], self.epoch)
+        return f"{number:.0f} {over}, 1 seed" if number > 0 else "1 seed"
+
+    def curve(self, column: Column) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns epochs, the mean over the seeds as far as all reach, and its standard error."""
+        error = self.experiment.error[0] if self.experiment.error else ""
+        curves = [run.curve(column.name, error) for run in self.runs]
+        length = min(len(epochs) for epochs, *_ in curves)
+        mean, spread = mean_and_error([column.scale * y[:length] for _, y, _ in curves])
+        return curves[0][0][:length], mean, curves[0][2] if len(curves) == 1 else spread
+
+
+class Comparison:
+    """Figures and tables of an experiment's arms: by learning rate, and by epoch at the best.
+
+    Args:
+      experiment: what is compared.
+      runs: of one program.
+      output: gets NAME-rates and NAME-curves, figures, and NAME and NAME-rates, tables.
+      name: NAME, unless the output has one.
+    """
+
+    def __init__(
+        self, experiment: Experiment, runs: list[FinishedRun], output: "Output", name: str
+    ):
+        self.experiment, self.runs, self.output = experiment, runs, output
+        self.name = output.name or name
+        order = [*runs[0].config.ARMS, *sorted({run.arm for run in runs})]
+        arms = [Arm(experiment, some) for some in group(runs, lambda r: (r.arm, r.preset)).values()]
+        self.arms = sorted(arms, key=lambda arm: (order.index(arm.name), arm.preset))
+        self.colors = {arm.name: f"C{order.index(arm.name) % 10}" for arm in arms}
+        self.presets = sorted({arm.preset for arm in arms})
+        if not any(arm.runs for arm in arms):
+            raise UserError(f"none of the {experiment.title} runs has finished an epoch yet")
+
+    def draw(self) -> None:
+        """Draws the figures and makes the tables."""
+        self.draw_curves()
+        self.table()
+        if any(len(arm.rates) > 1 for arm in self.arms):
+            self.draw_rates()
+            self.rates_table()
+
+    @property
+    def title(self) -> str:
+        """The title of figures and tables, with the preset unless that is the paper's."""
+        if self.presets == ["paper"] or len(self.presets) > 1:
+            return self.experiment.title
+        return f"{self.experiment.title} [{preset_name(self.presets[0])}]"
+
+    def label(self, arm: Arm) -> str:
+        """Returns an arm's name in words, with its preset if there are several."""
+        name = self.experiment.labels.get(arm.name, arm.name.replace("_", " ").replace("bn", "BN"))
+        return name + (f" [{preset_name(arm.preset)}]" if len(self.presets) > 1 else "")
+
+    def style(self, arm: Arm) -> dict[str, Any]:
+        """Returns the color, of the arm, and the line, of the preset."""
+        lines = ["-", "--", ":", "-."]
+        return {
+            "color": self.colors[arm.name],
+            "ls": lines[self.presets.index(arm.preset) % 4],
+            "label": self.label(arm),
+        }
+
+    def draw_curves(self) -> None:
+        """Draws each arm at its best rate, the mean of its seeds and the standard error."""
+        import matplotlib.ticker
+
+        column = self.experiment.curve
+        with self.output.figure(f"{self.name}-curves", self.title, "epochs", column.label) as axes:
+            for arm in self.arms:
+                if arm.runs:
+                    epochs, mean, spread = arm.curve(column)
+                    style = self.style(arm)
+                    style["label"] += f", rate {arm.best:g}, {arm.unit()}"
+                    axes.plot(epochs, mean, **style)
+                    band = {"color": style["color"], "alpha": 0.2, "lw": 0}
+                    axes.fill_between(epochs, mean - spread, mean + spread, **band)
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+            if self.experiment.limits and self.presets == ["paper"]:
+                axes.set(xlim=self.experiment.limits[0], ylim=self.experiment.limits[1])
+
+    def draw_rates(self) -> None:
+        """Draws the measure in the last epoch by learning rate; a cross is a diverged run."""
+        column = self.experiment.columns[0]
+        with self.output.figure(
+            f"{self.name}-rates", self.title, "learning rate", column.label
+        ) as axes:
+            axes.set_xscale("log")
+            for arm in self.arms:
+                points = []
+                for rate, runs in arm.rates.items():
+                    ended = [run for run in runs if arm.ends(run)]
+                    if ended:
+                        values = [column.of(run, arm.ends(run)) for run in ended]
+                        points.append((rate, *mean_and_error(values)))
+                    if len(ended) < len(runs):
+                        height = 0.97 if arm.config.LOWER_IS_BETTER else 0.03
+                        cross = {"marker": "x", "color": self.colors[arm.name], "clip_on": False}
+                        axes.plot(rate, height, transform=axes.get_xaxis_transform(), **cross)
+                if points:
+                    axes.errorbar(
+                        *zip(*points, strict=True), marker="o", capsize=3, **self.style(arm)
+                    )
+
+    def table(self) -> None:
+        """Makes the table of each arm at its best rate."""
+        columns, rows = list(self.experiment.columns), []
+        arms = [arm for arm in self.arms if arm.runs]
+        sign = -1 if arms[0].config.LOWER_IS_BETTER else 1
+        # How soon each has what the last of them has at the end.
+        level = min(sign * arm.curve(columns[0])[1][-1] for arm in arms)
+        for arm in arms:
+            values = [arm.value(column) for column in columns]
+            epochs, mean, _ = arm.curve(columns[0])
+            reached = f"{first_reached(epochs, sign * mean, level):.1f}"
+            papers = self.experiment.paper.values()
+            paper = [str(self.experiment.paper.get(arm.name) or "")] if any(papers) else []
+            rate, rates = f"{arm.best:g}", f"{len(arm.rates)}"
+            done = f"{arm.epoch:g} of {arm.config.last_epoch:g}"
+            rows.append([self.label(arm), *values, reached, *paper, rate, rates, done, arm.unit()])
+        heads = [column.label for column in columns]
+        heads += [f"epochs to {sign * level:{columns[0].form}}"]
+        heads += ["paper, 200 epochs"] if any(self.experiment.paper.values()) else []
+        heads += ["best rate", "rates tried", "epochs", "± over"]
+        self.output.table(self.name, self.title, ["", *heads], rows, self.notes())
+
+    def rates_table(self) -> None:
+        """Makes the table of the measure in the last epoch, by arm and rate, with one seed."""
+        column, rows = self.experiment.columns[0], []
+        rates = sorted({rate for arm in self.arms for rate in arm.rates})
+        for arm in self.arms:
+            cells = []
+            for rate in rates:
+                run = arm.first(rate)
+                if run is None:
+                    cells.append("")
+                elif run.outcome == "diverged":
+                    cells.append("diverged")
+                else:
+                    text = f"{column.of(run, math.inf):{column.form}}"
+                    cells.append(f"**{text}**" if rate == arm.best else text)
+            rows.append([f"{self.label(arm)}, seed {arm.seed}", *cells])
+        columns = [f"{column.label}, by rate", *(f"{rate:g}" for rate in rates)]
+        self.output.table(f"{self.name}-rates", self.title, columns, rows, self.notes())
+
+    def notes(self) -> str:
+        """Returns what to say below a table."""
+        presets = {run.config.PRESETS[run.config.preset].about for run in self.runs}
+        caveats = {run.caveats for run in self.runs if run.caveats}
+        return "; ".join(sorted(presets) + sorted(caveats))
+
+
+def first_reached(x: np.ndarray, y: np.ndarray, level: float) -> float:
+    """Returns where the curve first reaches `level`, interpolated linearly."""
+    index = int(np.argmax(y >= level))
+    if index == 0:
+        return float(x[0])
+    before, after = y[index - 1 : index + 1]
+    return float(x[index - 1] + (level - before) / (after - before) * (x[index] - x[index - 1]))
+
+
+def preset_name(name: str) -> str:
+    """Returns the name of a run's preset in words."""
+    return options.shorten(name) if "changed: " in name else f"{name} preset"
+
+
+class Output:
+    """Writes figures as PNG files, and collects tables.
+
+    Args:
+      folder: of the figures.
+      label_presets: label several presets instead of refusing them.
+      name: of all figures and tables, if they are of one experiment.
+    """
+
+    def __init__(self, folder: Path, label_presets: bool = False, name: str = ""):
+        self.folder, self.label_presets, self.name = folder, label_presets, name
+        self.tables: dict[str, str] = {}
+        self.figures: list[Path] = []
         self.errors: list[str] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -187,93 +450,29 @@ class Output:
         except UserError as error:
             self.errors.append(str(error))
 
-    def figure(self, name: str, title: str, runs: Sequence[FinishedRun], x: str, y: str) -> "Axes":
-        """Returns a context manager with matplotlib's axes, which writes NAME.png."""
-        return Axes(self.folder / f"{name}.png", title, runs, x, y)
+    @contextlib.contextmanager
+    def figure(self, name: str, title: str, x: str, y: str) -> Iterator[Any]:
+        """Gives matplotlib's axes, and writes NAME.png."""
+        import matplotlib.figure
+
+        figure = matplotlib.figure.Figure(figsize=(6.5, 5.5), dpi=100, layout="constrained")
+        axes = figure.subplots()
+        axes.set(xlabel=x, ylabel=y, title=textwrap.fill(title, 56))
+        yield axes
+        figure.legend(loc="outside lower center", frameon=False, fontsize="small")
+        path = self.folder / f"{name}.png"
+        figure.savefig(path)
+        self.figures.append(path)
+        print(f"wrote {path}")
 
     def table(
-        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: str = ""
-    ) -> None:
-        """Prints a table, and adds it to TABLES.md."""
-        heads = (rich.table.Column(name, overflow="fold") for name in columns)
-        shown = rich.table.Table(*heads, title=title, caption=notes or None)
-        for row in rows:
-            shown.add_row(*map(escape, row))  # "[cpu preset]" is no markup.
-        self._console.print(shown)
-        lines = [f"### {title}", "", "| " + " | ".join(columns) + " |"]
-        lines.append("|" + "---|" * len(columns))
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        self._tables.append("\n".join([*lines, "", notes, ""]))
-        (self.folder / "TABLES.md").write_text("\n".join(self._tables))
-
-
-class Axes:
-    """A figure of one plot; a context manager that saves it.
-
-    Colors are parameterizations, line styles presets. The title names the preset if all runs have
-    the same, otherwise the legend does.
-    """
-
-    def __init__(self, path: Path, title: str, runs: Sequence[FinishedRun], x: str, y: str):
-        import matplotlib.figure
-        import matplotlib.ticker
-
-        self._path = path
-        self._presets = sorted({run.config["preset"] for run in runs})
-        if self._presets != ["paper"] and len(self._presets) == 1:
-            title += f" [{preset_name(self._presets[0])}]"
-        self._figure = matplotlib.figure.Figure(figsize=(6, 4), dpi=150, layout="constrained")
-        self.axes = self._figure.subplots()
-        self.axes.set(xlabel=x, ylabel=y, title=textwrap.fill(title, 56))
-        self.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))  # Epochs.
-
-    def __enter__(self) -> "Axes":
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is None:
-            self.axes.legend(frameon=False)
-            self._figure.savefig(self._path)
-            print(f"wrote {self._path}")
-
-    def line(self, runs: Sequence[FinishedRun], x: str, y: str, error: str = ""):
-        """Draws the mean of several seeds, as far as all of them reach, and its standard error.
-
-        Args:
-          runs: the seeds.
-          x: a column of metrics.csv.
-          y: a column of metrics.csv.
-          error: the column with the standard error of y, drawn if there is only one seed.
-        """
-        curves = [run.curve(x, y, error) for run in runs]
-        length = min(len(curve[0]) for curve in curves)
-        if not length:
-            return
-        config = runs[0].config
-        at = curves[0][0][:length]
-        mean, spread = mean_and_error([curve[1][:length] for curve in curves])
-        if len(runs) == 1:
-            spread = curves[0][2]
-        label = parameterization(config)
-        label += f" [{preset_name(config['preset'])}]" if len(self._presets) > 1 else ""
-        label += f", {len(runs)} seeds" if len(runs) > 1 else ""
-        color = COLORS[config["parameterization"]]
-        style = ["-", "--", ":", "-."][self._presets.index(config["preset"]) % 4]
-        self.axes.plot(at, mean, style, color=color, label=textwrap.fill(label, 40))
-        self.axes.fill_between(at, mean - spread, mean + spread, color=color, alpha=0.25, lw=0)
-
-
-def parameterization(config: dict[str, Any]) -> str:
-    """Returns the name of a run's parameterization in words."""
-    return config["parameterization"].replace("_", " ").replace("bn", "BN")
-
-
-def preset_name(name: str) -> str:
-    """Returns the name of a run's preset in words."""
-    return options.shorten(name) if "changed: " in name else f"{name} preset"
-
-
-def row_label(config: dict[str, Any], output: Output) -> str:
-    """Returns a table row's name: parameterization, and preset unless it is the paper's."""
-    shown = config["preset"] != "paper" or output.label_presets
-    return parameterization(config) + (f" [{preset_name(config['preset'])}]" if shown else "")
+        self, name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]],
+        notes: str = "",
+    ) -> None:  # fmt: skip
+        """Keeps a table as Markdown."""
+        if name in self.tables:
+            raise UserError(f"{name}: the runs are of several experiments; draw them apart")
+        lines = [["", *columns, ""], ["", *["---"] * len(columns), ""]]
+        lines += [["", *row, ""] for row in rows]
+        text = "\n".join(" | ".join(line).strip() for line in lines)
+        self.tables[name] = f"{text}\n\n{title}{': ' if notes else ''}{notes}"

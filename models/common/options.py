@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import typing
+from collections.abc import Collection
 from typing import Annotated, Any, ClassVar, Literal
 
 from models.common.errors import UserError, nearest
@@ -100,14 +101,18 @@ class RunConfig:
                 found[field.name] = expected, getattr(self, field.name)
         return found
 
-    def changes(self) -> str:
-        """Returns what differs from the preset, "changed: width 4, no-whiten", or ""."""
+    def changes(self, besides: Collection[str] = ()) -> str:
+        """Returns what differs from the preset, "changed: width 4, no-whiten", or "".
+
+        Args:
+          besides: fields that are left out.
+        """
         named = {"parameterization", "dataset", "game"}
         named |= {f.name for f in dataclasses.fields(self) if f.metadata.get("named")}
         preset = self.PRESETS.get(self.preset, Preset(""))
         words = []
         for name, (_, value) in self.differences(preset).items():
-            if name in named and not str(value).startswith("synthetic"):
+            if name in besides or (name in named and not str(value).startswith("synthetic")):
                 continue
             flag = name.replace("_", "-")
             if isinstance(value, bool):
@@ -136,7 +141,7 @@ class SweepConfig(RunConfig):
     jobs: Count = option(1, resume="free")  # Runs of the sweep at once, which share the cores.
     learning_rate: float | None = None  # The step size.
 
-    ARMS: ClassVar[dict[str, dict[str, Any]]] = {}  # Fields and values; every arm has all fields.
+    ARMS: ClassVar[dict[str, dict[str, Any]]] = {}  # The values of fields that make each arm.
     MEASURE: ClassVar[str] = ""  # The column of metrics.csv by whose last value a rate is chosen.
     LOWER_IS_BETTER: ClassVar[bool] = False
 
@@ -144,6 +149,16 @@ class SweepConfig(RunConfig):
     def last_epoch(self) -> float:
         """The value of the column `epoch` in the last row of a finished run."""
         raise NotImplementedError
+
+    @classmethod
+    def arm_fields(cls) -> set[str]:
+        """Returns the fields in which arms differ."""
+        return {field for values in cls.ARMS.values() for field in values}
+
+    @property
+    def rate(self) -> float:
+        """The learning rate; programs say what None means."""
+        return self.learning_rate or 0.0
 
     @property
     def arm(self) -> str:

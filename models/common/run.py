@@ -24,7 +24,7 @@ class Run:
     Args:
       config: the Config.
       title: what is run, printed at once.
-      note: what to add to its results; kept in note.txt.
+      caveats: what to say beside its results; kept in config.json.
 
     Attributes:
       config, path: the Config and the run folder.
@@ -35,8 +35,8 @@ class Run:
       best: the best score so far (see keep_best), None before the first.
     """
 
-    def __init__(self, config: options.RunConfig, title: str = "", note: str = ""):
-        self.config, self.path, self._note = config, Path(config.out), note
+    def __init__(self, config: options.RunConfig, title: str = "", *caveats: str):
+        self.config, self.path, self._caveats = config, Path(config.out), caveats
         self.chief = runtime.is_chief(config)
         self._stop: signal.Signals | None = None
         self.strategy = runtime.configure(config)
@@ -51,7 +51,7 @@ class Run:
         self._progress: progress.Progress | None = None
         self._open = contextlib.ExitStack()  # From the first step on: signals, the progress line.
         if title:
-            self.say(f"{title}, preset {config.preset}{note}")
+            self.say(f"{title}, preset {config.preset}{config.note(*caveats)}")
 
     def __enter__(self) -> "Run":
         return self
@@ -105,8 +105,7 @@ class Run:
                 self.step, rows, self.best = state["step"], state["rows"], state["best"]
                 self.say(f"resumed at step {self.step:,}")
         if self._folder:
-            self._folder.write_config(self.config)
-            (self.path / "note.txt").write_text(self._note.strip())
+            self._folder.write_config(self.config, "; ".join(filter(None, self._caveats)))
             self._metrics = metrics.Metrics(self.path, rows)
             self._tensorboard = tensorboard.TensorBoard(self.path, self.step)
         return self.step

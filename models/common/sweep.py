@@ -92,7 +92,7 @@ class Sweep:
 
     def refuse_changes(self) -> None:
         """Raises UserError if the folder has runs with other hyper-parameters than this sweep's."""
-        varied = {"seed", "learning_rate", *next(iter(self.config.ARMS.values()))}
+        varied = {"seed", "learning_rate", *self.config.arm_fields()}
         for file in sorted(self.root.glob("*/config.json")):
             saved = run_folder.load_config(file.parent, type(self.config))
             changed = run_folder.changes(saved, self.config)

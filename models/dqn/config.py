@@ -94,10 +94,11 @@ class Config(SweepConfig):
     # Initialization and parameterization; "one" and "hundredth" are the initial Q's deviation.
     ARMS: ClassVar[dict[str, dict[str, Any]]] = {
         f"{init}-{kind}": {
-            "parameterization": kind, "frozen_g": False, "data_dependent_init": init != "nature",
-            "init_output": 0.01 if init == "hundredth" else 1.0,
+            "parameterization": kind, "frozen_g": False,
+            **({"data_dependent_init": True, "init_output": output} if output else
+               {"data_dependent_init": False}),
         }
-        for init in ("nature", "one", "hundredth")
+        for init, output in (("nature", None), ("one", 1.0), ("hundredth", 0.01))
         for kind in ("normal", "weight_norm")
     }  # fmt: skip
     MEASURE: ClassVar[str] = "test_score"

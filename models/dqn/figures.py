@@ -1,12 +1,19 @@
 """A run's learning curve, and the paper's figures 5 and 6."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from models.common import figures, metrics
-from models.common.errors import UserError
 from models.dqn.config import PAPER, Config
+
+ARMS = [arm.split("-") for arm in Config.ARMS]
+INITS = {
+    "nature": "Nature's initialization",
+    "one": "data-dependent, initial Q 1",
+    "hundredth": "data-dependent, initial Q .01",
+}
 
 
 def learning_curve(run: Path, config: Config) -> Path:
@@ -43,62 +50,18 @@ def learning_curve(run: Path, config: Config) -> Path:
 
 
 def draw(runs: list[figures.FinishedRun], output: figures.Output) -> None:
-    """Draws figure 5, scores by epoch, for each game, and prints figure 6, the highest of each."""
-    runs = figures.finished(runs, "test_score", "the DQN")
-    rows: list[list[str]] = []
-    for (game,), here in figures.group(runs, "game").items():
+    """Compares the arms on each game: figure 5, and figure 6 as a table."""
+    for game, here in figures.group(runs, lambda run: run.config.game).items():
         with output.attempt():
-            rows += draw_game(game, here, output)
-    columns = [
-        "", "highest score", "paper, 200 epochs", "Mnih et al.", "protocol", "seeds", "epochs",
-    ]  # fmt: skip
-    epochs = {
-        f"{run.config['preset']}: epochs of {run.config['test_every']:,} steps, not the paper's "
-        "250,000"
-        for run in runs
-        if run.config["test_every"] != 250_000
-    }
-    if rows:
-        output.table(
-            "DQN (figure 6)", columns, sorted(rows), figures.notes_of(runs, *sorted(epochs))
-        )
-
-
-def draw_game(
-    game: str, runs: list[figures.FinishedRun], output: figures.Output
-) -> list[list[str]]:
-    """Draws figure 5 for one game, and returns its rows of figure 6."""
-    protocols = {run.config["protocol"] for run in runs}
-    if len(protocols) > 1:
-        raise UserError(
-            f"some runs of {game} have --protocol paper and some nature: their scores are not "
-            "comparable; draw them apart"
-        )
-    rows, paper = [], PAPER.get(game, {})
-    y = f"score per game ({protocols.pop()} protocol)"
-    with output.figure(f"figure-5-{game}", f"DQN on {game}", runs, "epochs", y) as figure:
-        for (kind, _), seeds in sorted(figures.group(runs, "parameterization", "preset").items()):
-            figures.check_same_settings(seeds)
-            curves = [run.curve("epoch", "test_score") for run in seeds]
-            figure.line(seeds, "epoch", "test_score", "test_stderr")
-            config = seeds[0].config
-            length = f"{config['test_steps']:,} steps"
-            if config["protocol"] == "nature":
-                length = "30 games of at most 5 minutes"
-            rows.append(
-                [
-                    f"{game}, {figures.row_label(config, output)}",
-                    figures.with_error(
-                        *figures.mean_and_error([y.max() for _, y in curves]), ",.1f"
-                    ),
-                    f"{paper[kind]:,}" if paper else "",
-                    f"{paper['nature']:,}" if paper else "",
-                    f"{config['protocol']}: {length}",
-                    f"{len(seeds)}",
-                    f"{max(x[-1] for x, _ in curves):.0f}",
-                ]
+            figures.refuse_mixed(here, "protocol", f"runs of {game}")
+            whose = {"nature": "Nature's", "paper": "the paper's"}[here[0].config.protocol]
+            score = figures.Column("test_score", f"score per game, {whose} protocol", ".1f")
+            experiment = figures.Experiment(
+                f"DQN on {game}, epochs of {here[0].config.test_every:,} steps",
+                score,
+                (score, dataclasses.replace(score, label="highest", highest=True)),
+                {f"{i}-{k}": PAPER.get(game, {}).get(k) for i, k in ARMS},
+                {f"{i}-{k}": f"{INITS[i]}, {k.replace('_', ' ')}" for i, k in ARMS},
+                error=("test_stderr", "test_games", "games"),
             )
-        if paper:
-            figure.axes.axhline(paper["random"], color="0.5", ls=":", label="random play")
-        figure.axes.set_ylim(bottom=min(0, figure.axes.get_ylim()[0]))  # Pong's are negative.
-    return rows
+            figures.Comparison(experiment, here, output, f"dqn-{game}").draw()

@@ -18,7 +18,7 @@ from models.dqn.vector import Games
 def train(config: Config) -> None:
     """Trains, evaluates after each epoch, and leaves a learning curve in the run folder."""
     with (
-        Run(config, config.title, config.note()) as run,
+        Run(config, config.title) as run,
         contextlib.closing(Games(config, config.num_envs, config.seed)) as games,
         contextlib.closing(make_replay(config)) as replay,
     ):

@@ -112,7 +112,7 @@ def train(config: Config) -> None:
     """Trains one network."""
     images = load(config)  # Before there is a run, because they may be missing.
     per_epoch = len(images.train_images) // config.batch_size
-    with Run(config, config.parameterization, config.note(images.caveat)) as run:
+    with Run(config, config.parameterization, images.caveat) as run:
         with run.strategy.scope():
             network = Network(config, dtype=run.dtype)
             optimizer = make_optimizer(config, network.trainable_variables)

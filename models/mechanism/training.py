@@ -137,7 +137,8 @@ def covariances(config: Config, network: Network, images, labels) -> dict[str, f
                     "share_projected": np.linalg.eigvalsh(projected)[-1] / np.trace(projected),
                 }
             )
-    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    names = found[0] if found else ()  # None if the network has died.
+    return {name: float(np.mean([one[name] for one in found])) for name in names}
 
 
 def train(config: Config) -> None:
@@ -150,7 +151,7 @@ def train(config: Config) -> None:
     y, per_epoch = images.train_labels, len(x) // config.batch_size
     if not per_epoch:
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(x)} images")
-    with Run(config, config.parameterization, config.note(images.caveat)) as run:
+    with Run(config, config.parameterization, images.caveat) as run:
         network = Network(config)
         tfwn.data_dependent_init(lambda x: network(x)[1][-1], tf.constant(x[:500]))
         optimizer = tf.keras.optimizers.SGD(config.learning_rate)

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from models.common import checkpoints, progress, replicas, runtime
 from models.vae.config import Config, Evaluate
-from models.vae.model import load, make_network, note, prepare
+from models.vae.model import caveats, load, make_network, prepare
 
 
 def make_evaluate_step(config: Config, strategy, network):
@@ -98,4 +98,4 @@ def evaluate(asked: Evaluate) -> None:
     step = make_evaluate_step(config, tf.distribute.get_strategy(), network)
     with progress.evaluation() as report:
         result = bounds(config, step, images.test_images, asked.eval_samples, report)
-    print(f"test {describe(result)}{note(config, images)}")
+    print(f"test {describe(result)}{config.note(*caveats(config, images))}")

@@ -61,7 +61,6 @@ def initialize(config: Config, network, images: np.ndarray) -> None:
         network.log_scale.assign(tf.math.log(stddev * math.sqrt(3) / math.pi))
 
 
-def note(config: Config, images: data.Images) -> str:
+def caveats(config: Config, images: data.Images) -> tuple[str, str]:
     """Returns what to say beside a result."""
-    binarization = f"{config.binarization} binarization" if config.mnist else ""
-    return config.note(binarization, images.caveat)
+    return f"{config.binarization} binarization" if config.mnist else "", images.caveat

@@ -10,7 +10,7 @@ from models.common.run import Run
 from models.vae import pictures
 from models.vae.config import Config
 from models.vae.evaluation import bounds, describe, make_evaluate_step
-from models.vae.model import initialize, load, make_network, note, prepare
+from models.vae.model import caveats, initialize, load, make_network, prepare
 
 
 def make_optimizer(config: Config, variables) -> Adamax:
@@ -75,7 +75,7 @@ def train(config: Config) -> None:
             f"--batch-size {config.batch_size} is more than the {examples} training images"
         )
     title = f"{config.dataset}, {config.parameterization}"
-    with Run(config, title, note(config, images)) as run:
+    with Run(config, title, *caveats(config, images)) as run:
         with run.strategy.scope():
             network, averaged = (make_network(config, run.dtype) for _ in range(2))
             optimizer = make_optimizer(config, network.trainable_variables)

@@ -1,0 +1,43 @@
+"""Growth of ||v||, the angle of an update, and the gradient's covariance, by learning rate."""
+
+from models.common.figures import Column, Comparison, Experiment, FinishedRun, Output
+
+TEST = Column("test_error", "test error, %", scale=100)
+ANGLE = Column("angle", "angle of a step, degrees", ".3f")
+GROWTH = Column("growth", "||v|| / initial ||v||")
+FORMULA = Column("growth_by_formula", "by the formula")
+SHARES = (
+    Column("cosine", "|cos| of w and C's first eigenvector"),
+    Column("cosine_random", "of a random vector"),
+    Column("share", "first eigenvalue / trace, C", ".3f"),
+    Column("share_projected", "of M C M", ".3f"),
+)
+EXPERIMENT = Experiment("A small network on MNIST, SGD", TEST, (TEST, ANGLE, GROWTH, *SHARES))
+
+
+def draw(runs: list[FinishedRun], output: Output) -> None:
+    """Compares the parameterizations, and draws what the updates do at each learning rate."""
+    comparison = Comparison(EXPERIMENT, runs, output, "mechanism")
+    comparison.draw()
+    columns, rows = (GROWTH, FORMULA, ANGLE, *SHARES), []
+    for arm in comparison.arms:
+        for rate in arm.rates:
+            run = arm.first(rate)
+            if run and arm.ends(run):
+                values = [f"{c.of(run, arm.ends(run)):{c.form}}" for c in columns]
+                rows.append([comparison.label(arm), f"{rate:g}", *values])
+    heads = ["last epoch, one seed", "rate", *(column.label for column in columns)]
+    output.table(f"{comparison.name}-updates", comparison.title, heads, rows)
+    for column in (ANGLE, GROWTH):
+        name = f"{comparison.name}-{column.name}"
+        title = f"{comparison.title}: last epoch"
+        with output.figure(name, title, "learning rate", column.label) as axes:
+            axes.set(xscale="log", yscale="log")
+            for arm in comparison.arms:
+                firsts = [run for rate in arm.rates if (run := arm.first(rate)) and arm.ends(run)]
+                x = [run.config.rate for run in firsts]
+                y = [column.of(run, arm.ends(run)) for run in firsts]
+                axes.plot(x, y, marker="o", **comparison.style(arm))
+                if column is GROWTH and arm.name == "weight_norm":
+                    y = [FORMULA.of(run, arm.ends(run)) for run in firsts]
+                    axes.plot(x, y, "k:", label="product of sqrt(1 + c²)")
