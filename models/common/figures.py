@@ -344,7 +344,9 @@ class Comparison:
         with self.output.figure(
             f"{self.name}-rates", self.title, "learning rate", column.label
         ) as axes:
-            axes.set_xscale("log")
+            # Errors differ by factors, bounds and scores by differences.
+            errors = self.arms[0].config.LOWER_IS_BETTER
+            axes.set(xscale="log", yscale="log" if errors else "linear")
             for arm in self.arms:
                 points = []
                 for rate, runs in arm.rates.items():
@@ -353,7 +355,7 @@ class Comparison:
                         values = [column.of(run, arm.ends(run)) for run in ended]
                         points.append((rate, *mean_and_error(values)))
                     if len(ended) < len(runs):
-                        height = 0.97 if arm.config.LOWER_IS_BETTER else 0.03
+                        height = 0.97 if errors else 0.03
                         cross = {"marker": "x", "color": self.colors[arm.name], "clip_on": False}
                         axes.plot(rate, height, transform=axes.get_xaxis_transform(), **cross)
                 if points:

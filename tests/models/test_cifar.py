@@ -299,8 +299,10 @@ def test_batch_norm_against_its_definition(rng, shape):
     expected = gamma * (t - mean) / np.sqrt(variance + 1e-6) + beta
     np.testing.assert_allclose(norm(tf.constant(t, tf.float32), True), expected, atol=1e-5)
     np.testing.assert_allclose(norm.moving_mean, 0.1 * mean, rtol=1e-5)
-    np.testing.assert_allclose(norm.moving_variance, 0.9 + 0.1 * variance, rtol=1e-5)
-    scale = gamma / np.sqrt(0.9 + 0.1 * variance + 1e-6)
+    n = t.size / t.shape[-1]
+    running = 0.9 + 0.1 * variance * n / (n - 1)  # As in the paper's code.
+    np.testing.assert_allclose(norm.moving_variance, running, rtol=1e-5)
+    scale = gamma / np.sqrt(running + 1e-6)
     tested = norm(tf.constant(t, tf.float32), False)
     np.testing.assert_allclose(tested, (t - 0.1 * mean) * scale + beta, atol=1e-5)
 
