@@ -2,7 +2,8 @@
 
 import math
 
-from models.common.figures import Column, Comparison, Experiment, FinishedRun, Output, with_error
+from models.common.comparison import Column, Comparison, Experiment
+from models.common.figures import FinishedRun, Output, with_error
 
 TEST = Column("test_error", "test error, %", scale=100)
 ANGLE = Column("angle", "angle of a step, degrees", ".3f")
