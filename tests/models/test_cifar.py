@@ -307,15 +307,6 @@ def test_batch_norm_against_its_definition(rng, shape):
     np.testing.assert_allclose(tested, (t - 0.1 * mean) * scale + beta, atol=1e-5)
 
 
-def test_the_order_is_a_function_of_seed_and_epoch():
-    config = config_of()
-    one = training.order(config, 3, 1000)
-    assert sorted(one) == list(range(1000))
-    np.testing.assert_array_equal(one, training.order(config, 3, 1000))
-    assert (one != training.order(config, 4, 1000)).any()
-    assert (one != training.order(config_of(seed=1), 3, 1000)).any()
-
-
 def test_a_run_on_two_replicas_is_the_run_on_one(run, tmp_path, monkeypatch):
     # In float32 the rounding of ten steps grows to a hundredth of the gradients.
     monkeypatch.setattr(runtime, "compute_dtype", lambda config: tf.float64)
