@@ -8,6 +8,9 @@ import tensorflow as tf
 class BatchNormalization(tf.Module):
     """gamma (t - mu[t]) / sqrt(var[t] + epsilon) + beta; running moments at test time.
 
+    The running variance is of the batches' unbiased ones, var[t] n / (n - 1) for n values of a
+    unit, as in the paper's code.
+
     Args:
       units: size of the last axis.
       momentum: m <- momentum * m + (1 - momentum) * now, of the running moments.
@@ -35,21 +38,22 @@ class BatchNormalization(tf.Module):
         if not training:
             return self._scale_and_shift(t, self.moving_mean, self.moving_variance)
         if self.synchronized and tf.distribute.get_replica_context().num_replicas_in_sync > 1:
-            mean, variance = self._moments_of_all(t)
+            mean, variance, unbiased = self._moments_of_all(t)
             normalized = self._scale_and_shift(t, mean, variance)
         else:
-            normalized, mean, variance = self._fused(t)
-        for moving, now in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            normalized, mean, unbiased = self._fused(t)
+        for moving, now in ((self.moving_mean, mean), (self.moving_variance, unbiased)):
             moving.assign_sub((1 - self.momentum) * (moving - now))
         return normalized
 
     def _moments_of_all(self, t):
-        average = functools.partial(
-            tf.distribute.get_replica_context().all_reduce, tf.distribute.ReduceOp.MEAN
-        )
+        replica = tf.distribute.get_replica_context()
+        average = functools.partial(replica.all_reduce, tf.distribute.ReduceOp.MEAN)
         own, variance = tf.nn.moments(tf.cast(t, tf.float32), list(range(t.shape.rank - 1)))
         mean = average(own)
-        return mean, average(variance + tf.square(own - mean))
+        variance = average(variance + tf.square(own - mean))
+        n = tf.cast(replica.num_replicas_in_sync * (tf.size(t) // t.shape[-1]), tf.float32)
+        return mean, variance, variance * n / (n - 1)
 
     def _scale_and_shift(self, t, mean, variance):
         scale = self.gamma * tf.math.rsqrt(variance + self.epsilon)
@@ -57,7 +61,7 @@ class BatchNormalization(tf.Module):
 
     def _fused(self, t):
         # The raw op, because TensorFlow's wrapper raises an epsilon below 1e-5 to that.
-        normalized, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        normalized, mean, unbiased, *_ = tf.raw_ops.FusedBatchNormV3(
             x=t if t.shape.rank == 4 else t[:, None, None, :],
             scale=self.gamma,
             offset=self.beta,
@@ -65,6 +69,4 @@ class BatchNormalization(tf.Module):
             variance=[],
             epsilon=self.epsilon,
         )
-        n = tf.cast(tf.size(t) // t.shape[-1], tf.float32)
-        variance *= (n - 1) / n  # It divides by n - 1.
-        return tf.reshape(normalized, tf.shape(t)), mean, variance
+        return tf.reshape(normalized, tf.shape(t)), mean, unbiased

@@ -1,7 +1,8 @@
 """Figure 1 (training error) and figure 2 (test error) of section 5.1."""
 
 from models.cifar.config import PAPER
-from models.common.figures import Column, Comparison, Experiment, FinishedRun, Output
+from models.common.comparison import Column, Comparison, Experiment
+from models.common.figures import FinishedRun, Output
 
 TRAIN = Column("train_error", "training error, %", scale=100)
 TEST = Column("test_error", "test error, %", scale=100)

@@ -1,13 +1,11 @@
 """Optimizer, training step, training and evaluation of section 5.1."""
 
-import numpy as np
 import tensorflow as tf
 
 from models.cifar.config import Config, Evaluate
 from models.cifar.images import load
 from models.cifar.network import Network, initialize
 from models.common import checkpoints, data, progress, replicas, runtime
-from models.common.errors import UserError
 from models.common.run import Run
 
 
@@ -80,26 +78,17 @@ def error_rate(evaluate_step, images: data.Images, report=lambda done, total: No
     return errors / len(images.test_labels)
 
 
-def order(config: Config, epoch: int, examples: int) -> np.ndarray:
-    """Returns the order of the training images in an epoch, counted from 0."""
-    return runtime.generator(config.seed, epoch).permutation(examples)
-
-
 def train(config: Config) -> None:
     """Trains one network."""
     images = load(config)  # Before there is a run, because they may be missing.
     examples = len(images.train_labels)
-    per_epoch = examples // config.batch_size
-    if not per_epoch:
-        raise UserError(
-            f"--batch-size {config.batch_size} is more than the {examples} training images"
-        )
+    per_epoch = data.steps_per_epoch(config.batch_size, examples)
     with Run(config, config.parameterization, images.caveat) as run:
         with run.strategy.scope():
             network = Network(config, run.dtype)
             network(images.test_images[:1])  # Makes the variables.
             optimizer = make_optimizer(config, network.trainable_variables)
-        first = order(config, 0, examples)[: config.init_examples]
+        first = data.order(config.seed, 0, examples)[: config.init_examples]
         initialize(config, network, images.train_images[first])
         train_step, evaluate_step = make_steps(config, run.strategy, network, optimizer)
         run.begin({"network": network, "optimizer": optimizer}, sums=2)
@@ -107,7 +96,7 @@ def train(config: Config) -> None:
             learning_rate, beta_1 = schedule(config, epoch.number)
             optimizer.learning_rate.assign(learning_rate)
             optimizer.beta_1.assign(beta_1)
-            permutation = order(config, epoch.number, examples)
+            permutation = data.order(config.seed, epoch.number, examples)
             for step in epoch:
                 batch = permutation[epoch.slice]
                 sums = train_step(

@@ -11,6 +11,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -77,6 +78,10 @@ class Checkpoints:
         try:
             if self._write:
                 self._managers[best].save(checkpoint_number=step, check_interval=False)
+                # TensorFlow leaves its files to the page cache.
+                for path in (self.folder / "best" if best else self.folder).glob(f"step-{step}.*"):
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
             else:  # All workers take part, because variables may be spread over them.
                 with tempfile.TemporaryDirectory() as unused:
                     self._tf.write(f"{unused}/step")

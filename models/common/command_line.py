@@ -5,7 +5,10 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import io
+import itertools
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -71,7 +74,9 @@ def parse(config_class: type[RunConfig], argv: Sequence[str], commands: Sequence
         if was := field.metadata.get("was"):
             flags = flag_of(was), flag_of(field.name)
             argv = [w.replace(*flags, 1) if w.split("=")[0] == flags[0] else w for w in argv]
-    first, _ = tyro.cli(_First, args=argv, prog=program, return_unknown_args=True, add_help=False)
+    first, _ = _in_one_line(
+        tyro.cli, _First, args=argv, prog=program, return_unknown_args=True, add_help=False
+    )
     if first.resume:
         if first.sweep:
             raise UserError("--sweep continues where it stopped without --resume: leave it out")
@@ -111,11 +116,28 @@ class _First:
 
 
 def _parse(cls: type, argv: Sequence[str], **options: Any) -> Any:
-    parsed = tyro.cli(cls, args=argv, registry=_registry, **options)
+    parsed = _in_one_line(tyro.cli, cls, args=argv, registry=_registry, **options)
     check_ranges(parsed)
     if hasattr(parsed, "check"):
         parsed.check()
     return parsed
+
+
+def _in_one_line(parse: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Returns what tyro parses; its errors, boxes of several parts and lines, become UserErrors."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return parse(*arguments, **options)
+    except SystemExit as error:
+        if not error.code:  # It was --help.
+            raise
+    # A title, the message, and, divided by rules, what was perhaps meant and other help.
+    plain = re.sub(r"\x1b\[[\d;]*m", "", stderr.getvalue())  # Without colors.
+    _, *lines = (line.strip("│╭╮╰╯─ ") for line in plain.splitlines())
+    text = " ".join(itertools.takewhile(bool, lines))
+    meant = [after for line, after in itertools.pairwise(lines) if line == "Perhaps you meant:"]
+    raise UserError(text + (f"; did you mean {meant[0].split()[0]}?" if meant else ""))
 
 
 _registry = ConstructorRegistry()
@@ -160,6 +182,8 @@ def _describe(program: str, config: RunConfig, commands: Sequence[type]) -> str:
     module = sys.modules.get(program) or sys.modules[type(config).__module__]
     text = (inspect.getdoc(module) or "").split("\n\n")[0]
     text += table("presets:", {name: preset.about for name, preset in config.PRESETS.items()})
+    if arms := getattr(config, "ARMS", {}):
+        text += f"\n\narms of --sweep: {', '.join(arms)}"
     if commands:
         about = {c.__name__.lower(): (inspect.getdoc(c) or "").split("\n")[0] for c in commands}
         text += table("commands (each has its own --help):", about)

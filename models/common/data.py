@@ -103,6 +103,18 @@ def binarize(*parts: np.ndarray, seed: int = 0) -> list[np.ndarray]:
     return [(random.integers(0, 255, x.shape, np.uint8) < x).view(np.uint8) for x in parts]
 
 
+def steps_per_epoch(batch_size: int, examples: int) -> int:
+    """Returns the number of whole batches, of which there must be one."""
+    if batch_size > examples:
+        raise UserError(f"--batch-size {batch_size} is more than the {examples} training images")
+    return examples // batch_size
+
+
+def order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """Returns the order of the training images in an epoch, counted from 0."""
+    return np.random.default_rng([seed, epoch]).permutation(examples)
+
+
 def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarray]]) -> dict:
     """Returns make(), {name: array}, a function of `source` that is cached in the user's folder.
 

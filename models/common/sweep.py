@@ -134,6 +134,7 @@ class Sweep:
         words += ["--out", one.out, *flags(one, dataclasses.replace(default, **same))]
         threads = max(1, len(os.sched_getaffinity(0)) // self.config.jobs)
         shares = {"TF_NUM_INTRAOP_THREADS": f"{threads}", "OMP_NUM_THREADS": f"{threads}"}
+        search = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.root.mkdir(parents=True, exist_ok=True)
         with open(f"{one.out}.log", "a") as log:
             process = subprocess.Popen(
@@ -141,7 +142,9 @@ class Sweep:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=(shares if self.config.jobs > 1 else {}) | os.environ,
+                env=(shares if self.config.jobs > 1 else {})
+                | os.environ
+                | {"PYTHONPATH": os.pathsep.join(search)},
                 start_new_session=True,  # Ctrl-C is for the sweep, which passes it on.
                 # If the sweep is killed, its runs are asked to save and leave.
                 preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),

@@ -25,7 +25,8 @@ Where we deviate from the paper, or where it is silent:
     the new game that it starts at each epoch.
  3. The batch for data-dependent initialization is drawn from the replay memory after the warm-up.
     The paper says neither where it comes from nor whether the output layer is initialized too
-    (`--init-output none` leaves that layer out).
+    (`--init-output none` leaves that layer out). The paper's code's normal parameterization is
+    w = g v with Glorot's v and a constant g, which this initialization sets: `--frozen-g`.
  4. With several games, a test plays them side by side and drops the games that are unfinished at
     the end; the paper's code has one such game.
  5. Frames are scaled bilinearly, as in deep_q_rl. Nature's code averages areas, and so does

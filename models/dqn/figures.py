@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.common import figures, metrics
+from models.common import comparison, figures, metrics
 from models.dqn.config import PAPER, Config
 
 ARMS = [arm.split("-") for arm in Config.ARMS]
@@ -55,8 +55,8 @@ def draw(runs: list[figures.FinishedRun], output: figures.Output) -> None:
         with output.attempt():
             figures.refuse_mixed(here, "protocol", f"runs of {game}")
             whose = {"nature": "Nature's", "paper": "the paper's"}[here[0].config.protocol]
-            score = figures.Column("test_score", f"score per game, {whose} protocol", ".1f")
-            experiment = figures.Experiment(
+            score = comparison.Column("test_score", f"score per game, {whose} protocol", ".1f")
+            experiment = comparison.Experiment(
                 f"DQN on {game}, epochs of {here[0].config.test_every:,} steps",
                 score,
                 (score, dataclasses.replace(score, label="highest", highest=True)),
@@ -64,4 +64,4 @@ def draw(runs: list[figures.FinishedRun], output: figures.Output) -> None:
                 {f"{i}-{k}": f"{INITS[i]}, {k.replace('_', ' ')}" for i, k in ARMS},
                 error=("test_stderr", "test_games", "games"),
             )
-            figures.Comparison(experiment, here, output, f"dqn-{game}").draw()
+            comparison.Comparison(experiment, here, output, f"dqn-{game}").draw()

@@ -20,6 +20,8 @@ What the paper leaves open, or where the code that it starts from differs from D
     LSTM's input and state have a matrix each. Peepholes are not normalized.
  4. v is initialized to the w of the normal parameterization and g to ||v||, so that both start as
     the same function.
- 5. The LSTM's biases, the forget gate's included, and all states are initialized to 0, as in the
+ 5. There is no --frozen-g: without data-dependent initialization a constant g is 1, and the
+    paper's code's normal parameterization is the normal one.
+ 6. The LSTM's biases, the forget gate's included, and all states are initialized to 0, as in the
     code.
 """

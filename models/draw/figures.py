@@ -1,6 +1,7 @@
 """Figure 4 (the bound on the test set) of section 5.3."""
 
-from models.common.figures import Column, Comparison, Experiment, FinishedRun, Output
+from models.common.comparison import Column, Comparison, Experiment
+from models.common.figures import FinishedRun, Output
 
 BOUND = Column("test_bound", "bound on the test set, nats")
 EXPERIMENT = Experiment("DRAW on MNIST", BOUND, (BOUND,), limits=((0, 100), (-120, -80)))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 import tfwn
+from models.common import layers
 from models.draw.config import Config
 
 SIDE = 28  # Pixels of a side of the images.
@@ -70,13 +71,14 @@ class Network(tf.Module):
         super().__init__()
         self.config, self.side, self.dtype = config, side, dtype
         choices = {"parameterization": config.parameterization, "compute_dtype": dtype}
-        index = itertools.count()
+        seeds = ([config.seed, index] for index in itertools.count())
 
-        def initial():
-            seed = [config.seed, next(index)]
+        def initial(*_):
             return functools.partial(
-                tf.random.stateless_normal, seed=seed, stddev=config.initial_stddev
+                tf.random.stateless_normal, seed=next(seeds), stddev=config.initial_stddev
             )
+
+        make = layers.Layers(config.parameterization, initial, dtype)
 
         def lstm(inputs, units):
             cell = tfwn.LSTMCell(
@@ -92,7 +94,7 @@ class Network(tf.Module):
             return cell
 
         def linear(inputs, units):
-            layer = tfwn.Dense(units, kernel_initializer=initial(), **choices)
+            layer = make.dense(units)
             layer.build(tf.TensorShape([None, inputs]))
             return layer
 

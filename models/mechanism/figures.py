@@ -1,13 +1,16 @@
 """Growth of ||v||, the angle of an update, and the gradient's covariance, by learning rate."""
 
-from models.common.figures import Column, Comparison, Experiment, FinishedRun, Output
+import math
+
+from models.common.comparison import Column, Comparison, Experiment
+from models.common.figures import FinishedRun, Output, with_error
 
 TEST = Column("test_error", "test error, %", scale=100)
 ANGLE = Column("angle", "angle of a step, degrees", ".3f")
-GROWTH = Column("growth", "||v|| / initial ||v||")
-FORMULA = Column("growth_by_formula", "by the formula")
+GROWTH = Column("growth", "norm of v / initial norm", ".4g")
+FORMULA = Column("growth_by_formula", "by the formula", ".4g")
 SHARES = (
-    Column("cosine", "|cos| of w and C's first eigenvector"),
+    Column("cosine", "cosine of w and C's first eigenvector"),
     Column("cosine_random", "of a random vector"),
     Column("share", "first eigenvalue / trace, C", ".3f"),
     Column("share_projected", "of M C M", ".3f"),
@@ -24,7 +27,7 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
         for rate in arm.rates:
             run = arm.first(rate)
             if run and arm.ends(run):
-                values = [f"{c.of(run, arm.ends(run)):{c.form}}" for c in columns]
+                values = [with_error(c.of(run, arm.ends(run)), math.nan, c.form) for c in columns]
                 rows.append([comparison.label(arm), f"{rate:g}", *values])
     heads = ["last epoch, one seed", "rate", *(column.label for column in columns)]
     output.table(f"{comparison.name}-updates", comparison.title, heads, rows)
@@ -35,6 +38,7 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
             axes.set(xscale="log", yscale="log")
             for arm in comparison.arms:
                 firsts = [run for rate in arm.rates if (run := arm.first(rate)) and arm.ends(run)]
+                firsts = [run for run in firsts if ANGLE.of(run, arm.ends(run)) > 1e-3]  # It lives.
                 x = [run.config.rate for run in firsts]
                 y = [column.of(run, arm.ends(run)) for run in firsts]
                 axes.plot(x, y, marker="o", **comparison.style(arm))

@@ -7,7 +7,6 @@ import tensorflow as tf
 
 import tfwn
 from models.common import data, layers, runtime
-from models.common.errors import UserError
 from models.common.run import Run
 from models.mechanism.config import Config
 
@@ -148,9 +147,7 @@ def train(config: Config) -> None:
         part.reshape(len(part), -1).astype(np.float32) / 255
         for part in (images.train_images, images.test_images)
     )
-    y, per_epoch = images.train_labels, len(x) // config.batch_size
-    if not per_epoch:
-        raise UserError(f"--batch-size {config.batch_size} is more than the {len(x)} images")
+    y, per_epoch = images.train_labels, data.steps_per_epoch(config.batch_size, len(x))
     with Run(config, config.parameterization, images.caveat) as run:
         network = Network(config)
         tfwn.data_dependent_init(lambda x: network(x)[1][-1], tf.constant(x[:500]))
@@ -168,7 +165,7 @@ def train(config: Config) -> None:
         if run.step == 0:
             run.log(**look())
         for epoch in run.epochs(config.epochs, per_epoch, config.batch_size):
-            order = runtime.generator(config.seed, epoch.number).permutation(len(x))
+            order = data.order(config.seed, epoch.number, len(x))
             for step in epoch:
                 batch = order[epoch.slice]
                 sums = train_step(x[batch], y[batch])

@@ -34,6 +34,8 @@ for CIFAR-10 is public ("the code"). Where we deviate, or where the paper is sil
  9. A transposed convolution of stride 2 is a convolution to four times the channels, followed by
     depth-to-space.
 10. Adamax is the code's: no bias correction, epsilon inside the maximum.
-11. The decay of the averaged parameters in step t is min(1 - 1 / (10 epochs), (1 + t) / (10 + t)),
+11. The code's normal parameterization is w = g v with Glorot's v and a constant g, which the
+    data-dependent initialization sets: --frozen-g. By default w itself is trained.
+12. The decay of the averaged parameters in step t is min(1 - 1 / (10 epochs), (1 + t) / (10 + t)),
     so that the average is useful in short runs too.
 """

@@ -56,7 +56,7 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
     # Data and model; the synthetic data sets need no files.
     dataset: Literal["mnist", "cifar10", "synthetic_mnist", "synthetic_cifar10"] = "mnist"
     parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of every layer.
-    # The paper's code's normal parameterization: w = g v with a constant g (deviation 12).
+    # The paper's code's normal parameterization: w = g v with a constant g (deviation 11).
     frozen_g: bool = False
     free_bits: float | None = None  # Nats per map without cost (none: MNIST 0, CIFAR-10 .25).
     data_dependent_init: bool = True  # Section 3; both parameterizations start as one function.

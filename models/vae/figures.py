@@ -1,15 +1,8 @@
 """Figure 3: the bound on the test images of MNIST (top) and CIFAR-10 (bottom)."""
 
+from models.common.comparison import Column, Comparison, Experiment
 from models.common.errors import UserError
-from models.common.figures import (
-    Column,
-    Comparison,
-    Experiment,
-    FinishedRun,
-    Output,
-    group,
-    refuse_mixed,
-)
+from models.common.figures import FinishedRun, Output, group, refuse_mixed
 
 BOUND = Column("test_bound", "bound, nats")
 LIKELIHOOD = Column("test_log_likelihood", "log-likelihood, nats")

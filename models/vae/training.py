@@ -1,10 +1,8 @@
 """Training: Adamax on the bound, and averages of the parameters."""
 
-import numpy as np
 import tensorflow as tf
 
-from models.common import replicas, runtime
-from models.common.errors import UserError
+from models.common import data, replicas
 from models.common.optimizers import Adamax
 from models.common.run import Run
 from models.vae import pictures
@@ -60,26 +58,17 @@ def average(averaged, network, decay) -> None:
         tf.raw_ops.AssignVariableOp(resource=mean.handle, value=moved)
 
 
-def order(config: Config, epoch: int, examples: int) -> np.ndarray:
-    """Returns the order of the training images in an epoch, counted from 0."""
-    return runtime.generator(config.seed, epoch).permutation(examples)
-
-
 def train(config: Config) -> None:
     """Trains one model."""
     images = load(config)  # Before there is a run, because they may be missing.
     examples = len(images.train_images)
-    per_epoch = examples // config.batch_size
-    if not per_epoch:
-        raise UserError(
-            f"--batch-size {config.batch_size} is more than the {examples} training images"
-        )
+    per_epoch = data.steps_per_epoch(config.batch_size, examples)
     title = f"{config.dataset}, {config.parameterization}"
     with Run(config, title, *caveats(config, images)) as run:
         with run.strategy.scope():
             network, averaged = (make_network(config, run.dtype) for _ in range(2))
             optimizer = make_optimizer(config, network.trainable_variables)
-        first = order(config, 0, examples)[: config.init_examples]
+        first = data.order(config.seed, 0, examples)[: config.init_examples]
         initialize(config, network, images.train_images[first])
         for mean, p in zip(averaged.variables, network.variables, strict=True):
             mean.assign(p)
@@ -87,7 +76,7 @@ def train(config: Config) -> None:
         evaluate_step = make_evaluate_step(config, run.strategy, averaged)
         run.begin({"network": network, "averaged": averaged, "optimizer": optimizer}, sums=3)
         for epoch in run.epochs(config.all_epochs, per_epoch, config.batch_size):
-            permutation = order(config, epoch.number, examples)
+            permutation = data.order(config.seed, epoch.number, examples)
             for step in epoch:
                 batch = images.train_images[permutation[epoch.slice]]
                 sums = train_step(batch, tf.constant(step, tf.int64))

@@ -58,7 +58,7 @@ def test_help_has_every_option_and_the_papers_values_beside_a_presets(run):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["--batchsize", "3"], "--batch-size"),
+        (["--batchsize", "3"], "did you mean --batch-size?"),
         (["--batch-size", "many"], "--batch-size"),
         (["--batch-size", "2.5"], "--batch-size"),
         (["--batch-size", "inf"], "--batch-size"),
@@ -90,8 +90,8 @@ def test_a_mistake_names_the_flag_and_leaves_nothing(run, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.delenv("TF_CONFIG", raising=False)
     status, out, err = run(*argv)
-    assert (status, out) == (2, "")
-    assert named in " ".join(err.replace("│", "").split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert named in err
     assert not list((tmp_path / "here").iterdir())
 
 

@@ -1,0 +1,282 @@
+"""Comparing the arms of an experiment: by learning rate, and by epoch at each arm's best rate."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from models.common import options
+from models.common.errors import UserError
+from models.common.figures import (
+    FinishedRun,
+    Output,
+    check_same_settings,
+    group,
+    mean_and_error,
+    with_error,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table: the last value of a column of metrics.csv, or its highest.
+
+    Attributes:
+      name: of the column in metrics.csv.
+      label: what it is, with its unit.
+      form: the format of its numbers.
+      scale: a factor, such as 100 for percent.
+      highest: the highest value instead of the last.
+    """
+
+    name: str
+    label: str
+    form: str = ".2f"
+    scale: float = 1
+    highest: bool = False
+
+    def of(self, run: FinishedRun, epoch: float) -> float:
+        """Returns a run's value up to this epoch, nan where it has none."""
+        epochs, values = run.curve(self.name)
+        values = self.scale * values[epochs <= epoch * (1 + 1e-6)]
+        return float(values.max() if self.highest else values[-1]) if len(values) else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """How a program's arms are compared.
+
+    Attributes:
+      title: of figures and tables.
+      curve: what is drawn by epoch.
+      columns: of the table. The first is the measure by which a rate is chosen.
+      paper: the paper's result of each arm.
+      labels: of arms whose names in words will not do.
+      limits: of the paper's figure, ((x), (y)), for runs of its preset.
+      error: columns of metrics.csv with the standard error of the measure in a single run, and the
+        number of what it is over, which is named third.
+    """
+
+    title: str
+    curve: Column
+    columns: tuple[Column, ...]
+    paper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    limits: tuple[tuple[float, float], tuple[float, float]] | None = None
+    error: tuple[str, str, str] | None = None
+
+
+class Arm:
+    """The runs of one arm and preset: those of each learning rate, and those of the best rate.
+
+    The best rate has the best last value of the measure with the first seed.
+    """
+
+    def __init__(self, experiment: Experiment, runs: list[FinishedRun]):
+        self.experiment, self.config = experiment, runs[0].config
+        self.name, self.preset = runs[0].arm, runs[0].preset
+        self.measure = experiment.columns[0]
+        self.seed = min(run.config.seed for run in runs)
+        self.rates = dict(sorted(group(runs, lambda run: run.config.rate).items()))
+        for seeds in self.rates.values():
+            check_same_settings(seeds)
+        first = {rate: run for rate in self.rates if (run := self.first(rate)) and self.ends(run)}
+        self.best: float | None = None
+        self.runs: list[FinishedRun] = []
+        if first:
+            epoch = min(map(self.ends, first.values()))
+            choose = min if self.config.LOWER_IS_BETTER else max
+            self.best = choose(first, key=lambda rate: self.measure.of(first[rate], epoch))
+            self.runs = [run for run in self.rates[self.best] if self.ends(run)]
+            self.epoch = min(map(self.ends, self.runs))
+
+    def first(self, rate: float) -> FinishedRun | None:
+        """Returns the run of a rate with the first seed."""
+        return next((r for r in self.rates.get(rate, []) if r.config.seed == self.seed), None)
+
+    def ends(self, run: FinishedRun) -> float:
+        """Returns the last epoch of a run, 0 if it diverged or has none."""
+        epochs = run.curve(self.measure.name)[0]
+        return float(epochs[-1]) if len(epochs) and run.outcome != "diverged" else 0.0
+
+    def value(self, column: Column) -> str:
+        """Returns the mean of a column over the seeds, and its standard error."""
+        mean, error = mean_and_error([column.of(run, self.epoch) for run in self.runs])
+        if len(self.runs) == 1 and column == self.measure and self.experiment.error:
+            error = Column(self.experiment.error[0], "").of(self.runs[0], self.epoch)
+        return with_error(mean, error, column.form)
+
+    def unit(self) -> str:
+        """Returns what the standard errors are over, and how many."""
+        if len(self.runs) > 1 or not self.experiment.error:
+            return f"{len(self.runs)} seed" + ("s" if len(self.runs) > 1 else "")
+        _, count, over = self.experiment.error
+        number = Column(count, "").of(self.runs[0], self.epoch)
+        return f"{number:.0f} {over}, 1 seed" if number > 0 else "1 seed"
+
+    def curve(self, column: Column) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns epochs, the mean over the seeds as far as all reach, and its standard error."""
+        error = self.experiment.error[0] if self.experiment.error else ""
+        curves = [run.curve(column.name, error) for run in self.runs]
+        length = min(len(epochs) for epochs, *_ in curves)
+        mean, spread = mean_and_error([column.scale * y[:length] for _, y, _ in curves])
+        return curves[0][0][:length], mean, curves[0][2] if len(curves) == 1 else spread
+
+
+class Comparison:
+    """Figures and tables of an experiment's arms: by learning rate, and by epoch at the best.
+
+    Args:
+      experiment: what is compared.
+      runs: of one program.
+      output: gets NAME-rates and NAME-curves, figures, and NAME and NAME-rates, tables.
+      name: NAME, unless the output has one.
+    """
+
+    def __init__(
+        self, experiment: Experiment, runs: list[FinishedRun], output: "Output", name: str
+    ):
+        self.experiment, self.runs, self.output = experiment, runs, output
+        self.name = output.name or name
+        order = [*runs[0].config.ARMS, *sorted({run.arm for run in runs})]
+        arms = [Arm(experiment, some) for some in group(runs, lambda r: (r.arm, r.preset)).values()]
+        self.arms = sorted(arms, key=lambda arm: (order.index(arm.name), arm.preset))
+        self.colors = {arm.name: f"C{order.index(arm.name) % 10}" for arm in arms}
+        self.presets = sorted({arm.preset for arm in arms})
+        if not any(arm.runs for arm in arms):
+            raise UserError(f"none of the {experiment.title} runs has finished an epoch yet")
+
+    def draw(self) -> None:
+        """Draws the figures and makes the tables."""
+        self.draw_curves()
+        self.table()
+        if any(len(arm.rates) > 1 for arm in self.arms):
+            self.draw_rates()
+            self.rates_table()
+
+    @property
+    def title(self) -> str:
+        """The title of figures and tables, with the preset unless that is the paper's."""
+        if self.presets == ["paper"] or len(self.presets) > 1:
+            return self.experiment.title
+        return f"{self.experiment.title} [{preset_name(self.presets[0])}]"
+
+    def label(self, arm: Arm) -> str:
+        """Returns an arm's name in words, with its preset if there are several."""
+        name = self.experiment.labels.get(arm.name, arm.name.replace("_", " ").replace("bn", "BN"))
+        return name + (f" [{preset_name(arm.preset)}]" if len(self.presets) > 1 else "")
+
+    def style(self, arm: Arm) -> dict[str, Any]:
+        """Returns the color, of the arm, and the line, of the preset."""
+        lines = ["-", "--", ":", "-."]
+        return {
+            "color": self.colors[arm.name],
+            "ls": lines[self.presets.index(arm.preset) % 4],
+            "label": self.label(arm),
+        }
+
+    def draw_curves(self) -> None:
+        """Draws each arm at its best rate, the mean of its seeds and the standard error."""
+        import matplotlib.ticker
+
+        column = self.experiment.curve
+        with self.output.figure(f"{self.name}-curves", self.title, "epochs", column.label) as axes:
+            for arm in self.arms:
+                if arm.runs:
+                    epochs, mean, spread = arm.curve(column)
+                    style = self.style(arm)
+                    style["label"] += f", rate {arm.best:g}, {arm.unit()}"
+                    axes.plot(epochs, mean, **style)
+                    band = {"color": style["color"], "alpha": 0.2, "lw": 0}
+                    axes.fill_between(epochs, mean - spread, mean + spread, **band)
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+            if self.experiment.limits and self.presets == ["paper"]:
+                axes.set(xlim=self.experiment.limits[0], ylim=self.experiment.limits[1])
+
+    def draw_rates(self) -> None:
+        """Draws the measure in the last epoch by learning rate; a cross is a diverged run."""
+        column = self.experiment.columns[0]
+        with self.output.figure(
+            f"{self.name}-rates", self.title, "learning rate", column.label
+        ) as axes:
+            # Errors differ by factors, bounds and scores by differences.
+            errors = self.arms[0].config.LOWER_IS_BETTER
+            axes.set(xscale="log", yscale="log" if errors else "linear")
+            for arm in self.arms:
+                points = []
+                for rate, runs in arm.rates.items():
+                    ended = [run for run in runs if arm.ends(run)]
+                    if ended:
+                        values = [column.of(run, arm.ends(run)) for run in ended]
+                        points.append((rate, *mean_and_error(values)))
+                    if len(ended) < len(runs):
+                        height = 0.97 if errors else 0.03
+                        cross = {"marker": "x", "color": self.colors[arm.name], "clip_on": False}
+                        axes.plot(rate, height, transform=axes.get_xaxis_transform(), **cross)
+                if points:
+                    axes.errorbar(
+                        *zip(*points, strict=True), marker="o", capsize=3, **self.style(arm)
+                    )
+
+    def table(self) -> None:
+        """Makes the table of each arm at its best rate."""
+        columns, rows = list(self.experiment.columns), []
+        arms = [arm for arm in self.arms if arm.runs]
+        sign = -1 if arms[0].config.LOWER_IS_BETTER else 1
+        # How soon each has what the last of them has at the end.
+        level = min(sign * arm.curve(columns[0])[1][-1] for arm in arms)
+        for arm in arms:
+            values = [arm.value(column) for column in columns]
+            epochs, mean, _ = arm.curve(columns[0])
+            reached = f"{first_reached(epochs, sign * mean, level):.1f}"
+            papers = self.experiment.paper.values()
+            paper = [str(self.experiment.paper.get(arm.name) or "")] if any(papers) else []
+            rate, rates = f"{arm.best:g}", f"{len(arm.rates)}"
+            done = f"{arm.epoch:g} of {arm.config.last_epoch:g}"
+            rows.append([self.label(arm), *values, reached, *paper, rate, rates, done, arm.unit()])
+        heads = [column.label for column in columns]
+        heads += [f"epochs to {sign * level:{columns[0].form}}"]
+        heads += ["paper, 200 epochs"] if any(self.experiment.paper.values()) else []
+        heads += ["best rate", "rates tried", "epochs", "± over"]
+        self.output.table(self.name, self.title, ["", *heads], rows, self.notes())
+
+    def rates_table(self) -> None:
+        """Makes the table of the measure in the last epoch, by arm and rate, with one seed."""
+        column, rows = self.experiment.columns[0], []
+        rates = sorted({rate for arm in self.arms for rate in arm.rates})
+        for arm in self.arms:
+            cells = []
+            for rate in rates:
+                run = arm.first(rate)
+                if run is None:
+                    cells.append("")
+                elif run.outcome == "diverged":
+                    cells.append("diverged")
+                else:
+                    text = f"{column.of(run, math.inf):{column.form}}"
+                    cells.append(f"**{text}**" if rate == arm.best else text)
+            rows.append([f"{self.label(arm)}, seed {arm.seed}", *cells])
+        columns = [f"{column.label}, by rate", *(f"{rate:g}" for rate in rates)]
+        self.output.table(f"{self.name}-rates", self.title, columns, rows, self.notes())
+
+    def notes(self) -> str:
+        """Returns what to say below a table."""
+        presets = {run.config.PRESETS[run.config.preset].about for run in self.runs}
+        caveats = {run.caveats for run in self.runs if run.caveats}
+        return "; ".join(sorted(presets) + sorted(caveats))
+
+
+def first_reached(x: np.ndarray, y: np.ndarray, level: float) -> float:
+    """Returns where the curve first reaches `level`, interpolated linearly."""
+    index = int(np.argmax(y >= level))
+    if index == 0:
+        return float(x[0])
+    before, after = y[index - 1 : index + 1]
+    return float(x[index - 1] + (level - before) / (after - before) * (x[index] - x[index - 1]))
+
+
+def preset_name(name: str) -> str:
+    """Returns the name of a run's preset in words."""
+    return options.shorten(name) if "changed: " in name else f"{name} preset"
