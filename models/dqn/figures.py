@@ -76,7 +76,8 @@ def draw_game(
         )
     rows, paper = [], PAPER.get(game, {})
     y = f"score per game ({protocols.pop()} protocol)"
-    with output.figure(f"figure-5-{game}", f"DQN on {game}", runs, "epochs", y) as figure:
+    name = f"figure-5-{game.replace('/', '-')}"  # An id of gymnasium may have a namespace.
+    with output.figure(name, f"DQN on {game}", runs, "epochs", y) as figure:
         for (kind, _), seeds in sorted(figures.group(runs, "parameterization", "preset").items()):
             figures.check_same_settings(seeds)
             curves = [run.curve("epoch", "test_score") for run in seeds]

@@ -215,13 +215,15 @@ class Image(gymnasium.Wrapper):
         seen, actions = env.observation_space, env.action_space
         if not isinstance(actions, gymnasium.spaces.Discrete) or actions.n > 256:
             raise UserError(
-                f"--game {name}: its actions are {actions}; DQN needs Discrete actions, at most 256"
+                f"--game {name}: its actions are {type(actions).__name__}; DQN needs Discrete "
+                "actions, at most 256"
             )
         shape = seen.shape or ()
         if seen.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,)):
             raise UserError(
-                f"--game {name}: its observations are {seen}; DQN needs images of type uint8, "
-                "[height, width] or [height, width, 1 or 3]"
+                f"--game {name}: its observations are {type(seen).__name__} {list(shape)} of type "
+                f"{seen.dtype}; DQN needs images, Box [height, width] or [height, width, 1 or 3] "
+                "of type uint8"
             )
         self.observation_space = gymnasium.spaces.Box(0, 255, FRAME_SHAPE, np.uint8)
         self.action_space = gymnasium.spaces.Discrete(int(actions.n))

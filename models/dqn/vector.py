@@ -264,7 +264,8 @@ def _work(pipe: Any, make: Make, memory: Any, part: slice) -> None:
     """Answers calls until the other end is closed or its process is dead."""
 
     def answer(error: str | None, result: Any = None) -> None:
-        pipe.send_bytes(pickle.dumps((error, result)))  # send() takes several times as long.
+        with contextlib.suppress(ConnectionError):  # The next call is not received either.
+            pipe.send_bytes(pickle.dumps((error, result)))  # send() takes several times as long.
 
     for number in (signal.SIGINT, signal.SIGTERM):  # The learner gets them too: it saves, and ends.
         signal.signal(number, signal.SIG_IGN)
