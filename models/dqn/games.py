@@ -304,6 +304,8 @@ def _taps(source: int, area: bool) -> tuple[np.ndarray, np.ndarray]:
         pixels = begin // SIZE + np.arange(-(-source // SIZE) + 1)[:, None]
         ends = np.minimum((pixels + 1) * SIZE, begin + source)
         weights = np.maximum(ends - np.maximum(pixels * SIZE, begin), 0)
+        used = weights.any(1)
+        pixels, weights = pixels[used], weights[used]
     else:
         # The center of target pixel i lies at source pixel ((2 i + 1) source - 84) / (2 84).
         at, rest = np.divmod((2 * np.arange(SIZE) + 1) * source - SIZE, 2 * SIZE)
