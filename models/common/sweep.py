@@ -117,7 +117,8 @@ class Sweep:
                     return
                 if self._console.is_terminal:
                     lines = (f"{Path(one.out).name}  {_last_line(one)}" for one in self._running)
-                    live.update(rich.text.Text("\n".join(lines)), refresh=True)
+                    text = rich.text.Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+                    live.update(text, refresh=True)
                 time.sleep(0.5)
                 for one in [one for one, (p, _) in self._running.items() if p.poll() is not None]:
                     self._end(one)
