@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     asked = parser.parse_args(argv)
     try:
-        if asked.keep:
+        if asked.keep is not None:
+            if not asked.runs or not re.fullmatch(r"[\w.-]*\w[\w.-]*", asked.keep):
+                raise UserError(
+                    "--keep takes the name of a folder in results, and RUN at least one"
+                )
             errors = keep(asked.runs, Path("results", asked.keep))
         elif asked.runs:
             output = Output(Path(asked.out), asked.label_presets)
@@ -98,7 +102,7 @@ def keep(paths: Sequence[str], folder: Path) -> list[str]:
 
     A run is named ARM-RATE-SEED. Absolute paths in its config.json become relative.
     """
-    output = Output(folder)
+    output = Output(Path())
     for run in find_runs(paths, output):
         with output.attempt():
             target = folder / (
@@ -113,7 +117,7 @@ def keep(paths: Sequence[str], folder: Path) -> list[str]:
             config = target / "config.json"
             if config.exists() and config.read_text() != text:
                 raise UserError(f"{target} holds another run than {run.path}: remove one of them")
-            target.mkdir(exist_ok=True)
+            target.mkdir(parents=True, exist_ok=True)
             if run.path.resolve() != target.resolve():
                 shutil.copy(run.path / "metrics.csv", target)
             run_folder.write_atomically(config, text)

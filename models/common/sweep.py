@@ -117,7 +117,8 @@ class Sweep:
                     return
                 if self._console.is_terminal:
                     lines = (f"{Path(one.out).name}  {_last_line(one)}" for one in self._running)
-                    live.update(rich.text.Text("\n".join(lines)), refresh=True)
+                    text = rich.text.Text("\n".join(lines), no_wrap=True, overflow="ellipsis")
+                    live.update(text, refresh=True)
                 time.sleep(0.5)
                 for one in [one for one, (p, _) in self._running.items() if p.poll() is not None]:
                     self._end(one)
@@ -135,8 +136,14 @@ class Sweep:
         threads = max(1, len(os.sched_getaffinity(0)) // self.config.jobs)
         shares = {"TF_NUM_INTRAOP_THREADS": f"{threads}", "OMP_NUM_THREADS": f"{threads}"}
         search = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(f"{one.out}.log", "a") as log:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            log = open(f"{one.out}.log", "a")  # noqa: SIM115 closed below
+        except OSError as error:
+            raise UserError(
+                f"--out {self.root}: cannot write there ({error.strerror}); name another folder"
+            ) from None
+        with log:
             process = subprocess.Popen(
                 [sys.executable, "-m", run_folder.program_of(type(one)), *words],
                 stdin=subprocess.DEVNULL,

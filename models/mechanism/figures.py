@@ -7,8 +7,8 @@ from models.common.figures import FinishedRun, Output, with_error
 
 TEST = Column("test_error", "test error, %", scale=100)
 ANGLE = Column("angle", "angle of a step, degrees", ".3f")
-GROWTH = Column("growth", "norm of v / initial norm", ".4g")
-FORMULA = Column("growth_by_formula", "by the formula", ".4g")
+GROWTH = Column("growth", "norm of v / initial norm", ".3f")
+FORMULA = Column("growth_by_formula", "by the formula", ".3f")
 SHARES = (
     Column("cosine", "cosine of w and C's first eigenvector"),
     Column("cosine_random", "of a random vector"),

@@ -173,6 +173,7 @@ def test_other_hyper_parameters_are_refused_unless_accepted(tiny, tmp_path):
         (["--strategy", "multi_worker"], "--sweep is for one machine"),
         (["--resume"], "leave it out"),
         (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--out", "/proc/sweep"], "--out /proc/sweep: cannot write there"),
         (["--seeds", "0", "1e12"], "--seeds must be from 0 to 4,294,967,295"),
     ],
 )
