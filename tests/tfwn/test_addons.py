@@ -74,5 +74,5 @@ def test_another_model_is_refused_and_unchanged():
 )
 def test_the_loader_of_keras_refuses_these_files(name, make):
     """Keras compares the number of arrays and their shapes, and asks no layer."""
-    with pytest.raises(ValueError, match="(count|Shape) mismatch"):
+    with pytest.raises(ValueError, match=r"(count|Shape) mismatch"):
         make().load_weights(DATA / f"{name}.h5")
