@@ -386,6 +386,7 @@ def _of_cell(name: str):
     """A method by which keras.layers.RNN draws a cell's masks before its loop, or drops them."""
 
     def call(self, *inputs):
+        """The cell's own."""
         if isinstance(self.layer, internals.DropoutRNNCell):
             return getattr(self.layer, name)(*inputs)
 
