@@ -175,11 +175,9 @@ def torch_contenders(case: Case, dtype: str, backward: bool) -> dict[str, Callab
 
 def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> dict[str, Callable]:
     """The kernels as such, into memory that the caller owns where the kernel can do that."""
-    random = np.random.default_rng(0)
-    numpy_type = tf.as_dtype(dtype).as_numpy_dtype
 
-    def arrays(shape, kind=numpy_type):
-        return [random.normal(size=shape).astype(kind) for _ in range(case.weights)]
+    def arrays(shape, kind=dtype):
+        return [aligned(torch.randn(shape).to(getattr(torch, kind))) for _ in range(case.weights)]
 
     units = case.shape[case.axis]
     vs, gs, grad_ws = arrays(case.shape), arrays(units), arrays(case.shape)
@@ -221,6 +219,13 @@ def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> d
             results[i] = (w, norm, *grads)
 
     return {KERNEL: kernel, TORCH_KERNEL: theirs}
+
+
+def aligned(tensor):
+    """Returns a tensor as an array: PyTorch aligns memory to cache lines, NumPy does not."""
+    if tensor.dtype != torch.bfloat16:
+        return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(tf.bfloat16.as_numpy_dtype)
 
 
 def touch_fresh(like):

@@ -159,15 +159,17 @@ class Results {
   std::optional<Array> given_[2];
 };
 
-void CheckOverlap(const std::vector<const Array*>& inputs, const std::vector<const Array*>& out) {
-  for (size_t i = 0; i < out.size(); ++i) {
-    for (const Array* input : inputs) {
-      if (Overlap(*out[i], *input)) Fail(out[i]->name, " must not overlap ", input->name);
-    }
-    if (i > 0 && Overlap(*out[0], *out[i])) {
-      Fail(out[0]->name, " must not overlap ", out[i]->name);
-    }
+void CheckApart(const Array& a, const Array& b) {
+  if (Overlap(a, b)) Fail(a.name, " must not overlap ", b.name);
+}
+
+void CheckOverlap(const std::vector<const Array*>& inputs, const Array& first,
+                  const Array& second) {
+  for (const Array* input : inputs) {
+    CheckApart(first, *input);
+    CheckApart(second, *input);
   }
+  CheckApart(first, second);
 }
 
 template <class Arguments>
@@ -214,7 +216,7 @@ py::tuple WeightNorm(const py::object& v_in, const py::object& g_in, const py::o
                                  "float64 if v is and float32 otherwise");
   const Array v = Prepare(v_given, axes.order);
   const Array g = Prepare(g_given, {});
-  CheckOverlap({&v, &g}, {&w, &norm});
+  CheckOverlap({&v, &g}, w, norm);
   const Array w_kernel = axes.order.empty() ? w : NewArray("w", v.shape, w_type);
   Execute(Forward{axes.layout, v.type, g.type, w_type, v.data, g.data, w_kernel.data, norm.data},
           place, {&v, &g, &w, &norm});
@@ -241,7 +243,12 @@ py::tuple WeightNormGrad(const py::object& grad_w_in, const py::object& v_in,
   const Array grad_g = results.Get(1, "grad_g", axes.units, g_given.type, "like g");
   const Array grad_w = Prepare(grad_w_given, axes.order), v = Prepare(v_given, axes.order);
   const Array g = Prepare(g_given, {}), norm = Prepare(norm_given, {});
-  CheckOverlap({&grad_w, &v, &g, &norm}, {&grad_v, &grad_g});
+  CheckOverlap({&v, &g, &norm}, grad_v, grad_g);
+  CheckApart(grad_g, grad_w);
+  const bool in_place = grad_v.data == grad_w.data && grad_v.type == grad_w.type;
+  if (!in_place && Overlap(grad_v, grad_w)) {
+    Fail("grad_v must be grad_w itself, with one type for both, or not overlap it");
+  }
   const Array grad_v_kernel = axes.order.empty() ? grad_v : NewArray("grad_v", v.shape, v.type);
   Execute(Backward{axes.layout, v.type, g.type, grad_w.type, grad_w.data, v.data, g.data, norm.data,
                    grad_v_kernel.data, grad_g.data},
@@ -319,7 +326,8 @@ Args:
   grad_w: the gradient with respect to w, of v's shape, any type.
   v, g, axis: as for weight_norm.
   norm: as weight_norm returned it.
-  out: (grad_v, grad_g) to write into, as for weight_norm.
+  out: (grad_v, grad_g) to write into, as for weight_norm. grad_v may be grad_w itself if the two
+    have one type.
   threads, stream, scratch: as for weight_norm.
 
 Raises:

@@ -164,8 +164,8 @@ enum class Processor { kCpu, kGpu };
 template <Processor>
 struct Run;
 
-// Each thread gets at least so many bytes to move. Less would be faster for an operation alone; in
-// a graph, where other operations run beside it, they would take turns on the same processors.
+// The least memory traffic that is worth a thread of its own. Less would make a lone operation
+// faster, but in a graph other operations run beside it and need the processors too.
 constexpr int64_t kBytesPerThread = 8 << 20;
 
 template <>
@@ -266,7 +266,8 @@ class WeightNormGradOp : public tensorflow::OpKernel {
     OP_REQUIRES_OK(context, CheckSame("norm", norm, "g", g));
 
     Tensor *grad_v, *grad_g;
-    // Safe, since all sums are done before the first element of grad_v is written.
+    // Safe: nothing of grad_w is read again, for its sum or for any other unit, once grad_v has
+    // been written in its place.
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, v.shape(), &grad_v));
     OP_REQUIRES_OK(context, context->allocate_output(1, g.shape(), &grad_g));
 

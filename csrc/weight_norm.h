@@ -101,6 +101,8 @@ namespace cuda {
 // allocates on it, so a call can be captured in a CUDA graph.
 size_t ScratchBytes(const Forward& arguments, int multiprocessors);
 size_t ScratchBytes(const Backward& arguments, int multiprocessors);
+// Enough on any device with this many multiprocessors, current or not; asks none.
+size_t MostScratchBytes(const Layout& layout, int multiprocessors);
 int Run(const Forward& arguments, int multiprocessors, void* scratch, void* stream);
 int Run(const Backward& arguments, int multiprocessors, void* scratch, void* stream);
 const char* ErrorString(int error);

@@ -187,22 +187,23 @@ struct Sums {
         }
         AddGroup(terms, row * block.stride + j, kGroup, All(), sum, size, &total);
       }
-      for (; j + kPair<C> <= block.width; j += kPair<C>) {
-        AddOne(terms, row * block.stride + j, All(), &total);
+      if (j + kPair<C> <= block.width) {
+        Pair<C> sum = {}, size = {};
+        const int64_t first = row * block.stride + j;
+        int pairs = 0;
+        for (; j + kPair<C> <= block.width; j += kPair<C>, ++pairs) {
+          terms.Add(row * block.stride + j, All(), &sum, &size);
+        }
+        AddGroup(terms, first, pairs, All(), sum, size, &total);
       }
       if (j < block.width) {
-        AddOne(terms, row * block.stride + j, First{block.width - j}, &total);
+        Pair<C> sum = {}, size = {};
+        const First lanes{block.width - j};
+        terms.Add(row * block.stride + j, lanes, &sum, &size);
+        AddGroup(terms, row * block.stride + j, 1, lanes, sum, size, &total);
       }
       sums[row] = SumLanes<kDoubles>(total);
     }
-  }
-
-  template <class Lanes>
-  TFWN_INLINE static void AddOne(const Terms<V, W, backward>& terms, int64_t i, Lanes lanes,
-                                 Vector<double, kDoubles>* total) {
-    Pair<C> sum = {}, size = {};
-    terms.Add(i, lanes, &sum, &size);
-    AddGroup(terms, i, 1, lanes, sum, size, total);
   }
 
   template <class Lanes>
@@ -223,14 +224,9 @@ struct Factor {
   Pair<C> fraction, power;
 
   // One for each column.
-  template <bool even_odd>
   TFWN_INLINE void LoadColumns(const Factors& from, int64_t j) {
     fraction = LoadPair<C, false>(static_cast<const C*>(from.fraction) + j);
-    if constexpr (even_odd) fraction = EvenOdd<C>(fraction);
-    if constexpr (powers) {
-      power = LoadPair<C, false>(static_cast<const C*>(from.power) + j);
-      if constexpr (even_odd) power = EvenOdd<C>(power);
-    }
+    if constexpr (powers) power = LoadPair<C, false>(static_cast<const C*>(from.power) + j);
   }
 
   // One for all.
@@ -246,8 +242,27 @@ struct Factor {
   }
 };
 
+// The factors of a block's columns, in the order in which their elements are loaded.
+template <class C, bool powers>
+struct EvenOddFactors {
+  alignas(64) C parts[powers ? 2 : 1][kMostColumns];
+
+  Factors Order(const Factors& from, int64_t width) {
+    for (int64_t j = 0; j < width; j += kPair<C>) {
+      OrderPair(from.fraction, j, parts[0]);
+      if constexpr (powers) OrderPair(from.power, j, parts[1]);
+    }
+    return {parts[0], powers ? parts[1] : nullptr};
+  }
+
+  TFWN_INLINE static void OrderPair(const void* from, int64_t j, C* to) {
+    const auto pair = EvenOdd<C>(LoadPair<C, false>(static_cast<const C*>(from) + j));
+    StorePair<C, false, false>(pair, to + j);
+  }
+};
+
 // w = scale * v, grad_v = scale * (grad_w - projection * v)
-template <class V, class W, bool backward, bool powers>
+template <class V, class W, bool backward, bool powers, bool own_rounding>
 struct Scaling {
   using C = ComputeType<V, W>;
   using Result = std::conditional_t<backward, V, W>;
@@ -267,21 +282,27 @@ struct Scaling {
 
   template <class Lanes>
   TFWN_INLINE void Apply(int64_t i, Lanes lanes) const {
-    FetchPair<C>(static_cast<const Result*>(result), i + terms.block.fetch_result);
+    constexpr bool kMayStream = std::is_same_v<Lanes, All> && kStreams<C, Result>;
+    const bool stream = kMayStream && terms.block.stream;
+    if (!stream) FetchPair<C>(static_cast<const Result*>(result), i + terms.block.fetch_result);
     Pair<C> x = LoadPair<C, kEvenOdd>(terms.v + i, lanes);
     if constexpr (backward) {
       const Pair<C> along_v = projection.Times(x);
       const Pair<C> grad_w = LoadPair<C, kEvenOdd>(terms.grad_w + i, lanes);
       x = {Across(grad_w.left, along_v.left), Across(grad_w.right, along_v.right)};
     }
-    StorePair<C, kEvenOdd>(scale.Times(x), result + i, lanes);
+    x = scale.Times(x);
+    if constexpr (kMayStream) {
+      if (stream) return StreamPair<C, kEvenOdd, own_rounding>(x, result + i);
+    }
+    StorePair<C, kEvenOdd, own_rounding>(x, result + i, lanes);
   }
 
   template <int rows, class Lanes>
   TFWN_INLINE void Column(int64_t row, int64_t j, Lanes lanes, const Factors& scales,
                           const Factors& projections) {
-    scale.template LoadColumns<kEvenOdd>(scales, j);
-    if constexpr (backward) projection.template LoadColumns<kEvenOdd>(projections, j);
+    scale.LoadColumns(scales, j);
+    if constexpr (backward) projection.LoadColumns(projections, j);
     int64_t i = row * terms.block.stride + j;
 #pragma GCC unroll 1
     for (int k = 0; k < rows; ++k, i += terms.block.stride) Apply(i, lanes);
@@ -297,11 +318,15 @@ struct Scaling {
     if (j < width) Column<rows>(row, j, First{width - j}, scales, projections);
   }
 
-  // Factors are padded to a multiple of kPair.
+  // Factors are padded to a multiple of kPair. Row after row is how memory is fastest; but where
+  // the factors of a row fill much of the first-level cache, several rows share a load of them.
   TFWN_INLINE void Columns(const Factors& scales, const Factors& projections) {
-    constexpr int kRows = 4;  // for each load of the factors
+    constexpr int kRows = 4;
+    constexpr int64_t kNarrow = 8192 / sizeof(C);
     int64_t row = 0;
-    for (; row + kRows <= terms.block.rows; row += kRows) Rows<kRows>(row, scales, projections);
+    if (terms.block.width > kNarrow) {
+      for (; row + kRows <= terms.block.rows; row += kRows) Rows<kRows>(row, scales, projections);
+    }
     for (; row < terms.block.rows; ++row) Rows<1>(row, scales, projections);
   }
 
@@ -321,26 +346,47 @@ struct Scaling {
   }
 };
 
-template <class V, class W, bool backward, bool columns>
-void Scale(const Block& block, const Factors& scales, const Factors& projections, bool powers) {
-  const auto run = [&](auto scaling) __attribute__((always_inline)) {
-    if constexpr (columns) {
-      scaling.Columns(scales, projections);
-    } else {
-      scaling.Segments(scales, projections);
-    }
-  };
-  if (powers) {
-    run(Scaling<V, W, backward, true>(block));
+template <class V, class W, bool backward, bool columns, bool powers, bool own_rounding>
+void ScaleBlock(const Block& block, const Factors& scales, const Factors& projections) {
+  using Loops = Scaling<V, W, backward, powers, own_rounding>;
+  using C = typename Loops::C;
+  Loops loops(block);
+  if constexpr (!columns) {
+    loops.Segments(scales, projections);
+  } else if constexpr (Loops::kEvenOdd) {
+    EvenOddFactors<C, powers> ordered_scales, ordered_projections;
+    const Factors s = ordered_scales.Order(scales, block.width);
+    const Factors p = backward ? ordered_projections.Order(projections, block.width) : Factors{};
+    loops.Columns(s, p);
   } else {
-    run(Scaling<V, W, backward, false>(block));
+    loops.Columns(scales, projections);
   }
+}
+
+template <class V, class W, bool backward, bool columns, bool own_rounding>
+void Scale(const Block& block, const Factors& scales, const Factors& projections, bool powers) {
+  if (powers) {
+    ScaleBlock<V, W, backward, columns, true, own_rounding>(block, scales, projections);
+  } else {
+    ScaleBlock<V, W, backward, columns, false, own_rounding>(block, scales, projections);
+  }
+}
+
+template <class V, class W, bool backward, bool columns>
+auto* ScaleFor() {
+#if TFWN_VECTOR_BYTES == 64
+  using Result = std::conditional_t<backward, V, W>;
+  if constexpr (kOwnRounding<ComputeType<V, W>, Result>) {
+    if (RoundsToBfloat16()) return Scale<V, W, backward, columns, true>;
+  }
+#endif
+  return Scale<V, W, backward, columns, false>;
 }
 
 template <class V, class W, bool backward>
 Kernels KernelsForVW(bool columns) {
-  if (columns) return {Sums<V, W, backward>::Columns, Scale<V, W, backward, true>};
-  return {Sums<V, W, backward>::Segments, Scale<V, W, backward, false>};
+  if (columns) return {Sums<V, W, backward>::Columns, ScaleFor<V, W, backward, true>()};
+  return {Sums<V, W, backward>::Segments, ScaleFor<V, W, backward, false>()};
 }
 
 template <class V>

@@ -16,6 +16,7 @@
 #endif
 
 #include "weight_norm.h"
+#include "weight_norm_cpu_plan.h"
 
 #define TFWN_INLINE inline __attribute__((always_inline))
 
@@ -42,6 +43,7 @@ struct Block {
   // How far ahead of an element memory is asked for those that follow: of v and grad_w where
   // columns are summed and segments scaled, and of the result.
   int64_t fetch, fetch_result;
+  bool stream;  // Whether results go past the caches. They begin at cache lines.
 };
 
 // The numbers that multiply a column or a segment: fraction * power, where power is a power of two.
@@ -77,6 +79,15 @@ struct UnitKernels {
   void (*from_double[4])(const double* from, int64_t count, void* to);
 };
 
+#if defined(__x86_64__)
+// Whether the processor rounds float to bfloat16. Not all that have AVX-512 do, and the compiler
+// emits the instruction only where it is asked for, which is where this is true.
+bool RoundsToBfloat16() {
+  static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16"));
+  return has;
+}
+#endif
+
 namespace baseline {
 #define TFWN_VECTOR_BYTES 16
 // clang-format off: in this order
@@ -110,12 +121,13 @@ namespace avx2 {
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                    \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
 #endif
 namespace avx512 {
 #define TFWN_VECTOR_BYTES 64

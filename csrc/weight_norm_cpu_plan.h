@@ -18,6 +18,10 @@ inline int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDiv(a, multiple
 // The sums and factors of columns are padded to a multiple of this, so that vectors are full.
 constexpr int64_t kPadding = 32;
 
+// The widest block of columns. Its factors fit in the second-level cache beside much else, and on
+// the stack.
+constexpr int64_t kMostColumns = 4096;
+
 // A task is one of
 //   kBlocks    Columns: the tensor is a matrix whose rows are [units, inner], with a sum for each
 //              column, and a task is a block of it. Narrow rows are folded, several into one, so
@@ -80,7 +84,7 @@ struct Plan {
     const int64_t rows = CeilDiv(size, row);
     sums_per_unit = inner;
     group_size = RoundUp(row, kPadding);
-    blocks = CeilDiv(row, 4096);
+    blocks = CeilDiv(row, kMostColumns);
     columns_per_block = RoundUp(CeilDiv(row, blocks), kPadding);
     blocks = CeilDiv(row, columns_per_block);
     // At least 64 rows, so that partial sums are few next to elements; at least 64 KiB of floats.

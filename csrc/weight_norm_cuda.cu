@@ -305,6 +305,11 @@ size_t ScratchBytes(const Backward& a, int multiprocessors) {
   return ScratchFor<true>(CallOf(a, multiprocessors));
 }
 
+size_t MostScratchBytes(const Layout& layout, int multiprocessors) {
+  if (layout.size() == 0) return 0;
+  return static_cast<size_t>(MostPartials(layout, multiprocessors)) * sizeof(double);
+}
+
 int Run(const Forward& a, int multiprocessors, void* scratch, void* stream) {
   return RunCall<false>(CallOf(a, multiprocessors), scratch, static_cast<cudaStream_t>(stream));
 }

@@ -159,6 +159,14 @@ inline int64_t SplitsToFill(const Problem& problem, const Plan& plan) {
   return std::max<int64_t>(1, places / plan.tiles);
 }
 
+// No plan has more partial sums, splits x units: splits are at most places / tiles, a tile that is
+// split has at most 128 bytes of each row, and no multiprocessor runs more than 2048 threads.
+inline int64_t MostPartials(const Layout& layout, int multiprocessors) {
+  constexpr int64_t kMostResident = 2048 / kThreads, kMostTileUnits = 128 / 2;
+  return layout.units +
+         kMostResident * multiprocessors * std::min<int64_t>(layout.units, kMostTileUnits);
+}
+
 inline void UseTwoLaunches(const Problem& problem, Plan* plan) {
   plan->fused = false;
   plan->cluster = 1;

@@ -125,8 +125,9 @@ ffi::Error GetScratch(Result buffer, size_t bytes, size_t alignment, void** scra
 
 // On the host.
 
-// Each thread gets at least this many bytes to move.
-constexpr int64_t kBytesPerThread = 8 << 20;
+// The least memory traffic that is worth a thread of its own. XLA runs one custom call after
+// another, so no other operation needs the processors meanwhile.
+constexpr int64_t kBytesPerThread = 256 << 10;
 
 // Whoever is free takes the next piece of the work: threads of the pool, and the one that waits for
 // the result. That one may be a thread of the pool itself, and all the others may be waiting like
@@ -242,7 +243,8 @@ int64_t ScratchBytesAnywhere(const Arguments& arguments) {
   for (int device = 0; device < devices; ++device) {
     int multiprocessors = 0;
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    bytes = std::max(bytes, cuda::ScratchBytes(arguments, multiprocessors) + kCudaAlignment);
+    bytes =
+        std::max(bytes, cuda::MostScratchBytes(arguments.layout, multiprocessors) + kCudaAlignment);
   }
 #endif
   return static_cast<int64_t>(bytes);

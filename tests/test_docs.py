@@ -41,10 +41,10 @@ NOT_RUN = {
 SMOKE = {
     "tutorial.md": {"EPOCHS = 5": "EPOCHS = 2", "EXAMPLES = 50_000": "EXAMPLES = 1000"},
     "causal-convolutions.md": {
-        "STEPS = 600": "STEPS = 20",
-        "EXAMPLES = 2_000": "EXAMPLES = 200",
-        "EPOCHS = 5": "EPOCHS = 1",
-        "range(9)": "range(3)",
+        "STEPS = 100": "STEPS = 20",
+        "EXAMPLES = 10_000": "EXAMPLES = 200",
+        "EPOCHS = 10": "EPOCHS = 1",
+        "range(4)": "range(2)",
     },
     "vocoders.md": {"CHANNELS = 512": "CHANNELS = 32"},
 }

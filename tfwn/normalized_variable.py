@@ -131,7 +131,7 @@ for _name in tf.Tensor.OVERLOADABLE_OPERATORS | {"__bool__", "__int__", "__float
 
 _ONLY_OF_VARIABLES = {
     *(name for name in dir(tf.Variable) if not name.startswith("_")),
-    *("_unique_id", "handle", "is_initialized"),
+    *("_unique_id", "_id", "handle", "is_initialized"),  # "_id" is what a GradientTape asks for.
 } - set(dir(Normalized))
 
 

@@ -19,9 +19,10 @@ _TYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 def _load_library(folder: pathlib.Path) -> types.ModuleType:
     """Loads the compiled op, and with it the kernels for XLA if this TensorFlow can load them."""
+    minor = ".".join(tf.__version__.split(".")[:2])
     rebuild = (
-        "Build it for the TensorFlow you have, in a checkout of the source: "
-        "pip install --force-reinstall --no-deps ."
+        f"Install the wheel that has +tf{minor} in its name, or build for the TensorFlow you have, "
+        "in a checkout of the source: pip install --force-reinstall --no-deps ."
     )
     build_info = folder / "_build_info.json"
     if build_info.exists():

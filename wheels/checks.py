@@ -12,7 +12,7 @@ import tempfile
 COMPILERS = ("g++", "gcc", "c++", "cc", "clang", "clang++", "nvcc", "cmake", "make")
 found = [name for name in COMPILERS if shutil.which(name)]
 assert not found, f"on PATH: {found}"
-print("no compiler on PATH", flush=True)
+print("passed: no compiler on PATH", flush=True)
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
@@ -21,7 +21,7 @@ import tensorflow as tf  # noqa: E402
 import tfwn  # noqa: E402
 
 assert "site-packages" in tfwn.__file__, tfwn.__file__
-print("import", flush=True)
+print("passed: import", flush=True)
 
 keras.utils.set_random_seed(0)
 RNG = np.random.default_rng(0)
@@ -142,4 +142,4 @@ def check_saved_model():
 
 for check in (check_trained_step, check_op, check_keras_fit, check_layers, check_saved_model):
     check()
-    print(check.__name__.removeprefix("check_").replace("_", " "), flush=True)
+    print("passed:", check.__name__.removeprefix("check_").replace("_", " "), flush=True)

@@ -31,7 +31,7 @@ def call(environment: Path, *words: object) -> subprocess.Popen:
         env=variables | {"PATH": f"{environment}/bin", "TF_CPP_MIN_LOG_LEVEL": "3"},
         cwd=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
 
@@ -41,14 +41,14 @@ def pip(environment: Path, *words: object) -> float:
     begin = time.monotonic()
     options = ["--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
     process = call(environment, "-m", "pip", "install", *options, *words)
-    _, errors = process.communicate()
+    output, _ = process.communicate()
     if process.returncode:
-        raise SystemExit(f"pip install {words}: {errors}")
+        raise SystemExit(f"pip install {words}: {output}")
     return time.monotonic() - begin
 
 
 def try_wheel(python: str, wheel: Path, minor: str, others: list[Path]) -> str:
-    """Returns the row of the table for one wheel in one Python."""
+    """Tries one wheel in one Python; returns the cells of the table with the seconds it took."""
     with tempfile.TemporaryDirectory() as folder:
         environment = Path(folder, "environment")
         subprocess.run([python, "-m", "venv", environment], check=True)
@@ -59,21 +59,20 @@ def try_wheel(python: str, wheel: Path, minor: str, others: list[Path]) -> str:
         named = f"{PACKAGE}[tensorflow-cpu]"
         install = pip(environment, "--no-index", "--find-links", wheel.parent, named)
         process = call(environment, "-W", "error", ROOT / "wheels" / "checks.py")
-        trained = None
-        passed = []
+        trained, output = None, ""
         assert process.stdout
         for line in process.stdout:
-            passed.append(line.strip())
-            if line == "trained step\n":
+            output += line
+            if line == "passed: trained step\n":
                 trained = time.monotonic() - begin
         if process.wait() != 0 or trained is None:
-            assert process.stderr
-            raise SystemExit(f"{wheel.name}, {python}: after {passed}\n{process.stderr.read()}")
+            raise SystemExit(f"{wheel.name}, {python}: {output}")
+        passed = re.findall(r"^passed: (.*)$", output, re.MULTILINE)
         print(f"{wheel.name}, {python}: {', '.join(passed)}", flush=True)
 
         for other in others:
             pip(environment, "--no-index", "--no-deps", "--force-reinstall", other)
-            _, error = call(environment, "-c", "import tfwn").communicate()
+            error, _ = call(environment, "-c", "import tfwn").communicate()
             built = re.search(r"\+tf([\d.]+)-", other.name)
             assert built
             last = error.strip().splitlines()[-1]
@@ -83,7 +82,7 @@ def try_wheel(python: str, wheel: Path, minor: str, others: list[Path]) -> str:
             if not re.match(expected, last):
                 raise SystemExit(f"{other.name} beside TensorFlow {minor}: {error}")
             print(f"{other.name} beside TensorFlow {minor}: {last}", flush=True)
-    return f"| {minor} | {python} | {tensorflow:.0f} | {install:.0f} | {trained:.0f} |"
+    return f"{tensorflow:.0f} | {install:.0f} | {trained:.0f}"
 
 
 def this() -> tuple[str, str]:
@@ -109,7 +108,8 @@ def main() -> None:
             tag = "cp" + version.replace(".", "")
             if tag in match[2].split(".") and only in (None, (match[1], version)):
                 others = [other for other in wheels if other != wheel]
-                rows.append(try_wheel(python, wheel, match[1], others))
+                seconds = try_wheel(python, wheel, match[1], others)
+                rows.append(f"| {match[1]} | {version} | {seconds} |")
     if not rows:
         raise SystemExit(f"wheels.try_out: no such wheel in {ROOT / 'dist'}: make wheels")
     print("| TensorFlow | Python | seconds for TensorFlow | for the wheel | to a trained step |")

@@ -64,4 +64,4 @@ def draw(runs: list[figures.FinishedRun], output: figures.Output) -> None:
                 {f"{i}-{k}": f"{INITS[i]}, {k.replace('_', ' ')}" for i, k in ARMS},
                 error=("test_stderr", "test_games", "games"),
             )
-            comparison.Comparison(experiment, here, output, f"dqn-{game}").draw()
+            comparison.Comparison(experiment, here, output, f"dqn-{game.replace('/', '-')}").draw()

@@ -151,8 +151,9 @@ class Atari(gymnasium.Wrapper):
 class Screens:
     """An emulator's last two screens as color numbers, and the maximum of the two.
 
-    Copying color numbers takes a twentieth of the time of copying an RGB screen. What a number
-    stands for is learned from an RGB screen when the number is first seen.
+    Copying color numbers takes a twentieth of the time of copying an RGB screen, and from one
+    screen to the next few change. What a number stands for is learned from an RGB screen when the
+    number is first seen.
     """
 
     def __init__(self, ale: Any):
@@ -169,15 +170,18 @@ class Screens:
         self._older, self._newer = self._newer, self._older
         self._ale.getScreen(self._newer)
         self._changed = np.flatnonzero(self._newer != self._older)
-        if not self._known[self._newer.take(self._changed)].all():
+        numbers = self._newer.take(self._changed)
+        if self._known.take(numbers).all():
+            self._gray.put(self._changed, self._single.take(numbers))
+        else:
             self._learn()
 
     def luminance(self) -> np.ndarray:
         """Returns the luminance of the maximum of both screens, uint8 [height, width]."""
-        gray = np.frombuffer(bytearray(self._newer.tobytes().translate(self._single)), np.uint8)
         both = self._newer.take(self._changed), self._older.take(self._changed)
-        gray[self._changed] = self._paired[both]
-        return gray.reshape(self._newer.shape)
+        gray = self._gray.copy()
+        gray.put(self._changed, self._paired[both])
+        return gray
 
     def color(self) -> np.ndarray:
         """Returns the maximum of both screens, uint8 [height, width, 3]."""
@@ -187,7 +191,8 @@ class Screens:
         self._colors[self._newer] = self._ale.getScreenRGB()
         self._known[self._newer] = True
         self._paired = luminance(np.maximum(self._colors[:, None], self._colors[None]))
-        self._single = self._paired.diagonal().tobytes()
+        self._single = self._paired.diagonal().copy()
+        self._gray = self._single[self._newer]  # Of the newer screen.
 
 
 class Image(gymnasium.Wrapper):
@@ -210,13 +215,15 @@ class Image(gymnasium.Wrapper):
         seen, actions = env.observation_space, env.action_space
         if not isinstance(actions, gymnasium.spaces.Discrete) or actions.n > 256:
             raise UserError(
-                f"--game {name}: its actions are {actions}; DQN needs Discrete actions, at most 256"
+                f"--game {name}: its actions are {type(actions).__name__}; DQN needs Discrete "
+                "actions, at most 256"
             )
         shape = seen.shape or ()
         if seen.dtype != np.uint8 or len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (3,)):
             raise UserError(
-                f"--game {name}: its observations are {seen}; DQN needs images of type uint8, "
-                "[height, width] or [height, width, 1 or 3]"
+                f"--game {name}: its observations are {type(seen).__name__} {list(shape)} of type "
+                f"{seen.dtype}; DQN needs images, Box [height, width] or [height, width, 1 or 3] "
+                "of type uint8"
             )
         self.observation_space = gymnasium.spaces.Box(0, 255, FRAME_SHAPE, np.uint8)
         self.action_space = gymnasium.spaces.Discrete(int(actions.n))
@@ -297,6 +304,8 @@ def _taps(source: int, area: bool) -> tuple[np.ndarray, np.ndarray]:
         pixels = begin // SIZE + np.arange(-(-source // SIZE) + 1)[:, None]
         ends = np.minimum((pixels + 1) * SIZE, begin + source)
         weights = np.maximum(ends - np.maximum(pixels * SIZE, begin), 0)
+        used = weights.any(1)
+        pixels, weights = pixels[used], weights[used]
     else:
         # The center of target pixel i lies at source pixel ((2 i + 1) source - 84) / (2 84).
         at, rest = np.divmod((2 * np.arange(SIZE) + 1) * source - SIZE, 2 * SIZE)

@@ -121,7 +121,10 @@ def evaluate(asked: Evaluate) -> None:
 
 
 def watch(asked: Watch) -> None:
-    """Plays until the game is over and records it, with score and Q-values, as a video."""
+    """Plays until the game is over and records it, with score and Q-values, as a video.
+
+    gymnasium's RecordVideo needs MoviePy, writes no GIF, and shows the screen alone.
+    """
     config, act, found = restore(asked.checkpoint)
     out = Path(asked.out or found.folder / "game.gif")
     game = make_game(config, show=True)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import signal
 import traceback
 import weakref
@@ -229,11 +230,11 @@ class _Process:
 
     def send(self, name: str, value: Any) -> None:
         with self._explained():
-            self._pipe.send((name, value))
+            self._pipe.send_bytes(pickle.dumps((name, value)))
 
     def recv(self) -> Any:
         with self._explained():
-            error, result = self._pipe.recv()
+            error, result = pickle.loads(self._pipe.recv_bytes())
         if error:
             raise UserError(error)
         return result
@@ -261,20 +262,25 @@ def _end(pipe: Any, process: Any) -> None:
 
 def _work(pipe: Any, make: Make, memory: Any, part: slice) -> None:
     """Answers calls until the other end is closed or its process is dead."""
+
+    def answer(error: str | None, result: Any = None) -> None:
+        with contextlib.suppress(ConnectionError):  # The next call is not received either.
+            pipe.send_bytes(pickle.dumps((error, result)))  # send() takes several times as long.
+
     for number in (signal.SIGINT, signal.SIGTERM):  # The learner gets them too: it saves, and ends.
         signal.signal(number, signal.SIG_IGN)
     try:
         group = None
         while True:
-            name, value = pipe.recv()
+            name, value = pickle.loads(pipe.recv_bytes())
             group = group or _Group(make, np.frombuffer(memory, _SLOT)[part])
             group.send(name, value)
-            pipe.send((None, group.recv()))
+            answer(None, group.recv())
     except (EOFError, ConnectionError):
         pass
     except UserError as error:
-        pipe.send((str(error), None))
+        answer(str(error))
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}, line {frame.lineno}"
-        pipe.send((f"a game: {type(error).__name__}: {first_line(error)} ({where})", None))
+        answer(f"a game: {type(error).__name__}: {first_line(error)} ({where})")

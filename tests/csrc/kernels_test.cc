@@ -212,7 +212,11 @@ std::string DeviceName() {
 
 template <class Arguments>
 size_t ScratchBytes(const Arguments& arguments) {
-  return tfwn::cuda::ScratchBytes(arguments, cuda_on_cpu::multiprocessors);
+  const int multiprocessors = cuda_on_cpu::multiprocessors;
+  const size_t bytes = tfwn::cuda::ScratchBytes(arguments, multiprocessors);
+  Check(bytes <= tfwn::cuda::MostScratchBytes(arguments.layout, multiprocessors),
+        "more scratch than the most there can be");
+  return bytes;
 }
 
 template <class Arguments>

@@ -239,6 +239,43 @@ def test_threads_do_not_change_a_bit(cpu, shape, axis, rng):
         assert bits(again) == bits(gradients)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [*LAYOUTS, ((20_000, 3), -1), ((700, 300), -1)], ids=str
+)
+def test_grad_v_in_the_memory_of_grad_w(kernels, shape, axis, dtype, rng):
+    v, grad_w = (np.asarray(rng.normal(size=shape), dtype) for _ in range(2))
+    kept = [] if axis is None else np.atleast_1d(axis)
+    g = np.asarray(rng.normal(size=[shape[a] for a in kept]), dtype)
+    _, norm = kernels.weight_norm(v, g, axis)
+    expected = kernels.weight_norm_grad(grad_w, v, g, norm, axis)
+    grad_g = np.empty_like(g)
+    arrays = [kernels.wrap(array) for array in (grad_w, v, g, norm, grad_g)]
+    kernels.module.weight_norm_grad(*arrays[:4], axis, out=(arrays[0], arrays[4]))
+    assert bits((grad_w, grad_g)) == bits(expected)
+
+
+@pytest.mark.parametrize("columns", [1024, 1022], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=["float32", "bfloat16"])
+def test_a_weight_beyond_the_caches(cpu, dtype, axis, columns):
+    """Written past the caches, where its rows begin at cache lines."""
+    rows = (33 << 20) // (1024 * np.dtype(dtype).itemsize)
+    check(Kernels(cpu), (rows, columns), axis, (dtype, dtype, dtype))
+
+
+@pytest.mark.parametrize("v_type", [FLOAT, BFLOAT], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_subnormal_bfloat16(cpu, axis, v_type):
+    """Which the processor's own instruction would take for 0."""
+    v = np.ones((64, 64), v_type)
+    g = np.asarray(2.0 ** np.arange(-130.0, -66.0), FLOAT)
+    w, _ = cpu.weight_norm(v, g, axis, BFLOAT)
+    expected = np.broadcast_to(g / FLOAT(8), (64, 64)).astype(BFLOAT)
+    assert (expected[:, 0] != 0).all()
+    np.testing.assert_array_equal(w, expected if axis == -1 else expected.T)
+
+
 def test_input_that_is_not_contiguous_is_copied(cpu, rng):
     v, g = rng.normal(size=(40, 60)), np.ones(30)
     w, _ = cpu.weight_norm(v[:, ::2], g)
@@ -311,6 +348,7 @@ def test_forward_errors(cpu, case):
         cpu.weight_norm(*arguments, **options)
 
 
+W, LONG = V.copy(), np.ones(15, FLOAT)
 GRADIENT_ERRORS = {
     "grad_w shape": (
         (V[:2], V, G, G),
@@ -324,7 +362,26 @@ GRADIENT_ERRORS = {
         {"out": (np.ones((4, 3)), G.copy())},
         "grad_v must be float32, like v, but is float64",
     ),
-    "out overlaps": ((V, V.copy(), G, G.copy()), {"out": (V, G.copy())}, "must not overlap grad_w"),
+    "out on v": (
+        (V, W, G, G.copy()),
+        {"out": (W, G.copy())},
+        "grad_v must not overlap v",
+    ),
+    "out beside grad_w": (
+        (LONG[3:].reshape(4, 3), V, G, G),
+        {"out": (LONG[:12].reshape(4, 3), G.copy())},
+        "grad_v must be grad_w itself",
+    ),
+    "out of another type": (
+        (LONG[:12].reshape(4, 3), V.astype(HALF), G, G),
+        {"out": (LONG[:6].view(HALF).reshape(4, 3), G.copy())},
+        "grad_v must be grad_w itself, with one type",
+    ),
+    "grad_g on grad_w": (
+        (LONG[:12].reshape(4, 3), V, G, G),
+        {"out": (V.copy(), LONG[:3])},
+        "grad_g must not overlap grad_w",
+    ),
 }
 
 

@@ -234,8 +234,8 @@ def test_an_unknown_game_is_told_with_the_nearest_name(name, told):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("CartPole-v1", "its observations are Box.*DQN needs images of type uint8"),
-        ("catch:Float-v0", "its observations are Box.*DQN needs images of type uint8"),
+        ("CartPole-v1", r"its observations are Box \[4\] of type float32; DQN needs .*uint8"),
+        ("catch:Float-v0", "its observations are Box .* of type float64; DQN needs images"),
         ("Pendulum-v1", "its actions are Box.*DQN needs Discrete actions"),
         ("Combat", "cannot be made .*Combat"),
     ],

@@ -210,7 +210,7 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_resumed_run(run, tmp_p
     [
         (["--game", "Brakout"], "--game Brakout: not one of ale-py's 108 games; did you mean Br"),
         (["--game", "CartPole-v1"], "--game CartPole-v1: its observations are Box"),
-        (["--game", "catch:Float-v0"], "DQN needs images of type uint8"),
+        (["--game", "catch:Float-v0"], "of type float64; DQN needs images"),
         (["--game", "nowhere:Game-v0"], "No module named 'nowhere'"),
         (["--strategy", "mirrored"], "--strategy mirrored"),
         (["--steps", "100"], "--steps 100"),

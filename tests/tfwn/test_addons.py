@@ -73,10 +73,6 @@ def test_another_model_is_refused_and_unchanged():
     [("images_data_init", images), ("images_plain", images), ("sequences", sequences)],
 )
 def test_the_loader_of_keras_refuses_these_files(name, make):
-    """Keras compares the number of arrays, and asks no layer."""
-    model = make()
-    before = model.get_weights()
-    with pytest.raises(ValueError, match="Weight count mismatch"):
-        model.load_weights(DATA / f"{name}.h5")
-    for old, new in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(new, old)
+    """Keras compares the number of arrays and their shapes, and asks no layer."""
+    with pytest.raises(ValueError, match=r"(count|Shape) mismatch"):
+        make().load_weights(DATA / f"{name}.h5")

@@ -128,7 +128,7 @@ def test_what_it_cannot_do_it_says(name, of):
         _ = w.other
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(tf.convert_to_tensor(w))
-    with pytest.raises(TypeError, match=r"whose variables are \.v and \.g"):
+    with pytest.raises((TypeError, AttributeError), match=r"variables.* \.v and \.g"):
         tape.gradient(loss, w)
 
 
