@@ -21,10 +21,9 @@ PAPER = {  # Test error in percent, figure 2.
 class Config(SweepConfig):
     """The hyper-parameters of section 5.1."""
 
-    out: str = option(
-        "runs/cifar-{preset}-{parameterization}-{seed}", resume="free"
-    )  # The run folder.
-    # Of every layer, the output layer included.
+    # The run folder.
+    out: str = option("runs/cifar-{preset}-{parameterization}-{seed}", resume="free")
+    # How every layer's weights are parameterized, the output layer's included.
     parameterization: Literal[
         "normal", "batch_norm", "weight_norm", "weight_norm_mean_only_bn", "mean_only_bn"
     ] = "weight_norm"
@@ -36,8 +35,9 @@ class Config(SweepConfig):
     dropout: Fraction = 0.5  # Rate of both dropout layers.
     leak: float = 0.1  # Slope of the leaky ReLU below zero.
     init_examples: Count = 500  # Images of the data-dependent initialization.
-    frozen_g: bool = False  # The code's normal parameterization, deviation 3.
-    bn_momentum: Fraction = 0.9  # Of the running moments of (mean-only) batch norm.
+    # Normal parameterization as in the paper's released code: w = g v with a constant g.
+    frozen_g: bool = False
+    bn_momentum: Fraction = 0.9  # Decay of the running moments of (mean-only) batch norm.
     bn_epsilon: float = 1e-6  # Added to the variance in batch norm.
     synchronized: bool = True  # Take batch moments over all replicas, not over each one.
     epochs: Count = 200  # Passes over the training images.
@@ -50,7 +50,8 @@ class Config(SweepConfig):
     beta_1_late: Fraction = 0.5  # Adam's momentum in the second half.
     beta_2: Fraction = 0.999  # Adam's decay of the squared gradient.
     epsilon: float = 1e-8  # Adam's epsilon.
-    epsilon_inside_root: bool = False  # The code's Adam, deviation 2.
+    # Add Adam's epsilon inside the square root, as the paper's released code does.
+    epsilon_inside_root: bool = False
 
     ARMS: ClassVar[dict[str, dict[str, Any]]] = {
         "normal": {"parameterization": "normal", "frozen_g": False},

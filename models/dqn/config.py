@@ -48,11 +48,11 @@ class Config(SweepConfig):
     # An Atari game, as SpaceInvaders or ALE/SpaceInvaders-v5, or an environment of gymnasium with
     # discrete actions and images, as MODULE:NAME-v0.
     game: str = option("SpaceInvaders", resume="never")
-    # Of every layer.
+    # How every layer's weights are parameterized.
     parameterization: Literal["weight_norm", "normal"] = option("weight_norm", resume="never")
     # Compute type; weights stay float32.
     mixed_precision: Literal["none", "bfloat16"] = option("none", resume="never")
-    steps: Count = 50_000_000  # Length of training: 200 epochs.
+    steps: Count = 50_000_000  # Actions of the agent, each of 4 frames; the paper: 200 epochs.
     replay: Count = option(1_000_000, memory=True)  # Transitions in the replay memory.
     learning_starts: Count = 50_000  # Random steps before the first update.
     update_every: Count = 4  # Steps per update.
@@ -62,11 +62,11 @@ class Config(SweepConfig):
     learning_rates: tuple[float, ...] = option((1e-4, 3e-4, 1e-3), resume="free")
     # rmsprop: centered, with Nature's decays.
     optimizer: Literal["adamax", "rmsprop"] = option("adamax", resume="never")
-    discount: Fraction = 0.99  # Of the value one step later.
+    discount: Fraction = 0.99  # Discount factor for the value one step later.
     target_every: Count = 10_000  # Steps between copies of the online to the target network.
     epsilon: Fraction = 0.1  # Final probability of a random action.
     epsilon_steps: Count = 1_000_000  # Steps after the warm-up over which epsilon decays from 1.
-    filters: tuple[Count, ...] = option((32, 64, 64), resume="never")  # Of the three convolutions.
+    filters: tuple[Count, ...] = option((32, 64, 64), resume="never")  # Convolution filters.
     hidden: Count = option(512, resume="never")  # Units of the hidden dense layer.
     data_dependent_init: bool = True  # Section 3; both parameterizations start as one function.
     # The paper's code's normal parameterization: w = g v, and g, which this sets, stays constant.
@@ -82,7 +82,8 @@ class Config(SweepConfig):
     held_out: Count = 3200  # States whose mean maximal Q is logged.
     # How frames are scaled to 84 x 84: as in deep_q_rl, or averaging areas, as in Nature's code.
     scaling: Literal["bilinear", "area"] = option("bilinear", resume="never")
-    # Games played side by side: 1 strict; 8 or more fast, in a process for each core (deviation 1).
+    # Games side by side. 1: Nature's order. 8 or more: faster, in a process for each core, but the
+    # weights behind an action may be two updates old.
     num_envs: Count = option(1, resume="never")
     # deep_q_rl: two more no-ops when a game or life begins, the first 4 actions of a life random,
     # updates counted from its beginning, no state that spans two lives.
@@ -180,7 +181,7 @@ class Evaluate:
     games: Count | None = None  # Number of games, instead of the protocol's.
     epsilon: Fraction = 0.05  # Probability of a random action.
     num_envs: Count = 8  # Games played side by side.
-    seed: Seed = 1  # Of games and actions.
+    seed: Seed = 1  # Seeds games and actions.
 
     def check(self) -> None:
         """Raises UserError for options that do not go together."""
@@ -196,7 +197,7 @@ class Watch:
     out: str = ""  # The video, .gif or .mp4 (default: game.gif in the run folder).
     seconds: Annotated[float, Range(1)] = 60.0  # Maximum length of the video.
     epsilon: Fraction = 0.05  # Probability of a random action.
-    seed: Seed = 1  # Of game and actions.
+    seed: Seed = 1  # Seeds game and actions.
 
 
 def check_game(game: str) -> None:
@@ -204,7 +205,7 @@ def check_game(game: str) -> None:
     if rom_of(game):
         return
     if not (roms := rom_names()) and ":" not in game:
-        raise UserError("Atari games need ale-py: pip install 'tensorflow-weight-norm[models]'")
+        raise UserError("Atari games need ale-py: pip install -e '.[models]' in the checkout")
     import gymnasium
 
     module, _, name = game.rpartition(":")

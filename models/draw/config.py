@@ -17,7 +17,7 @@ class Config(SweepConfig):
     out: str = option(
         "runs/draw-{preset}-{parameterization}-{seed}", resume="free"
     )  # The run folder.
-    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of every matrix.
+    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of each matrix.
     dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # synthetic: needs no files.
     train_images: Count = 50_000  # The first images of the file, of 60,000.
     binarization_seed: int = 0  # Draws the pixels from the gray values, once.
@@ -28,7 +28,7 @@ class Config(SweepConfig):
     encoder_units: Count = 256  # Size of the encoder's LSTM.
     decoder_units: Count = 256  # Size of the decoder's LSTM.
     latent_units: Count = 100  # Size of z at each glimpse.
-    initial_stddev: float = 0.01  # Of all initial weights, peepholes included.
+    initial_stddev: float = 0.01  # Standard deviation of all initial weights.
     epochs: Count = 100  # Passes over the training images.
     batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
     learning_rate: float = 3e-4  # Adam's step size.
@@ -92,5 +92,5 @@ class Sample:
 
     checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
     out: str = ""  # The folder to write to (default: samples in the run folder).
-    seed: int = 0  # Of the samples.
+    seed: int = 0  # Seeds the samples.
     scale: Count = 4  # Screen pixels per image pixel in the GIF.

@@ -11,12 +11,12 @@ class Config(SweepConfig):
     """The hyper-parameters of the experiment on section 2.1."""
 
     out: str = option("runs/mechanism-{preset}-{parameterization}-{seed}", resume="free")
-    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of every layer.
+    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of each layer.
     dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # synthetic: needs no files.
     units: Count = 128  # Units of each of the two hidden layers.
     epochs: Count = 5  # Passes over the training images.
     batch_size: Count = option(100, memory=True)  # Images per step.
-    learning_rate: float = 0.1  # Of SGD without momentum.
+    learning_rate: float = 0.1  # Step size of SGD, without momentum.
     # The learning rates of the sweep.
     learning_rates: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), resume="free")
     examples: Count = option(5000, memory=True)  # Images whose gradients make C.

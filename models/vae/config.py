@@ -55,8 +55,8 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
     out: str = option("runs/vae-{dataset}-{preset}-{parameterization}-{seed}", resume="free")
     # Data and model; the synthetic data sets need no files.
     dataset: Literal["mnist", "cifar10", "synthetic_mnist", "synthetic_cifar10"] = "mnist"
-    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of every layer.
-    # The paper's code's normal parameterization: w = g v with a constant g (deviation 11).
+    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of each layer.
+    # Normal parameterization as in the paper's released code: w = g v with a constant g.
     frozen_g: bool = False
     free_bits: float | None = None  # Nats per map without cost (none: MNIST 0, CIFAR-10 .25).
     data_dependent_init: bool = True  # Section 3; both parameterizations start as one function.
@@ -139,7 +139,7 @@ class Sample:
     checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
     out: str = ""  # The PNG (default: samples/samples.png in the run folder).
     count: Count = 100  # Number of images.
-    seed: Seed = 0  # Of the draws.
+    seed: Seed = 0  # Seeds the draws.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,5 +149,5 @@ class Reconstruct:
     checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
     out: str = ""  # The PNG (default: samples/reconstructions.png in the run folder).
     count: Count = 50  # Number of images.
-    seed: Seed = 0  # Of the draws.
+    seed: Seed = 0  # Seeds the draws.
     data_dir: str = ""  # Folder of the data sets (default: the run's own).
