@@ -1,4 +1,4 @@
-// Python's arrays as the kernels see them: NumPy's, and those on a CUDA device by way of
+// Python's arrays as the kernels see them: NumPy's, and arrays on a CUDA device with
 // __cuda_array_interface__. Whatever is wrong with one is a ValueError.
 
 #ifndef TFWN_CSRC_PYTHON_ARRAYS_H_

@@ -88,7 +88,7 @@ absl::Status GetOperand(XlaOpKernelContext* context, const char* name, Operand* 
 }
 
 // The composition. What is squared or multiplied is at most 1, so nothing under- or overflows, and
-// float will do where no type is wider: on most GPUs double takes up to 64 times as long.
+// float is enough where no type is wider: on most GPUs double takes up to 64 times as long.
 class Composition {
  public:
   Composition(XlaOpKernelContext* context, const Axis& axis, const std::vector<Operand>& operands)

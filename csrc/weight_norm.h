@@ -12,7 +12,8 @@
 // Guarantees, for every layout and type, CPU and CUDA alike:
 //   - a unit with v = 0 gets w = 0, grad_g = 0, grad_v = 0; no epsilon enters w or grad_g;
 //   - the only element of a unit, or the only one that is not 0 in v, has grad_v = 0 exactly:
-//     rounding would leave noise there, of which Adam and its like make steps of full size
+//     rounding would leave noise there, and Adam and similar optimizers would follow it in steps
+//     of full size
 //     (subnormal grad_w excepted, and v whose squares underflow in double);
 //   - norms from 1e-30 to 1e+30 neither underflow nor overflow when v is float32;
 //   - a result is a function of the arguments alone: not of the number of threads, not of timing;

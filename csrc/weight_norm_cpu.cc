@@ -54,7 +54,7 @@ const void* At(const void* base, Type type, int64_t i) {
 }
 void* At(void* base, Type type, int64_t i) { return static_cast<char*>(base) + i * SizeOf(type); }
 
-constexpr int64_t kMostUnits = 256;  // combined in one go
+constexpr int64_t kMostUnits = 256;  // combined at a time
 
 // Adds up the partial sums of units [begin, end), at most kMostUnits of them.
 void Combine(const Plan& plan, const double* partial, int64_t begin, int64_t end, double* totals) {
@@ -74,7 +74,7 @@ void Combine(const Plan& plan, const double* partial, int64_t begin, int64_t end
   }
 }
 
-// One number per unit, for the units that are combined in one go.
+// One number per unit, for the units that are combined at a time.
 struct UnitArray {
   alignas(64) double values[kMostUnits];
   // The functions of UnitKernels take whole vectors.

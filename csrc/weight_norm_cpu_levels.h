@@ -48,7 +48,7 @@ struct Block {
 
 // The numbers that multiply a column or a segment: fraction * power, where power is a power of two.
 // Applying power first keeps a product in range whenever the result is, where a single factor such
-// as 1 / norm can be too large for a float. Power is 1 where fraction alone will do.
+// as 1 / norm can be too large for a float. Power is 1 where fraction alone is enough.
 struct Factors {
   void* fraction;
   void* power;

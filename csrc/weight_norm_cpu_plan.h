@@ -28,7 +28,7 @@ constexpr int64_t kMostColumns = 4096;
 //              that vectors are full and many sums are in flight; the last row is then partial.
 //              All tasks are summed before any is scaled.
 //   kRuns      Segments: stretches of `inner` elements of one unit. A unit fits in cache: a task is
-//              a run of whole units, summed and scaled in one go.
+//              a run of whole units, summed and then scaled.
 //   kPieces    The same with larger units: a task is a piece of a segment. All tasks are summed
 //              before any is scaled.
 enum class Tasks { kBlocks, kRuns, kPieces };
@@ -59,7 +59,7 @@ struct Plan {
 
   explicit Plan(const Layout& layout)
       : units(layout.units), size(layout.size()), inner(layout.inner), outer(layout.outer) {
-    if (units == 1 || size == 0) {  // Any split of a single unit will do.
+    if (units == 1 || size == 0) {  // A single unit may be split anywhere.
       outer = size;
       inner = 1;
     }

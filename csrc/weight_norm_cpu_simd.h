@@ -219,7 +219,8 @@ TFWN_INLINE Vector<C, n> Load(const T* from, Lanes lanes = {}) {
   }
 }
 
-// Converts n numbers of type C to type T and stores them. A double becomes a half by way of float.
+// Converts n numbers of type C to type T and stores them. A double is converted to float on its way
+// to a half.
 template <class C, int n, class T, class Lanes = All>
 TFWN_INLINE void Store(const Vector<C, n>& from, T* to, Lanes lanes = {}) {
   if constexpr (std::is_same_v<C, T>) {
@@ -298,7 +299,7 @@ TFWN_INLINE uint32_t Outside(const Vector<float, kLanes<float>>& x, float least,
 }
 
 // Two vectors of kPair elements that lie next to each other: the first half and the second, or the
-// even and the odd ones, into which bfloat16 falls apart with one instruction each.
+// even and the odd ones, each of which is one instruction away from bfloat16.
 template <class C>
 constexpr int kPair = 2 * kLanes<C>;
 

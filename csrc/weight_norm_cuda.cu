@@ -125,9 +125,16 @@ int Misalignment(const void* pointer, int vector) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % vector);
 }
 
+// The type of w for which a sum is compiled. Forward, w only matters by the size of a vector and
+// the type of the sum, so that many pairs of types share a kernel.
+template <class V, class W, bool kBackward>
+using SummedWith = typename std::conditional<!kBackward && kVector<V, W> == kVector<V, V> &&
+                                                 std::is_same<Real<V, W>, Real<V, V>>::value,
+                                             V, W>::type;
+
 template <class V, class W, bool kBackward, bool kColumns>
 void ChooseKernels(Launches* launches) {
-  launches->sum = Kernel<V, W, kBackward, Phase::kSum, kColumns>;
+  launches->sum = Kernel<V, SummedWith<V, W, kBackward>, kBackward, Phase::kSum, kColumns>;
   launches->scale = Kernel<V, W, kBackward, Phase::kScale, kColumns>;
   launches->fused = Kernel<V, W, kBackward, Phase::kFused, kColumns>;
 }

@@ -24,8 +24,8 @@ struct Work {
   SharedMemory memory;
   int parts;
   bool ragged;
-  bool vectors;   // v, grad_w and result begin at the same place in a vector:
-  int alignment;  // so many elements behind its first
+  bool vectors;   // v, grad_w and result begin at the same place in a vector,
+  int alignment;  // this many elements after its first one
   Type g_type, norm_type;
   const void* grad_w;  // backward only
   const void* v;

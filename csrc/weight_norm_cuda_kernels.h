@@ -61,12 +61,11 @@ struct Stage {
       __pipeline_memcpy_async(to, from, sizeof(*to));
       return;
     }
-    Pack<T, kVec> pack = {};
-#pragma unroll
+    *to = Pack<T, kVec>{};
+#pragma unroll 1  // rare, and copied into the code many times
     for (int i = 0; i < kVec; ++i) {
-      if (walk.Has(i)) pack.x[i] = from[i];
+      if (walk.Has(i)) to->x[i] = from[i];
     }
-    *to = pack;
   }
 
   template <class Visit>
@@ -93,7 +92,7 @@ struct Feed {
         left(walk.count),
         slot(0),
         slots(static_cast<int>(work.plan.slots)) {
-#pragma unroll
+#pragma unroll 1  // not worth its size
     for (int i = 0; i < kAhead; ++i) FetchGroup();
   }
 

@@ -213,7 +213,8 @@ inline Plan PlanColumns(const Problem& problem) {
   const int widest =
       std::min({all, most, std::max(kWarpLog2, kThreadsLog2 - std::min(deep, kThreadsLog2))});
   // One launch: the smallest cluster and the widest tile that fill the device. A tile narrower than
-  // a sector (32 bytes) of v would read the rest of it in vain; clusters can do with wider tiles.
+  // a sector (32 bytes) of v would read the rest of it for nothing; with clusters, tiles can be
+  // wider.
   const int64_t least_bytes = problem.cluster > 1 ? 64 : 32;
   const int least = Log2Ceil(CeilDiv(least_bytes, problem.vector * problem.v_bytes));
   Plan best = {};

@@ -1,4 +1,4 @@
-// The kernels as targets of XLA's custom calls (typed FFI), for whoever compiles with XLA:
+// The kernels as targets of XLA's custom calls (typed FFI), for any program that compiles with XLA:
 // TensorFlow (tensorflow_xla.cc), or JAX by jax.ffi.register_ffi_target.
 //
 //   tfwn_weight_norm_*        v, g               ->  w, norm, scratch
