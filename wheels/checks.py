@@ -89,7 +89,7 @@ def check_layers():
 
         def __call__(self, images):
             x = self.conv(images)
-            return self.dense(self.lstm(tf.reshape(x, [len(x), -1, 4])))
+            return self.dense(self.lstm(tf.reshape(x, [x.shape[0], -1, 4])))
 
     model = Network()
     tfwn.data_dependent_init(model.conv, IMAGES)
