@@ -29,7 +29,7 @@ class Config(SweepConfig):
     MEASURE: ClassVar[str] = "test_error"
     LOWER_IS_BETTER: ClassVar[bool] = True
     PRESETS: ClassVar[dict[str, Preset]] = {
-        "paper": Preset("five epochs, less than a minute"),
+        "paper": Preset("five epochs, about a minute"),
         "smoke": Preset(
             "only to see that it runs; its numbers mean nothing",
             {"dataset": "synthetic_mnist", "units": 8, "epochs": 2, "examples": 100, "samples": 2},
