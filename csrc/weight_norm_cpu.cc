@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <atomic>
 #include <numeric>
-#include <type_traits>
 
 #include "weight_norm.h"
 #include "weight_norm_cpu_levels.h"
@@ -72,23 +71,6 @@ void Combine(const Plan& plan, const double* partial, int64_t begin, int64_t end
       }
     }
   }
-}
-
-// One number per unit, for the units that are combined at a time.
-struct UnitArray {
-  alignas(64) double values[kMostUnits];
-  // The functions of UnitKernels take whole vectors.
-  explicit UnitArray(int64_t count) {
-    for (int64_t i = count; i % kUnitLanes != 0; ++i) values[i] = 0;
-  }
-};
-
-void ToDouble(Type type, const void* from, int64_t begin, int64_t count, UnitArray* to) {
-  Units().to_double[static_cast<int>(type)](At(from, type, begin), count, to->values);
-}
-
-void FromDouble(Type type, const UnitArray& from, int64_t begin, int64_t count, void* to) {
-  Units().from_double[static_cast<int>(type)](from.values, count, At(to, type, begin));
 }
 
 class Scratch {
@@ -264,49 +246,53 @@ class Runner {
     }
   }
 
+  // At most kMostUnits of them.
   void CombineUnits(int64_t begin, int64_t end) {
-    const int64_t count = end - begin;
-    UnitArray sums(count), g(count), norms(count), scales(count);
-    Combine(plan_, partial_, begin, end, sums.values);
-    ToDouble(pass_.g_type, pass_.g, begin, count, &g);
+    alignas(64) double totals[kMostUnits], copied[4][kMostUnits];
     const Type norm_type = NormType(pass_.v_type);
-    if (pass_.backward) {
-      UnitArray grad_g(count), projections(count);
-      ToDouble(norm_type, pass_.norm, begin, count, &norms);
-      Units().backward(count, sums.values, norms.values, g.values, grad_g.values, scales.values,
-                       projections.values);
-      FromDouble(pass_.g_type, grad_g, begin, count, pass_.grad_g);
-      StoreFactors(projections, begin, count, projections_);
-    } else {
-      Units().forward(count, sums.values, g.values, norms.values, scales.values);
-      FromDouble(norm_type, norms, begin, count, pass_.norm);
+    UnitBlock units = {};
+    units.count = end - begin;
+    units.sums = partial_ + begin;
+    if (plan_.groups * plan_.folds * plan_.sums_per_unit != 1) {
+      Combine(plan_, partial_, begin, end, totals);
+      units.sums = totals;
     }
-    StoreFactors(scales, begin, count, scales_);
+    units.g_type = pass_.g_type;
+    units.norm_type = norm_type;
+    units.g = cpu::At(pass_.g, pass_.g_type, begin);
+    units.norm = cpu::At(pass_.norm, norm_type, begin);
+    const bool copies = plan_.factors_per_unit() != 1;
+    units.scales = copies ? Factors{copied[0], copied[1]} : At(scales_, begin);
+    if (pass_.backward) {
+      units.grad_g = cpu::At(pass_.grad_g, pass_.g_type, begin);
+      units.projections = copies ? Factors{copied[2], copied[3]} : At(projections_, begin);
+    }
+    const auto& kernels = pass_.backward ? Units().backward : Units().forward;
+    if (kernels[pass_.in_double()](units)) powers_ = true;
+    if (copies) {
+      CopyFactors(units.scales, begin, units.count, scales_);
+      if (pass_.backward) CopyFactors(units.projections, begin, units.count, projections_);
+    }
   }
 
-  void StoreFactors(const UnitArray& factors, int64_t begin, int64_t count, const Factors& to) {
+  void CopyFactors(const Factors& from, int64_t begin, int64_t count, const Factors& to) {
     if (pass_.in_double()) {
-      StoreFactors<double>(factors, begin, count, to);
+      CopyFactors<double>(from, begin, count, to);
     } else {
-      StoreFactors<float>(factors, begin, count, to);
+      CopyFactors<float>(from, begin, count, to);
     }
   }
 
   // Sets the factors of units [begin, begin + count), for each column that is theirs.
   template <class C>
-  void StoreFactors(const UnitArray& factors, int64_t begin, int64_t count, const Factors& to) {
-    alignas(64) C fractions[kMostUnits], powers[kMostUnits];
-    if (Units().split[std::is_same_v<C, double>](count, factors.values, fractions, powers)) {
-      powers_ = true;
-    }
-    const int64_t inner = plan_.columns() ? plan_.inner : 1;
+  void CopyFactors(const Factors& from, int64_t begin, int64_t count, const Factors& to) {
     for (int64_t fold = 0; fold < plan_.folds; ++fold) {
-      const int64_t first = (fold * plan_.units + begin) * inner;
+      const int64_t first = (fold * plan_.units + begin) * plan_.inner;
       C* fraction = static_cast<C*>(to.fraction) + first;
       C* power = static_cast<C*>(to.power) + first;
       for (int64_t n = 0; n < count; ++n) {
-        fraction = std::fill_n(fraction, inner, fractions[n]);
-        power = std::fill_n(power, inner, powers[n]);
+        fraction = std::fill_n(fraction, plan_.inner, static_cast<const C*>(from.fraction)[n]);
+        power = std::fill_n(power, plan_.inner, static_cast<const C*>(from.power)[n]);
       }
     }
   }

@@ -28,26 +28,24 @@ struct Terms {
   using C = ComputeType<V, W>;
   static constexpr bool kEvenOdd = std::is_same_v<V, Bfloat16> && std::is_same_v<W, Bfloat16>;
 
-  const V* v;
-  const W* grad_w;
-  const Block block;
+  const V* const v;
+  const W* const grad_w;
+  const int64_t stride, fetch;
 
-  explicit Terms(const Block& from)
-      : v(static_cast<const V*>(from.v)), grad_w(static_cast<const W*>(from.grad_w)), block(from) {}
+  explicit Terms(const Block& block)
+      : v(static_cast<const V*>(block.v)),
+        grad_w(static_cast<const W*>(block.grad_w)),
+        stride(block.stride),
+        fetch(block.fetch) {}
 
-  // Adds the terms of kPair elements to sum, and their absolute values to size.
+  // Adds the terms of kPair elements.
   template <class Lanes>
-  TFWN_INLINE void Add(int64_t i, Lanes lanes, Pair<C>* sum, Pair<C>* size) const {
-    constexpr int n = kLanes<C>;
+  TFWN_INLINE void Add(int64_t i, Lanes lanes, Pair<C>* sum) const {
     const Pair<C> x = LoadPair<C, kEvenOdd>(v + i, lanes);
     if constexpr (backward) {
       const Pair<C> y = LoadPair<C, kEvenOdd>(grad_w + i, lanes);
       sum->left += x.left * y.left;
       sum->right += x.right * y.right;
-      if constexpr (std::is_same_v<C, float>) {
-        size->left += Absolute<C, n>(x.left) * Absolute<C, n>(y.left);
-        size->right += Absolute<C, n>(x.right) * Absolute<C, n>(y.right);
-      }
     } else {
       sum->left += x.left * x.left;
       sum->right += x.right * x.right;
@@ -55,168 +53,160 @@ struct Terms {
   }
 
   TFWN_INLINE void FetchNext(int64_t i) const {
-    FetchPair<C>(v, i + block.fetch);
-    if constexpr (backward) FetchPair<C>(grad_w, i + block.fetch);
+    FetchPair<C>(v, i + fetch);
+    if constexpr (backward) FetchPair<C>(grad_w, i + fetch);
   }
 };
 
 constexpr int kDoubles = kVectorBytes / sizeof(double);
 
-// The terms of kPair columns, `rows` of them, in double from the start, for those columns of
-// `lost`.
-template <class V, class W, bool backward>
-__attribute__((noinline)) void SumInDouble(Block block, int64_t i, int rows, int64_t stride,
-                                           int64_t count, uint32_t lost, double* sums) {
-  constexpr int n = kDoubles;
-  const Terms<V, W, backward> terms(block);
-  for (int64_t j = 0; j < kPair<float>; j += n, count -= n) {
-    Vector<double, n> sum = {};
-    for (int row = 0; row < rows; ++row) {
-      const int64_t at = i + row * stride + j;
-      const auto x = Load<double, n>(terms.v + at, First{count});
-      if constexpr (backward) {
-        sum += x * Load<double, n>(terms.grad_w + at, First{count});
-      } else {
-        sum += x * x;
-      }
-    }
-    for (int k = 0; k < n; ++k) {
-      if (lost >> (j + k) & 1) sums[j + k] = sum[k];
-    }
-  }
-}
-
-// The lanes before `count`, as bits, of small sums that may have lost something on the way: below
-// 2^-100, terms may have underflowed that matter to the others.
-TFWN_INLINE uint32_t OutOfRange(const Pair<float>& size, int64_t count) {
-  constexpr int n = kLanes<float>;
-  constexpr float kLeast = 0x1p-100f, kMost = std::numeric_limits<float>::max();
-  const uint32_t out_of_range =
-      Outside(size.left, kLeast, kMost) | Outside(size.right, kLeast, kMost) << n;
-  return out_of_range & MaskOf<2 * n>(First{count});
-}
-
-// The terms of kPair columns, `rows` of them, as doubles in the order of the columns.
-template <class V, class W, bool backward, class Lanes>
-TFWN_INLINE void Finish(const Terms<V, W, backward>& terms, int64_t i, int rows, int64_t stride,
-                        Lanes lanes, Pair<ComputeType<V, W>> sum,
-                        const Pair<ComputeType<V, W>>& size, double* sums) {
-  using C = ComputeType<V, W>;
-  constexpr int n = kLanes<C>;
-  if constexpr (std::is_same_v<C, float>) {
-    constexpr bool even_odd = Terms<V, W, backward>::kEvenOdd;
-    if constexpr (even_odd) sum = Halves<float>(sum);
-    StoreAsDoubles(sum.left, sums);
-    StoreAsDoubles(sum.right, sums + n);
-    int64_t count = 2 * n;
-    if constexpr (std::is_same_v<Lanes, First>) count = lanes.count;
-    uint32_t lost;
-    if constexpr (!backward) {
-      lost = OutOfRange(sum, count);
-    } else if constexpr (even_odd) {
-      lost = OutOfRange(Halves<float>(size), count);
+// The terms of kDoubles columns, `rows` of them, in double from the start.
+template <bool backward, class V, class W>
+__attribute__((noinline)) Vector<double, kDoubles> SumInDouble(const V* v, const W* grad_w,
+                                                               int64_t rows, int64_t stride,
+                                                               First lanes) {
+  Vector<double, kDoubles> sum = {};
+  for (int64_t i = 0; i < rows * stride; i += stride) {
+    const auto x = Load<double, kDoubles>(v + i, lanes);
+    if constexpr (backward) {
+      sum += x * Load<double, kDoubles>(grad_w + i, lanes);
     } else {
-      lost = OutOfRange(size, count);
+      sum += x * x;
     }
-    if (__builtin_expect(lost != 0, 0)) {
-      SumInDouble<V, W, backward>(terms.block, i, rows, stride, count, lost, sums);
-    }
-  } else {
-    Store<double, n>(sum.left, sums);
-    Store<double, n>(sum.right, sums + n);
   }
+  return sum;
+}
+
+// The lanes, as bits, of small sums that may have lost something. At 2^-100 and above, what
+// underflow takes from a term, less than 2^-149, no longer matters. Overflow leaves an infinity or
+// a NaN.
+TFWN_INLINE uint32_t OutOfRange(const Vector<float, kLanes<float>>& sum) {
+  return Outside(Absolute<float, kLanes<float>>(sum), 0x1p-100f, std::numeric_limits<float>::max());
 }
 
 template <class V, class W, bool backward>
 struct Sums {
   using C = ComputeType<V, W>;
+  using Doubles = Vector<double, kDoubles>;
   static constexpr int n = kLanes<C>;
+  static constexpr bool kEvenOdd = Terms<V, W, backward>::kEvenOdd;
 
-  // sums[j] += the terms of `rows` rows from `row` on
-  template <int rows, class Lanes>
-  TFWN_INLINE static void AddColumns(const Terms<V, W, backward>& terms, int64_t row, int64_t j,
-                                     Lanes lanes, double* sums) {
-    const int64_t i = row * terms.block.stride + j;
-    Pair<C> sum = {}, size = {};
+  const Terms<V, W, backward> terms;
+  const int64_t rows, width;
+
+  explicit Sums(const Block& block) : terms(block), rows(block.rows), width(block.width) {}
+
+  // sums[j] += the terms of column j. The sums are padded to a multiple of kPair.
+  TFWN_INLINE void Columns(double* sums) const {
+    int64_t row = 0;
+    for (; row + kGroup <= rows; row += kGroup) AddRows<kGroup>(row, sums);
+    for (; row < rows; ++row) AddRows<1>(row, sums);
+  }
+
+  template <int count>
+  TFWN_INLINE void AddRows(int64_t row, double* sums) const {
+    int64_t j = 0;
+    for (; j + kPair<C> <= width; j += kPair<C>) AddColumns<count>(row, j, All(), sums);
+    if (j < width) AddColumns<count>(row, j, First{width - j}, sums);
+  }
+
+  // sums[j] += the terms of `count` rows from `row` on
+  template <int count, class Lanes>
+  TFWN_INLINE void AddColumns(int64_t row, int64_t j, Lanes lanes, double* sums) const {
+    const int64_t i = row * terms.stride + j;
+    Pair<C> sum = {};
     int64_t at = i;
 #pragma GCC unroll 1
-    for (int k = 0; k < rows; ++k) {  // Unrolled, it would run out of registers for addresses.
+    for (int k = 0; k < count; ++k) {  // Unrolled, it would run out of registers for addresses.
       terms.FetchNext(at);
-      terms.Add(at, lanes, &sum, &size);
-      at += terms.block.stride;
+      terms.Add(at, lanes, &sum);
+      at += terms.stride;
     }
+    if constexpr (kEvenOdd) sum = Halves<C>(sum);
     alignas(64) double group[2 * n];
-    Finish(terms, i, rows, terms.block.stride, lanes, sum, size, group);
+    StoreAsDoubles(sum.left, group);
+    StoreAsDoubles(sum.right, group + n);
+    if constexpr (std::is_same_v<C, float>) {
+      int64_t columns = 2 * n;
+      if constexpr (std::is_same_v<Lanes, First>) columns = lanes.count;
+      const uint32_t lost =
+          (OutOfRange(sum.left) | OutOfRange(sum.right) << n) & MaskOf<2 * n>(First{columns});
+      if (__builtin_expect(lost != 0, 0)) AddInDouble(i, count, columns, lost, group);
+    }
     for (int k = 0; k < 2 * n; k += kDoubles) {
-      const auto total = LoadBytes<Vector<double, kDoubles>>(sums + j + k) +
-                         LoadBytes<Vector<double, kDoubles>>(group + k);
+      const auto total = LoadBytes<Doubles>(sums + j + k) + LoadBytes<Doubles>(group + k);
       Store<double, kDoubles>(total, sums + j + k);
     }
   }
 
-  template <int rows>
-  TFWN_INLINE static void AddRows(const Terms<V, W, backward>& terms, int64_t row, double* sums) {
-    const int64_t width = terms.block.width;
-    int64_t j = 0;
-    for (; j + kPair<C> <= width; j += kPair<C>) {
-      AddColumns<rows>(terms, row, j, All(), sums);
+  // Replaces the small sums of those columns of `lost`.
+  TFWN_INLINE void AddInDouble(int64_t i, int count, int64_t columns, uint32_t lost,
+                               double* group) const {
+    for (int64_t j = 0; j < columns; j += kDoubles) {
+      const Doubles sum = SumInDouble<backward>(terms.v + i + j, terms.grad_w + i + j, count,
+                                                terms.stride, First{columns - j});
+      for (int k = 0; k < kDoubles; ++k) {
+        if (lost >> (j + k) & 1) group[j + k] = sum[k];
+      }
     }
-    if (j < width) AddColumns<rows>(terms, row, j, First{width - j}, sums);
-  }
-
-  // sums[j] += the terms of column j. The sums are padded to a multiple of kPair.
-  static void Columns(const Block& block, double* sums) {
-    const Terms<V, W, backward> terms(block);
-    int64_t row = 0;
-    for (; row + kGroup <= block.rows; row += kGroup) AddRows<kGroup>(terms, row, sums);
-    for (; row < block.rows; ++row) AddRows<1>(terms, row, sums);
   }
 
   // sums[i] = the terms of row i
-  static void Segments(const Block& block, double* sums) {
-    const Terms<V, W, backward> terms(block);
-    for (int64_t row = 0; row < block.rows; ++row) {
-      Vector<double, kDoubles> total = {};
-      int64_t j = 0;
-      for (; j + kGroup * kPair<C> <= block.width; j += kGroup * kPair<C>) {
-        Pair<C> sum = {}, size = {};
+  TFWN_INLINE void Segments(double* sums) const {
+    constexpr int64_t kElements = kGroup * kPair<C>;
+    for (int64_t row = 0; row < rows; ++row) {
+      Doubles total = {};
+      int64_t i = row * terms.stride;
+      const int64_t end = i + width;
+      for (; i + kElements <= end; i += kElements) {
+        Pair<C> sum = {};
 #pragma GCC unroll 8
-        for (int k = 0; k < kGroup; ++k) {
-          const int64_t at = row * block.stride + j + k * kPair<C>;
-          terms.Add(at, All(), &sum, &size);
-        }
-        AddGroup(terms, row * block.stride + j, kGroup, All(), sum, size, &total);
+        for (int k = 0; k < kGroup; ++k) terms.Add(i + k * kPair<C>, All(), &sum);
+        total += GroupInDouble(i, kElements, sum);
       }
-      if (j + kPair<C> <= block.width) {
-        Pair<C> sum = {}, size = {};
-        const int64_t first = row * block.stride + j;
-        int pairs = 0;
-        for (; j + kPair<C> <= block.width; j += kPair<C>, ++pairs) {
-          terms.Add(row * block.stride + j, All(), &sum, &size);
-        }
-        AddGroup(terms, first, pairs, All(), sum, size, &total);
-      }
-      if (j < block.width) {
-        Pair<C> sum = {}, size = {};
-        const First lanes{block.width - j};
-        terms.Add(row * block.stride + j, lanes, &sum, &size);
-        AddGroup(terms, row * block.stride + j, 1, lanes, sum, size, &total);
+      if (i < end) {
+        Pair<C> sum = {};
+        int64_t at = i;
+        for (; at + kPair<C> <= end; at += kPair<C>) terms.Add(at, All(), &sum);
+        if (at < end) terms.Add(at, First{end - at}, &sum);
+        total += GroupInDouble(i, end - i, sum);
       }
       sums[row] = SumLanes<kDoubles>(total);
     }
   }
 
-  template <class Lanes>
-  TFWN_INLINE static void AddGroup(const Terms<V, W, backward>& terms, int64_t i, int rows,
-                                   Lanes lanes, const Pair<C>& sum, const Pair<C>& size,
-                                   Vector<double, kDoubles>* total) {
-    alignas(64) double group[2 * n];
-    Finish(terms, i, rows, int64_t{kPair<C>}, lanes, sum, size, group);
-    for (int k = 0; k < 2 * n; k += kDoubles) {
-      *total += LoadBytes<Vector<double, kDoubles>>(group + k);
+  // The terms of `count` elements, of which sum has each lane's.
+  TFWN_INLINE Doubles GroupInDouble(int64_t i, int64_t count, const Pair<C>& sum) const {
+    const Vector<C, n> both = sum.left + sum.right;
+    if constexpr (std::is_same_v<C, float>) {
+      uint32_t lost = OutOfRange(both);
+      if (count < n) lost &= MaskOf<n>(First{count});
+      if (__builtin_expect(lost != 0, 0)) {
+        const int64_t full = count / kDoubles, rest = count % kDoubles;
+        const V* const v = terms.v + i;
+        const W* const grad_w = terms.grad_w + i;
+        return SumInDouble<backward>(v, grad_w, full, kDoubles, First{kDoubles}) +
+               SumInDouble<backward>(v + count - rest, grad_w + count - rest, 1, kDoubles,
+                                     First{rest});
+      }
+      alignas(64) double halves[n];
+      StoreAsDoubles(both, halves);
+      return LoadBytes<Doubles>(halves) + LoadBytes<Doubles>(halves + kDoubles);
+    } else {
+      return both;
     }
   }
 };
+
+template <class V, class W, bool backward, bool columns>
+void Sum(const Block& block, double* sums) {
+  const Sums<V, W, backward> loops(block);
+  if constexpr (columns) {
+    loops.Columns(sums);
+  } else {
+    loops.Segments(sums);
+  }
+}
 
 // A factor of kPair elements: fraction * power, where power is 1 but for blocks that need it.
 template <class C, bool powers>
@@ -270,10 +260,19 @@ struct Scaling {
   static constexpr bool kEvenOdd = Terms<V, W, backward>::kEvenOdd;
 
   const Terms<V, W, backward> terms;
+  const int64_t rows, width;
   Result* const result;
+  const int64_t fetch_result;
+  const bool may_stream;
   Factor<C, powers> scale, projection;
 
-  explicit Scaling(const Block& block) : terms(block), result(static_cast<Result*>(block.result)) {}
+  explicit Scaling(const Block& block)
+      : terms(block),
+        rows(block.rows),
+        width(block.width),
+        result(static_cast<Result*>(block.result)),
+        fetch_result(block.fetch_result),
+        may_stream(block.stream) {}
 
   TFWN_INLINE static Vector<C, n> Across(const Vector<C, n>& x, const Vector<C, n>& along_v) {
     const Vector<C, n> across = x - along_v;
@@ -283,8 +282,8 @@ struct Scaling {
   template <class Lanes>
   TFWN_INLINE void Apply(int64_t i, Lanes lanes) const {
     constexpr bool kMayStream = std::is_same_v<Lanes, All> && kStreams<C, Result>;
-    const bool stream = kMayStream && terms.block.stream;
-    if (!stream) FetchPair<C>(static_cast<const Result*>(result), i + terms.block.fetch_result);
+    const bool stream = kMayStream && may_stream;
+    if (!stream) FetchPair<C>(static_cast<const Result*>(result), i + fetch_result);
     Pair<C> x = LoadPair<C, kEvenOdd>(terms.v + i, lanes);
     if constexpr (backward) {
       const Pair<C> along_v = projection.Times(x);
@@ -298,24 +297,23 @@ struct Scaling {
     StorePair<C, kEvenOdd, own_rounding>(x, result + i, lanes);
   }
 
-  template <int rows, class Lanes>
+  template <int count, class Lanes>
   TFWN_INLINE void Column(int64_t row, int64_t j, Lanes lanes, const Factors& scales,
                           const Factors& projections) {
     scale.LoadColumns(scales, j);
     if constexpr (backward) projection.LoadColumns(projections, j);
-    int64_t i = row * terms.block.stride + j;
+    int64_t i = row * terms.stride + j;
 #pragma GCC unroll 1
-    for (int k = 0; k < rows; ++k, i += terms.block.stride) Apply(i, lanes);
+    for (int k = 0; k < count; ++k, i += terms.stride) Apply(i, lanes);
   }
 
-  template <int rows>
+  template <int count>
   TFWN_INLINE void Rows(int64_t row, const Factors& scales, const Factors& projections) {
-    const int64_t width = terms.block.width;
     int64_t j = 0;
     for (; j + kPair<C> <= width; j += kPair<C>) {
-      Column<rows>(row, j, All(), scales, projections);
+      Column<count>(row, j, All(), scales, projections);
     }
-    if (j < width) Column<rows>(row, j, First{width - j}, scales, projections);
+    if (j < width) Column<count>(row, j, First{width - j}, scales, projections);
   }
 
   // Factors are padded to a multiple of kPair. Row after row is how memory is fastest; but where
@@ -324,24 +322,23 @@ struct Scaling {
     constexpr int kRows = 4;
     constexpr int64_t kNarrow = 8192 / sizeof(C);
     int64_t row = 0;
-    if (terms.block.width > kNarrow) {
-      for (; row + kRows <= terms.block.rows; row += kRows) Rows<kRows>(row, scales, projections);
+    if (width > kNarrow) {
+      for (; row + kRows <= rows; row += kRows) Rows<kRows>(row, scales, projections);
     }
-    for (; row < terms.block.rows; ++row) Rows<1>(row, scales, projections);
+    for (; row < rows; ++row) Rows<1>(row, scales, projections);
   }
 
   TFWN_INLINE void Segments(const Factors& scales, const Factors& projections) {
-    const Block& block = terms.block;
-    for (int64_t row = 0; row < block.rows; ++row) {
+    for (int64_t row = 0; row < rows; ++row) {
       scale.LoadSegment(scales, row);
       if constexpr (backward) projection.LoadSegment(projections, row);
-      const int64_t i = row * block.stride;
+      const int64_t i = row * terms.stride;
       int64_t j = 0;
-      for (; j + kPair<C> <= block.width; j += kPair<C>) {
+      for (; j + kPair<C> <= width; j += kPair<C>) {
         terms.FetchNext(i + j);
         Apply(i + j, All());
       }
-      if (j < block.width) Apply(i + j, First{block.width - j});
+      if (j < width) Apply(i + j, First{width - j});
     }
   }
 };
@@ -385,8 +382,8 @@ auto* ScaleFor() {
 
 template <class V, class W, bool backward>
 Kernels KernelsForVW(bool columns) {
-  if (columns) return {Sums<V, W, backward>::Columns, ScaleFor<V, W, backward, true>()};
-  return {Sums<V, W, backward>::Segments, ScaleFor<V, W, backward, false>()};
+  if (columns) return {Sum<V, W, backward, true>, ScaleFor<V, W, backward, true>()};
+  return {Sum<V, W, backward, false>, ScaleFor<V, W, backward, false>()};
 }
 
 template <class V>

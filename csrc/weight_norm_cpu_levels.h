@@ -65,18 +65,23 @@ struct Kernels {
   void (*scale)(const Block& block, const Factors& scales, const Factors& projections, bool powers);
 };
 
-// And for the arithmetic on one number per unit, all of it in double. Tables are by Type.
-constexpr int kUnitLanes = 8;
+// Some units, for the arithmetic on one number per unit. Each pointer is to the first one's.
+struct UnitBlock {
+  int64_t count;
+  const double* sums;
+  Type g_type, norm_type;
+  const void* g;
+  void* norm;    // written forward, read backward
+  void* grad_g;  // backward only
+  Factors scales, projections;
+};
 
 struct UnitKernels {
   void (*add_rows)(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total);
-  void (*forward)(int64_t count, const double* squares, const double* g, double* norms,
-                  double* scales);
-  void (*backward)(int64_t count, const double* dots, const double* norms, const double* g,
-                   double* grad_g, double* scales, double* projections);
-  bool (*split[2])(int64_t count, const double* factors, void* fractions, void* powers);
-  void (*to_double[4])(const void* from, int64_t count, double* to);
-  void (*from_double[4])(const double* from, int64_t count, void* to);
+  // From sums to norms (forward) or grad_g (backward), and factors, which are floats or doubles.
+  // Return whether a factor needs its power.
+  bool (*forward[2])(const UnitBlock& units);
+  bool (*backward[2])(const UnitBlock& units);
 };
 
 #if defined(__x86_64__)

@@ -8,6 +8,10 @@ template <class T, int n>
 struct VectorOf {
   typedef T type __attribute__((vector_size(n * sizeof(T))));
 };
+template <class T>
+struct VectorOf<T, 1> {  // Not a vector, from which GCC 12 makes wrong code of some conditions.
+  using type = T;
+};
 template <class T, int n>
 using Vector = typename VectorOf<T, n>::type;
 
@@ -181,7 +185,9 @@ TFWN_INLINE Vector<To, n> Convert(const Vector<From, n>& from) {
     return BitCast<Vector<To, n>>(_mm256_cvtepu16_epi32(BitCast<__m128i>(from)));
   } else
 #endif
-  {
+      if constexpr (n == 1) {
+    return static_cast<To>(from);
+  } else {
     return __builtin_convertvector(from, Vector<To, n>);
   }
 }
@@ -256,7 +262,7 @@ TFWN_INLINE void Store(const Vector<C, n>& from, T* to, Lanes lanes = {}) {
 template <int n>
 TFWN_INLINE double SumLanes(const Vector<double, n>& x) {
   if constexpr (n == 1) {
-    return x[0];
+    return x;
   } else {
     Vector<double, n / 2> halves[2];
     std::memcpy(halves, &x, sizeof(halves));
@@ -279,6 +285,10 @@ TFWN_INLINE void StoreAsDoubles(const Vector<float, kLanes<float>>& from, double
 #endif
   Store<double, n>(Convert<double, float, n>(low), to);
   Store<double, n>(Convert<double, float, n>(high), to + n);
+}
+
+TFWN_INLINE void StoreAsDoubles(const Vector<double, kLanes<double>>& from, double* to) {
+  Store<double, kLanes<double>>(from, to);
 }
 
 // The lanes, as bits, that are not in [least, most].

@@ -92,13 +92,13 @@ def error(actual, expected, relative_to=None):
 TOLERANCE = {HALF: 5e-4, BFLOAT: 4e-3, FLOAT: 5e-7, DOUBLE: 1e-14}
 
 
-def check(kernels, shape, axis, types=(FLOAT, FLOAT, FLOAT), scale=1.0, rng=None):
+def check(kernels, shape, axis, types=(FLOAT, FLOAT, FLOAT), scale=1.0, grad_w_scale=1.0, rng=None):
     v_type, g_type, w_type = types
     rng = rng or np.random.default_rng()
     kept = [] if axis is None else [a % len(shape) for a in np.atleast_1d(axis)]
     v = np.asarray(rng.normal(size=shape) * scale, v_type)
     g = np.asarray(rng.normal(size=[shape[a] for a in kept]), g_type)
-    grad_w = np.asarray(rng.normal(size=shape), w_type)
+    grad_w = np.asarray(rng.normal(size=shape) * grad_w_scale, w_type)
     w, norm = kernels.weight_norm(v, g, axis, w_type)
     grad_v, grad_g = kernels.weight_norm_grad(grad_w, v, g, norm, axis)
     expected = reference(v, g, grad_w, axis)

@@ -68,6 +68,14 @@ def test_norms_from_1e_minus_30_to_1e30(kernels, exponent, shape, axis):
     check(kernels, shape, axis, scale=10.0**exponent / 10)
 
 
+@pytest.mark.parametrize("exponent", [-25, 20])
+@pytest.mark.parametrize("types", [(FLOAT,) * 3, (BFLOAT,) * 3], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "axis"), [((1003, 37), -1), ((24, 1003), 0)], ids=str)
+def test_products_beyond_float(kernels, exponent, types, shape, axis):
+    """grad_w * v, of either sign, overflows or underflows, and the gradients do not."""
+    check(kernels, shape, axis, types, scale=10.0**exponent, grad_w_scale=1e20 ** np.sign(exponent))
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_zero_unit_has_zero_results(kernels, axis, rng):
     v = rng.normal(size=(20, 30)).astype(FLOAT)
