@@ -4,8 +4,9 @@
 // A Block is read in one of two ways. As columns: each column has a sum and factors. As segments:
 // each row has.
 //
-// Terms are added in float, kGroup of them, and these small sums in double: the error does not grow
-// with the size of a unit. A small sum that leaves float's range is added again in double.
+// Terms are added in float, kGroup of a column or twice as many of a segment, and these small sums
+// in double: the error does not grow with the size of a unit. A small sum that leaves float's range
+// is added again in double.
 
 // For an element that may lie past the end of the tensor. Into the second-level cache: rows that
 // are a power of two apart would push each other out of the first.
