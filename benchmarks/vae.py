@@ -3,9 +3,9 @@
     python -m benchmarks.vae [--dataset mnist] [--preset paper] [--batch-size 100] [--rounds 7]
 
 Every contender trains the same network on the same batch, drawing z, with the loss, its gradients,
-Adamax and the average of the parameters: ours, normal and with weight norm; weight norm in plain
-TensorFlow as users write it; and, of MNIST's network in float32, PyTorch with its
-torch.nn.utils.parametrizations.weight_norm, plain and with torch.compile.
+Adamax and the average of the parameters: ours, normal and with weight norm, plain and compiled by
+XLA; weight norm in plain TensorFlow as users write it; and, of MNIST's network in float32, PyTorch
+with its torch.nn.utils.parametrizations.weight_norm, plain and with torch.compile.
 """
 
 import argparse
@@ -81,10 +81,12 @@ def main() -> None:
     random = np.random.default_rng(0)
     images = random.integers(0, 256, [options.batch_size, *size], np.uint8)
 
-    def ours(kind):
-        return training_step(dataclasses.replace(config, parameterization=kind), images)
+    def ours(kind, jit_compile=False):
+        one = dataclasses.replace(config, parameterization=kind, jit_compile=jit_compile)
+        return training_step(one, images)
 
     contenders = {kind: ours(kind) for kind in ("normal", "weight_norm")}
+    contenders |= {f"{kind}, jit_compile": ours(kind, True) for kind in ("normal", "weight_norm")}
     with plain.weight_norm():
         contenders[plain.NAME] = ours("weight_norm")
     if config.mnist and options.dtype == "float32":

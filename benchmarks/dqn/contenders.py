@@ -15,7 +15,7 @@ from benchmarks.dqn import peers
 from models.dqn.agent import Actor, Learner
 from models.dqn.config import Config
 from models.dqn.replay import Replay
-from models.dqn.training import advance
+from models.dqn.training import advance, keep_freed_memory
 from models.dqn.vector import Games
 
 STEPS = 64  # Of one call.
@@ -41,6 +41,7 @@ def ours(parameterization: Any, dtype: tf.DType, num_envs: int) -> Callable[[], 
         learning_starts=WARM_UP,
         epsilon_steps=1,
     )
+    keep_freed_memory()
     games = Games(config, num_envs, 0)
     memory = Replay(config.replay, num_envs)
     learner = Learner(config, games.num_actions, dtype)

@@ -55,6 +55,7 @@ class Experiment:
       paper: the paper's result of each arm.
       labels: of arms whose names in words will not do.
       limits: of the paper's figure, ((x), (y)), for runs of its preset.
+      gradual: whether the curve moves in one direction, so that it matters when it reaches a level.
       error: columns of metrics.csv with the standard error of the measure in a single run, and the
         number of what it is over, which is named third.
     """
@@ -65,6 +66,7 @@ class Experiment:
     paper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
     limits: tuple[tuple[float, float], tuple[float, float]] | None = None
+    gradual: bool = True
     error: tuple[str, str, str] | None = None
 
 
@@ -230,14 +232,15 @@ class Comparison:
         for arm in arms:
             values = [arm.value(column) for column in columns]
             epochs, mean, _ = arm.curve(columns[0])
-            reached = f"{first_reached(epochs, sign * mean, level):.1f}"
+            reached = [f"{first_reached(epochs, sign * mean, level):.1f}"]
+            reached = reached if self.experiment.gradual else []
             papers = self.experiment.paper.values()
             paper = [str(self.experiment.paper.get(arm.name) or "")] if any(papers) else []
             rate, rates = f"{arm.best:g}", f"{len(arm.rates)}"
             done = f"{arm.epoch:g} of {arm.config.last_epoch:g}"
-            rows.append([self.label(arm), *values, reached, *paper, rate, rates, done, arm.unit()])
+            rows.append([self.label(arm), *values, *reached, *paper, rate, rates, done, arm.unit()])
         heads = [column.label for column in columns]
-        heads += [f"epochs to {sign * level:{columns[0].form}}"]
+        heads += [f"epochs to {sign * level:{columns[0].form}}"] * self.experiment.gradual
         heads += ["paper, 200 epochs"] if any(self.experiment.paper.values()) else []
         heads += ["best rate", "rates tried", "epochs", "± over"]
         self.output.table(self.name, self.title, ["", *heads], rows, self.notes())
@@ -256,7 +259,8 @@ class Comparison:
                     cells.append("diverged")
                 else:
                     text = f"{column.of(run, math.inf):{column.form}}"
-                    cells.append(f"**{text}**" if rate == arm.best else text)
+                    best = rate == arm.best and len(arm.rates) > 1
+                    cells.append(f"**{text}**" if best else text)
             rows.append([f"{self.label(arm)}, seed {arm.seed}", *cells])
         columns = [f"{column.label}, by rate", *(f"{rate:g}" for rate in rates)]
         self.output.table(f"{self.name}-rates", self.title, columns, rows, self.notes())

@@ -111,7 +111,7 @@ class Config(SweepConfig):
             NATURE,
         ),
         "cpu": Preset(
-            "scaled: what a laptop learns in an hour: 500,000 steps, a quarter of the network", CPU
+            "scaled: a quarter of the network, at most 500,000 steps, an hour on a laptop", CPU
         ),
         "demo": Preset(
             "scaled: the first half of `cpu` on Breakout: minutes, a beginner's play",

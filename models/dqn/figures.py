@@ -62,6 +62,7 @@ def draw(runs: list[figures.FinishedRun], output: figures.Output) -> None:
                 (score, dataclasses.replace(score, label="highest", highest=True)),
                 {f"{i}-{k}": PAPER.get(game, {}).get(k) for i, k in ARMS},
                 {f"{i}-{k}": f"{INITS[i]}, {k.replace('_', ' ')}" for i, k in ARMS},
+                gradual=False,
                 error=("test_stderr", "test_games", "games"),
             )
             comparison.Comparison(experiment, here, output, f"dqn-{game.replace('/', '-')}").draw()

@@ -10,8 +10,6 @@ small arrays only.
 """
 
 import concurrent.futures
-import contextlib
-import ctypes
 import fcntl
 import os
 from collections.abc import Callable, Iterator
@@ -90,7 +88,6 @@ class Replay:
         self._before = 0  # The id of the memory that this one replaced.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "replay")
         self._ahead: tuple[concurrent.futures.Future, Any] | None = None
-        _keep_freed_memory()
         shape = (environments, self._slots)
         if in_memory:
             _check_memory(self._slots * environments * FRAME, capacity)
@@ -298,19 +295,6 @@ class Replay:
             self._id = 1 + int.from_bytes(os.urandom(7), "little")
             self._header[:] = 0, self._id, self._before
         self._header[0] = max(int(self._header[0]), written)
-
-
-def _keep_freed_memory() -> None:
-    """Makes malloc reuse the memory of batches.
-
-    As a rule it returns megabytes to the system when they are freed, and touching the next batch's
-    new pages takes six times as long as filling it.
-    """
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h
-    with contextlib.suppress(AttributeError):  # Not glibc.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 2**25)
-        libc.mallopt(trim_threshold, 2**28)
 
 
 def _check_memory(needed: int, capacity: int) -> None:

@@ -2,7 +2,7 @@
 
 import math
 
-from models.common.comparison import Column, Comparison, Experiment
+from models.common.comparison import Arm, Column, Comparison, Experiment
 from models.common.figures import FinishedRun, Output, with_error
 
 TEST = Column("test_error", "test error, %", scale=100)
@@ -26,7 +26,7 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
     for arm in comparison.arms:
         for rate in arm.rates:
             run = arm.first(rate)
-            if run and arm.ends(run):
+            if run and lives(arm, run):
                 values = [with_error(c.of(run, arm.ends(run)), math.nan, c.form) for c in columns]
                 rows.append([comparison.label(arm), f"{rate:g}", *values])
     heads = ["last epoch, one seed", "rate", *(column.label for column in columns)]
@@ -37,11 +37,15 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
         with output.figure(name, title, "learning rate", column.label) as axes:
             axes.set(xscale="log", yscale="log")
             for arm in comparison.arms:
-                firsts = [run for rate in arm.rates if (run := arm.first(rate)) and arm.ends(run)]
-                firsts = [run for run in firsts if ANGLE.of(run, arm.ends(run)) > 1e-3]  # It lives.
+                firsts = [run for r in arm.rates if (run := arm.first(r)) and lives(arm, run)]
                 x = [run.config.rate for run in firsts]
                 y = [column.of(run, arm.ends(run)) for run in firsts]
                 axes.plot(x, y, marker="o", **comparison.style(arm))
                 if column is GROWTH and arm.name == "weight_norm":
                     y = [FORMULA.of(run, arm.ends(run)) for run in firsts]
                     axes.plot(x, y, "k:", label="product of sqrt(1 + c²)")
+
+
+def lives(arm: Arm, run: FinishedRun) -> bool:
+    """Returns whether a run has ended and its steps still turn w: not with all units dead."""
+    return arm.ends(run) > 0 and ANGLE.of(run, arm.ends(run)) > 1e-3
