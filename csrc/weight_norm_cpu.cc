@@ -56,7 +56,8 @@ void* At(void* base, Type type, int64_t i) { return static_cast<char*>(base) + i
 constexpr int64_t kMostUnits = 256;  // combined at a time
 
 // Adds up the partial sums of units [begin, end), at most kMostUnits of them.
-void Combine(const Plan& plan, const double* partial, int64_t begin, int64_t end, double* totals) {
+void AddPartialSums(const Plan& plan, const double* partial, int64_t begin, int64_t end,
+                    double* totals) {
   std::fill(totals, totals + (end - begin), 0.0);
   const int64_t per_unit = plan.sums_per_unit;
   for (int64_t fold = 0; fold < plan.folds; ++fold) {
@@ -242,19 +243,20 @@ class Runner {
 
   void CombineRange(int64_t begin, int64_t end) {
     for (; begin < end; begin += kMostUnits) {
-      CombineUnits(begin, std::min(begin + kMostUnits, end));
+      CombineChunk(begin, std::min(begin + kMostUnits, end));
     }
   }
 
   // At most kMostUnits of them.
-  void CombineUnits(int64_t begin, int64_t end) {
-    alignas(64) double totals[kMostUnits], copied[4][kMostUnits];
+  void CombineChunk(int64_t begin, int64_t end) {
+    alignas(64) double totals[kMostUnits];
+    alignas(64) unsigned char copied[4][kMostUnits * sizeof(double)];
     const Type norm_type = NormType(pass_.v_type);
     UnitBlock units = {};
     units.count = end - begin;
     units.sums = partial_ + begin;
     if (plan_.groups * plan_.folds * plan_.sums_per_unit != 1) {
-      Combine(plan_, partial_, begin, end, totals);
+      AddPartialSums(plan_, partial_, begin, end, totals);
       units.sums = totals;
     }
     units.g_type = pass_.g_type;

@@ -61,13 +61,13 @@ struct Terms {
 
 constexpr int kDoubles = kVectorBytes / sizeof(double);
 
-// The terms of kDoubles columns, `rows` of them, in double from the start.
-template <bool backward, class V, class W>
+// The terms of kDoubles columns from element i on, `rows` of them, in double from the start.
+template <bool backward, class V, class W, class Lanes>
 __attribute__((noinline)) Vector<double, kDoubles> SumInDouble(const V* v, const W* grad_w,
-                                                               int64_t rows, int64_t stride,
-                                                               First lanes) {
+                                                               int64_t i, int64_t rows,
+                                                               int64_t stride, Lanes lanes) {
   Vector<double, kDoubles> sum = {};
-  for (int64_t i = 0; i < rows * stride; i += stride) {
+  for (const int64_t end = i + rows * stride; i < end; i += stride) {
     const auto x = Load<double, kDoubles>(v + i, lanes);
     if constexpr (backward) {
       sum += x * Load<double, kDoubles>(grad_w + i, lanes);
@@ -132,7 +132,7 @@ struct Sums {
       if constexpr (std::is_same_v<Lanes, First>) columns = lanes.count;
       const uint32_t lost =
           (OutOfRange(sum.left) | OutOfRange(sum.right) << n) & MaskOf<2 * n>(First{columns});
-      if (__builtin_expect(lost != 0, 0)) AddInDouble(i, count, columns, lost, group);
+      if (__builtin_expect(lost != 0, 0)) ReplaceInDouble(i, count, columns, lost, group);
     }
     for (int k = 0; k < 2 * n; k += kDoubles) {
       const auto total = LoadBytes<Doubles>(sums + j + k) + LoadBytes<Doubles>(group + k);
@@ -141,15 +141,21 @@ struct Sums {
   }
 
   // Replaces the small sums of those columns of `lost`.
-  TFWN_INLINE void AddInDouble(int64_t i, int count, int64_t columns, uint32_t lost,
-                               double* group) const {
+  TFWN_INLINE void ReplaceInDouble(int64_t i, int count, int64_t columns, uint32_t lost,
+                                   double* group) const {
     for (int64_t j = 0; j < columns; j += kDoubles) {
-      const Doubles sum = SumInDouble<backward>(terms.v + i + j, terms.grad_w + i + j, count,
-                                                terms.stride, First{columns - j});
+      const Doubles sum = columns - j < kDoubles
+                              ? InDouble(i + j, count, terms.stride, First{columns - j})
+                              : InDouble(i + j, count, terms.stride, All());
       for (int k = 0; k < kDoubles; ++k) {
         if (lost >> (j + k) & 1) group[j + k] = sum[k];
       }
     }
+  }
+
+  template <class Lanes>
+  TFWN_INLINE Doubles InDouble(int64_t i, int64_t count, int64_t stride, Lanes lanes) const {
+    return SumInDouble<backward>(terms.v, terms.grad_w, i, count, stride, lanes);
   }
 
   // sums[i] = the terms of row i
@@ -176,19 +182,16 @@ struct Sums {
     }
   }
 
-  // The terms of `count` elements, of which sum has each lane's.
+  // The sum of the terms of `count` elements from i on. `sum` has lane by lane those of all pairs.
   TFWN_INLINE Doubles GroupInDouble(int64_t i, int64_t count, const Pair<C>& sum) const {
     const Vector<C, n> both = sum.left + sum.right;
     if constexpr (std::is_same_v<C, float>) {
-      uint32_t lost = OutOfRange(both);
-      if (count < n) lost &= MaskOf<n>(First{count});
+      const int64_t lanes = kEvenOdd ? CeilDiv(count, 2) : count;  // The others have no terms.
+      const uint32_t lost = OutOfRange(both) & MaskOf<n>(First{lanes});
       if (__builtin_expect(lost != 0, 0)) {
-        const int64_t full = count / kDoubles, rest = count % kDoubles;
-        const V* const v = terms.v + i;
-        const W* const grad_w = terms.grad_w + i;
-        return SumInDouble<backward>(v, grad_w, full, kDoubles, First{kDoubles}) +
-               SumInDouble<backward>(v + count - rest, grad_w + count - rest, 1, kDoubles,
-                                     First{rest});
+        const int64_t rest = count % kDoubles;
+        return InDouble(i, count / kDoubles, kDoubles, All()) +
+               InDouble(i + count - rest, 1, kDoubles, First{rest});
       }
       alignas(64) double halves[n];
       StoreAsDoubles(both, halves);

@@ -78,8 +78,8 @@ struct UnitBlock {
 
 struct UnitKernels {
   void (*add_rows)(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total);
-  // From sums to norms (forward) or grad_g (backward), and factors, which are floats or doubles.
-  // Return whether a factor needs its power.
+  // From sums to norms (forward) or grad_g (backward), and to factors: [floats, doubles]. Return
+  // whether a factor needs its power.
   bool (*forward[2])(const UnitBlock& units);
   bool (*backward[2])(const UnitBlock& units);
 };

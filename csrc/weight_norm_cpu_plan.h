@@ -117,6 +117,7 @@ struct Plan {
 
   int64_t sums() const { return groups * group_size; }
   int64_t factors() const { return columns() ? group_size : units; }
+  // How often a unit's factors are stored.
   int64_t factors_per_unit() const { return columns() ? folds * inner : 1; }
 
   // Calls body(part) for the parts of a task.

@@ -9,7 +9,7 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(n * sizeof(T))));
 };
 template <class T>
-struct VectorOf<T, 1> {  // Not a vector, from which GCC 12 makes wrong code of some conditions.
+struct VectorOf<T, 1> {  // A number: for vectors of one lane GCC 12 makes wrong code.
   using type = T;
 };
 template <class T, int n>

@@ -1,7 +1,7 @@
 // The arithmetic on one number per unit, for one instruction set. weight_norm_cpu_levels.h includes
 // this file once per set, after weight_norm_cpu_kernels.h and like it.
 //
-// All of it is in double, on vectors of units and then on single ones.
+// All of it is computed in double, on vectors of units and then on single ones.
 
 // total[j] += the sums of column j
 void AddRows(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total) {
@@ -87,7 +87,7 @@ TFWN_INLINE bool StoreFactors(const Vector<double, n>& factor, const Factors& to
 
 // Units [i, i + n) of a block. Returns whether one of their factors needs its power.
 template <class C, bool backward, int n>
-TFWN_INLINE bool Combine(const UnitBlock& units, int64_t i) {
+TFWN_INLINE bool CombineVector(const UnitBlock& units, int64_t i) {
   const auto sum = Load<double, n>(units.sums + i);
   const auto g = LoadNumbers<n>(units.g_type, units.g, i);
   if constexpr (backward) {
@@ -108,9 +108,9 @@ bool CombineUnits(const UnitBlock& units) {
   bool powers = false;
   int64_t i = 0;
   for (; i + kDoubles <= units.count; i += kDoubles) {
-    powers |= Combine<C, backward, kDoubles>(units, i);
+    powers |= CombineVector<C, backward, kDoubles>(units, i);
   }
-  for (; i < units.count; ++i) powers |= Combine<C, backward, 1>(units, i);
+  for (; i < units.count; ++i) powers |= CombineVector<C, backward, 1>(units, i);
   return powers;
 }
 

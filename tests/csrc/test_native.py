@@ -45,7 +45,9 @@ def test_layouts_agree_with_float64(kernels, shape, axis):
     ],
     ids=lambda types: "-".join(np.dtype(t).name for t in types),
 )
-@pytest.mark.parametrize(("shape", "axis"), [((129, 40), -1), ((40, 129), 0)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((129, 40), -1), ((40, 129), 0), ((64, 27), 0)], ids=str
+)
 def test_types_agree_with_float64(kernels, shape, axis, types):
     check(kernels, shape, axis, types)
 
@@ -70,10 +72,34 @@ def test_norms_from_1e_minus_30_to_1e30(kernels, exponent, shape, axis):
 
 @pytest.mark.parametrize("exponent", [-25, 20])
 @pytest.mark.parametrize("types", [(FLOAT,) * 3, (BFLOAT,) * 3], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize(("shape", "axis"), [((1003, 37), -1), ((24, 1003), 0)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((1003, 37), -1), ((24, 1003), 0), ((64, 27), 0)], ids=str
+)
 def test_products_beyond_float(kernels, exponent, types, shape, axis):
     """grad_w * v, of either sign, overflows or underflows, and the gradients do not."""
     check(kernels, shape, axis, types, scale=10.0**exponent, grad_w_scale=1e20 ** np.sign(exponent))
+
+
+def test_one_column_beyond_float(kernels, rng):
+    """The others, which share vectors with it, keep their results."""
+    v, grad_w = (rng.normal(size=(1003, 37)).astype(FLOAT) for _ in range(2))
+    g = np.ones(37, FLOAT)
+
+    def results():
+        w, norm = kernels.weight_norm(v, g, -1)
+        return w, norm, *kernels.weight_norm_grad(grad_w, v, g, norm, -1)
+
+    before = results()
+    v[:, 5] *= FLOAT(2.0**80)
+    grad_w[:, 5] *= FLOAT(2.0**60)
+    after = results()
+    others = np.arange(37) != 5
+    for x, y in zip(after, before, strict=True):
+        np.testing.assert_allclose(x[..., others], y[..., others], rtol=1e-5, atol=1e-5)
+    assert np.isfinite(after[2]).all()
+    np.testing.assert_allclose(after[1][5], before[1][5] * 2.0**80, rtol=1e-6)
+    size = np.linalg.norm(grad_w[:, 5].astype(np.float64))
+    np.testing.assert_allclose(after[3][5], before[3][5] * 2.0**60, atol=1e-6 * size)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
