@@ -206,13 +206,16 @@ class Comparison:
             # Errors differ by factors, bounds and scores by differences.
             errors = self.arms[0].config.LOWER_IS_BETTER
             axes.set(xscale="log", yscale="log" if errors else "linear")
+            rates = sorted({rate for arm in self.arms for rate in arm.rates})
+            axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            axes.set_xticks([], minor=True)
             for arm in self.arms:
                 points = []
                 for rate, runs in arm.rates.items():
                     ended = [run for run in runs if arm.ends(run)]
-                    if ended:
-                        values = [column.of(run, arm.ends(run)) for run in ended]
-                        points.append((rate, *mean_and_error(values)))
+                    values = [column.of(run, arm.ends(run)) for run in ended]
+                    # Where all diverged the line has a gap.
+                    points.append((rate, *(mean_and_error(values) if ended else (math.nan,) * 2)))
                     if len(ended) < len(runs):
                         height = 0.97 if errors else 0.03
                         cross = {"marker": "x", "color": self.colors[arm.name], "clip_on": False}
