@@ -1,5 +1,6 @@
 """models/dqn/vector.py: games side by side, in this process and in others."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -116,11 +117,12 @@ def test_an_error_in_a_process_is_told_in_one_line(games_of):
 
 
 PLAYER = """
-import sys, time
+import signal, sys
 import numpy as np
 from models.dqn.config import Config
 from models.dqn.vector import Games
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # It may be inherited as ignored.
     games = Games(Config(game="Pong"), 4, 0, processes=2)
     games.reset()
     for number in range(10**9):
@@ -144,18 +146,22 @@ def test_no_process_outlives_its_learner(tmp_path, way):
         stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )  # fmt: skip
-    pids = list(map(int, player.stdout.readline().split()))
-    assert len(pids) == 2
-    if way == "SIGINT":  # As a terminal sends it: to all of the group.
-        os.killpg(player.pid, signal.SIGINT)
-    elif way != "leave":
-        player.send_signal(signal.Signals[way])
-    _, err = player.communicate(timeout=60)
-    deadline = time.monotonic() + 20
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(map(alive, pids))
-    assert "Traceback" not in err
+    try:
+        pids = list(map(int, player.stdout.readline().split()))
+        assert len(pids) == 2
+        if way == "SIGINT":  # As a terminal sends it: to all of the group.
+            os.killpg(player.pid, signal.SIGINT)
+        elif way != "leave":
+            player.send_signal(signal.Signals[way])
+        _, err = player.communicate(timeout=60)
+        deadline = time.monotonic() + 20
+        while any(map(alive, pids)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(alive, pids))
+        assert "Traceback" not in err
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(player.pid, signal.SIGKILL)
 
 
 def alive(pid):
