@@ -80,7 +80,7 @@ __attribute__((noinline)) Vector<double, kDoubles> SumInDouble(const V* v, const
 
 // The lanes, as bits, of small sums that may have lost something. At 2^-100 and above, what
 // underflow takes from a term, less than 2^-149, no longer matters. Overflow leaves an infinity or
-// a NaN.
+// a NaN. Terms that cancel to 0 are added again for nothing, which costs time only.
 TFWN_INLINE uint32_t OutOfRange(const Vector<float, kLanes<float>>& sum) {
   return Outside(Absolute<float, kLanes<float>>(sum), 0x1p-100f, std::numeric_limits<float>::max());
 }

@@ -235,8 +235,7 @@ class Comparison:
         for arm in arms:
             values = [arm.value(column) for column in columns]
             epochs, mean, _ = arm.curve(columns[0])
-            reached = [f"{first_reached(epochs, sign * mean, level):.1f}"]
-            reached = reached if self.experiment.gradual else []
+            reached = [f"{first_reached(epochs, sign * mean, level):.1f}"] * self.experiment.gradual
             papers = self.experiment.paper.values()
             paper = [str(self.experiment.paper.get(arm.name) or "")] if any(papers) else []
             rate, rates = f"{arm.best:g}", f"{len(arm.rates)}"
