@@ -1,4 +1,4 @@
-"""What all tests share: two virtual CPU devices, seeds, the real data."""
+"""Set-up shared by all tests: two logical CPU devices, seeds and the real data."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-# Two devices, so that a strategy has two replicas; this must happen before TensorFlow starts.
+# A strategy on two devices has two replicas. They must be configured before TensorFlow starts.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
@@ -22,20 +22,20 @@ def _seeds():
 
 @pytest.fixture(autouse=True)
 def _collective_keys():
-    # Each strategy numbers its collectives from the same start, so that in one process those of two
-    # are taken for one another. TensorFlow's own tests do this.
+    # Every strategy numbers its collectives from the same start, so two strategies in one process
+    # mix up their collectives. TensorFlow's own tests avoid that in the same way.
     tf.distribute.MirroredStrategy._collective_key_base += 100_000
 
 
 @pytest.fixture
 def rng():
-    """NumPy's random numbers, the same in each run."""
+    """A NumPy random generator with the same seed in every test."""
     return np.random.default_rng(0)
 
 
 @pytest.fixture
 def data_dir():
-    """The folder of the real data, in TensorFlow Datasets' layout; skips where there is none."""
+    """The folder of real data in TensorFlow Datasets' layout; skips the test if it is missing."""
     default = pathlib.Path(__file__).parents[2] / "shared" / "data"
     path = pathlib.Path(os.environ.get("TFWN_DATA_DIR", default))
     if not path.is_dir():

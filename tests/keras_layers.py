@@ -1,11 +1,11 @@
-"""Keras layers of all kinds, with inputs: what holds for one must hold for each."""
+"""Keras layers of every supported kind, with inputs, for tests that each kind must pass."""
 
 import keras
 import tensorflow as tf
 
 
 class Attention(keras.layers.Layer):
-    """Self-attention, as a layer of one input."""
+    """Self-attention as a layer with a single input."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -22,7 +22,7 @@ def normal(*shape):
     return tf.random.stateless_normal(shape, seed=[1, 2])
 
 
-# What makes the layer, its inputs, and how many kernels it has.
+# For each name: a function that creates the layer, the layer's input, and its number of kernels.
 LAYERS = {
     "dense": (lambda: keras.layers.Dense(5), normal(4, 8), 1),
     "conv": (lambda: keras.layers.Conv1D(4, 3), normal(4, 6, 8), 1),

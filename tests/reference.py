@@ -1,17 +1,17 @@
-"""The truth of eq. 2 and 3: float64, NumPy, and nothing clever."""
+"""Reference implementation of eqs. 2 and 3, kept simple on purpose: NumPy in float64."""
 
 import numpy as np
 
 
 def units_of(v, axis) -> np.ndarray:
-    """Returns v in float64 as [*units, rest]: the sizes of `axis` in their order, all else last."""
+    """Returns v in float64 as [*units, rest]: the axes in `axis`, then the others flattened."""
     axes = [] if axis is None else [axis] if isinstance(axis, int) else list(axis)
     v = np.moveaxis(np.asarray(v, np.float64), axes, range(len(axes)))
     return v.reshape(*v.shape[: len(axes)], -1) if v.size else v.reshape(*v.shape[: len(axes)], 0)
 
 
 def from_units(x, shape, axis) -> np.ndarray:
-    """Returns what `units_of` was given, of `shape`."""
+    """Inverts `units_of` for an array of the given shape."""
     axes = [] if axis is None else [axis] if isinstance(axis, int) else list(axis)
     axes = [a % len(shape) for a in axes]
     rest = [size for a, size in enumerate(shape) if a not in axes]
@@ -19,13 +19,13 @@ def from_units(x, shape, axis) -> np.ndarray:
 
 
 def norm(v, axis=-1) -> np.ndarray:
-    """Returns ||v||, of g's shape."""
+    """Returns ||v|| with g's shape."""
     v = units_of(v, axis)
     return np.sqrt(np.sum(v * v, axis=-1))
 
 
 def inverse_norm(v, axis=-1) -> np.ndarray:
-    """Returns 1 / ||v||, and 0 for a unit that is all zero."""
+    """Returns 1 / ||v||, or 0 for a unit whose elements are all zero."""
     length = norm(v, axis)
     return np.divide(1.0, length, out=np.zeros_like(length), where=length != 0)
 

@@ -1,4 +1,4 @@
-"""The modules under test: tfwn.native as built, and one whose CUDA kernels run on the CPU."""
+"""The modules under test: tfwn.native as built, and a build whose CUDA kernels run on the CPU."""
 
 import fcntl
 import hashlib
@@ -52,4 +52,4 @@ def cuda():
             part = path.with_suffix(".part")
             subprocess.run([*command, "-o", str(part)], check=True)
             part.replace(path)
-    return load("emulated.native", path)  # pybind11 caches modules by name
+    return load("emulated.native", path)  # a name of its own: pybind11 caches modules by name

@@ -1,6 +1,6 @@
-// The kernels against a long double reference, for random shapes, types, magnitudes and cuts of the
-// work into threads. Every buffer has exactly the size of the contract, so that the address
-// sanitizer sees a read or write too far; a build without sanitizers is checked by guard bytes.
+// Checks the kernels against a long double reference, for random shapes, types, magnitudes and
+// splits of the work among threads. Every buffer has exactly the size that the contract requires,
+// so the address sanitizer detects any access out of bounds. Without it, guard bytes detect writes.
 //
 // The CPU kernels:
 //
@@ -9,7 +9,8 @@
 //   ./kernels_test [cases] [seed]
 //
 // Add -fsanitize=address,undefined or -fsanitize=thread. TFWN_SIMD=avx2 and TFWN_SIMD=baseline test
-// what other machines run. The CUDA kernels, run on the CPU (see cuda_on_cpu/cuda_runtime.h):
+// the code that other machines run. The CUDA kernels, emulated on the CPU (see
+// cuda_on_cpu/cuda_runtime.h):
 //
 //   cd tests/csrc && g++ -std=c++17 -O2 -DTFWN_TEST_CUDA -I../../csrc -Icuda_on_cpu -x c++
 //     kernels_test.cc cuda_on_cpu/cuda_on_cpu.cc ../../csrc/weight_norm_cuda.cu -o kernels_test
@@ -49,9 +50,9 @@ void Check(bool condition, const std::string& what) {
   ++failures;
 }
 
-// Exponent range and precision are all that a format is, so this needs no bit tricks.
+// The exponent range and the precision fully describe a format, so this needs no bit tricks.
 struct Format {
-  int bits;   // of precision, the hidden one included
+  int bits;   // of precision, including the hidden bit
   int least;  // exponent of the smallest normal number
   double most;
 };
@@ -61,7 +62,7 @@ Format FormatOf(Type type) {
   return {8, -126, std::ldexp(1.0 - std::ldexp(1.0, -8), 128)};
 }
 
-// The nearest number of the type, ties to even.
+// Returns the nearest number of the type, ties to even.
 double Round(double value, Type type) {
   if (type == Type::kDouble) return value;
   if (type == Type::kFloat) return static_cast<float>(value);
@@ -98,14 +99,14 @@ uint16_t Encode(Type type, double value) {
   if (std::isinf(value)) return sign | infinity;
   const int exponent = value == 0 ? format.least : std::max(std::ilogb(value), format.least);
   const int mantissa = static_cast<int>(std::ldexp(value, stored - exponent));
-  // The hidden bit, where there is one, adds the 1 that tells a normal number from a subnormal.
+  // The hidden bit of a normal number adds 1 to the exponent field, which is 0 for a subnormal.
   return sign | (((exponent - format.least) << stored) + mantissa);
 }
 
-// Elements by which buffers miss the alignment of memory that is new.
+// Number of elements by which buffers are offset from the alignment of a new allocation.
 int misalignment = 0;
 
-// A tensor in memory of exactly its size, between guard bytes.
+// A tensor in memory of exactly its size, between guard bytes unless the address sanitizer runs.
 class Buffer {
  public:
   Buffer(Type type, int64_t size)
@@ -167,7 +168,7 @@ class Buffer {
   std::unique_ptr<unsigned char[]> bytes_;
 };
 
-// Cuts [0, n) at random and hands the pieces to threads of its own.
+// Splits [0, n) at random and runs each piece in its own thread.
 tfwn::cpu::ParallelFor RandomThreads(std::mt19937_64* random) {
   return [random](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
     std::vector<int64_t> cuts = {0, n};
@@ -191,7 +192,7 @@ int64_t Pick(std::mt19937_64* random, const std::vector<int64_t>& from) {
 
 #ifdef TFWN_TEST_CUDA
 
-// The devices differ in what decides how the work is cut, and in the order in which threads run.
+// Draws the device properties that decide how the work is split, and the order of the threads.
 void PickDevice(std::mt19937_64* random) {
   cuda_on_cpu::multiprocessors = static_cast<int>(Pick(random, {1, 4, 16, 132}));
   cuda_on_cpu::architecture = static_cast<int>(Pick(random, {80, 90}));
@@ -215,7 +216,7 @@ size_t ScratchBytes(const Arguments& arguments) {
   const int multiprocessors = cuda_on_cpu::multiprocessors;
   const size_t bytes = tfwn::cuda::ScratchBytes(arguments, multiprocessors);
   Check(bytes <= tfwn::cuda::MostScratchBytes(arguments.layout, multiprocessors),
-        "more scratch than the most there can be");
+        "ScratchBytes is larger than MostScratchBytes");
   return bytes;
 }
 
@@ -241,11 +242,11 @@ using tfwn::cpu::ScratchBytes;
 template <class Arguments>
 void RunKernel(const Arguments& arguments, const tfwn::cpu::ParallelFor& parallel_for) {
   const size_t bytes = ScratchBytes(arguments);
-  // Exactly `bytes` of them, aligned as the contract asks and ending at the end of the allocation.
+  // Exactly `bytes` bytes, aligned as the contract requires, with guard bytes after them.
   std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes + 64]);
   const size_t shift = 64 - reinterpret_cast<uintptr_t>(memory.get()) % 64;
   unsigned char* scratch = memory.get() + shift % 64;
-  std::memset(memory.get(), 0xff, bytes + 64);  // NaN, were it used without being set
+  std::memset(memory.get(), 0xff, bytes + 64);  // NaN exposes reads before writes
   Run(arguments, scratch, parallel_for);
   for (size_t i = shift % 64 + bytes; i < bytes + 64; ++i) {
     Check(memory[i] == 0xff, "scratch overrun");
@@ -304,7 +305,7 @@ std::unique_ptr<Results> RunBoth(const Problem& p, const tfwn::cpu::ParallelFor&
   return results;
 }
 
-// grad_v may take the place of grad_w where both have one type.
+// grad_v may be written over grad_w if both have the same type.
 void CheckInPlace(const Problem& p, const Results& expected,
                   const tfwn::cpu::ParallelFor& parallel_for) {
   if (p.v_type != p.w_type) return;
@@ -314,12 +315,12 @@ void CheckInPlace(const Problem& p, const Results& expected,
                      expected.norm.data(), grad.data(), grad_g.data()},
             parallel_for);
   Check(grad.Intact() && grad_g.Intact(), p.Name() + ": wrote out of bounds in place");
-  Check(grad == expected.grad_v, p.Name() + ": grad_v in place of grad_w differs");
-  Check(grad_g == expected.grad_g, p.Name() + ": grad_g differs with grad_v in place of grad_w");
+  Check(grad == expected.grad_v, p.Name() + ": grad_v written over grad_w differs");
+  Check(grad_g == expected.grad_g, p.Name() + ": grad_g differs with grad_v written over grad_w");
 }
 
-// ||out - reference|| <= bound * ||reference|| within each unit, plus the spacing of the type's
-// smallest numbers for each element.
+// Checks that ||out - reference|| <= bound * max(||reference||, sizes) in each unit, plus the
+// spacing of the type's smallest numbers for each element.
 void CheckClose(const Problem& p, const char* name, const Buffer& out, Type type,
                 const std::vector<long double>& reference, bool per_unit, double bound,
                 const std::vector<long double>& sizes) {
@@ -390,14 +391,14 @@ void CheckAgainstReference(const Problem& p, const Results& results) {
   CheckClose(p, "norm", results.norm, NormType(p.v_type), norm, true, bound(NormType(p.v_type)),
              {});
 #ifdef TFWN_TEST_CUDA
-  // With w in double all of it is in double, whatever v is.
+  // If w is double, it is computed in double whatever the type of v.
   const double w_bound = p.w_type == Type::kDouble ? 1e-14 : bound(p.w_type) + arithmetic;
 #else
   const double w_bound = bound(p.w_type) + arithmetic;
 #endif
   CheckClose(p, "w", results.w, p.w_type, w, false, w_bound, {});
-  // Where grad_w is nearly parallel to v, or nearly orthogonal, the result is a small difference of
-  // large numbers: the error is relative to those.
+  // Where grad_w is nearly parallel or orthogonal to v, the result is a small difference of large
+  // numbers, so the error is relative to the size of those numbers.
   CheckClose(p, "grad_g", results.grad_g, p.g_type, grad_g, true, bound(p.g_type), grad_w_norm);
   CheckClose(p, "grad_v", results.grad_v, p.v_type, grad_v, false, bound(p.v_type) + arithmetic,
              grad_v_scale);
@@ -418,11 +419,11 @@ Layout RandomLayout(std::mt19937_64* random) {
 }
 
 #ifdef TFWN_TEST_CUDA
-// grad_v may take over grad_w's memory.
+// grad_v may be written into grad_w's memory.
 void CheckInPlace(const Problem& p, const Results& forward) {
   if (p.v_type != p.w_type) return;
   Results apart(p), in_place(p);
-  Buffer grad_w(p.w_type, p.layout.size());  // as far from the start of a vector as grad_v
+  Buffer grad_w(p.w_type, p.layout.size());  // misaligned like grad_v
   for (int64_t i = 0; i < p.grad_w.size(); ++i) grad_w.Set(i, p.grad_w[i]);
   for (int64_t i = 0; i < p.grad_w.size(); ++i) in_place.grad_v.Set(i, p.grad_w[i]);
   const auto run = [&](const void* from, const Results& to) {
@@ -433,11 +434,12 @@ void CheckInPlace(const Problem& p, const Results& forward) {
   run(grad_w.data(), apart);
   run(in_place.grad_v.data(), in_place);
   Check(apart.grad_v == in_place.grad_v && apart.grad_g == in_place.grad_g,
-        p.Name() + ": grad_v in grad_w's memory is different");
+        p.Name() + ": grad_v written into grad_w's memory differs");
 }
 #endif
 
-// Doubles show the last bit of a sum, which rounding to float mostly hides.
+// The split of the work must not change a bit. Doubles show the last bit of a sum, which rounding
+// to float mostly hides.
 void TestManyCuts(uint64_t seed) {
   std::mt19937_64 random(seed);
   std::normal_distribution<double> normal;
@@ -450,7 +452,7 @@ void TestManyCuts(uint64_t seed) {
     const auto results = RunBoth(p, Inline);
     for (int cut = 0; cut < 10; ++cut) {
       Check(*results == *RunBoth(p, RandomThreads(&random)),
-            p.Name() + ": a cut changes the result");
+            p.Name() + ": the split of the work changes the result");
       CheckInPlace(p, *results, RandomThreads(&random));
     }
   }
@@ -466,7 +468,7 @@ void TestRandomProblems(int cases, uint64_t seed) {
     Problem p(RandomLayout(&random), v_type, type(), random() % 2 ? v_type : type());
     std::normal_distribution<double> normal;
     const bool narrow_v = p.v_type == Type::kHalf, narrow_w = p.w_type == Type::kHalf;
-    // The magnitudes of v differ between units; those of the others keep all results in range.
+    // The magnitude of v varies between units. Those of g and grad_w keep all results in range.
     std::vector<double> magnitude(p.layout.units);
     for (double& m : magnitude) {
       m = std::pow(10.0, (int(random() % 59) - 29) * (narrow_v ? 0.05 : 1.0));
@@ -495,7 +497,7 @@ void TestRandomProblems(int cases, uint64_t seed) {
   }
 }
 
-// A unit with v = 0 has zero results.
+// The results of a unit with v = 0 must be zero.
 void TestZeroUnits() {
   for (const Type type : {Type::kHalf, Type::kBfloat16, Type::kFloat, Type::kDouble}) {
     for (const Layout layout : {Layout{70, 5, 1}, Layout{1, 5, 70}, Layout{8, 5, 40}}) {
@@ -510,14 +512,15 @@ void TestZeroUnits() {
       for (int64_t i = 0; i < p.v.size(); ++i) {
         if (p.Unit(i) == 2) zero = zero && results->w[i] == 0 && results->grad_v[i] == 0;
       }
-      Check(zero, p.Name() + ": a zero unit has results that are not zero");
+      Check(zero, p.Name() + ": a zero unit has nonzero results");
       CheckAgainstReference(p, *results);
     }
   }
 }
 
 #ifdef TFWN_TEST_CUDA
-// Weights for which one kernel needs about 60 and 130 KiB of shared memory: see cuda_on_cpu.
+// Weights for which one kernel needs about 60 and 130 KiB of shared memory. cuda_on_cpu.cc fails
+// if a launch uses more than the kernel's limit, or if the limit is set twice.
 void TestSharedMemory() {
   cuda_on_cpu::multiprocessors = 1;
   for (const Layout layout : {Layout{864, 16, 1}, Layout{2048, 16, 1}}) {
@@ -554,7 +557,7 @@ void TestTwoLaunches() {
 }
 #endif
 
-// Where g / norm leaves the range of float, though w and grad_v are in it.
+// g / norm leaves the range of float although w and grad_v stay within it.
 void TestExtremes() {
   for (const Type type : {Type::kFloat, Type::kBfloat16}) {
     for (const double size : {1e-30, 1e-20, 1e20, 1e30}) {
@@ -573,8 +576,9 @@ void TestExtremes() {
   }
 }
 
-// Every bfloat16 and half, and the points halfway between them, through a weight norm that copies:
-// one element per unit, g = |v|, so w = v.
+// Conversion to half and bfloat16: with one element per unit and v = 1, w is g rounded, where g is
+// a number of the type or, for odd bits, the midpoint to the next one. Conversion from them: the
+// norm of a single element is its absolute value.
 void TestConversions() {
   for (const Type type : {Type::kHalf, Type::kBfloat16}) {
     Buffer narrow(type, 1 << 16);
@@ -582,8 +586,7 @@ void TestConversions() {
       const uint16_t bits = static_cast<uint16_t>(i);
       std::memcpy(static_cast<char*>(narrow.data()) + 2 * i, &bits, 2);
     }
-    // To narrow: w = 1 * v / ||v|| * g loses nothing when the norm is 1; put a large 1-norm unit
-    // in.
+    // To the narrow type: v / ||v|| is exactly 1, so only the final rounding changes g.
     const int64_t size = narrow.size();
     Problem p({1, size, 1}, Type::kDouble, Type::kDouble, type);
     for (int64_t i = 0; i < size; ++i) {
@@ -605,7 +608,7 @@ void TestConversions() {
         break;
       }
     }
-    // From narrow: the norm of a single element is its absolute value.
+    // From the narrow type.
     Problem q({1, size, 1}, type, Type::kFloat, Type::kFloat);
     std::memcpy(q.v.data(), narrow.data(), narrow.Bytes());
     for (int64_t i = 0; i < size; ++i) {
@@ -642,12 +645,12 @@ int main(int argc, char** argv) {
   TestManyCuts(seed);
   TestRandomProblems(cases, seed);
 #ifdef TFWN_TEST_CUDA
-  std::printf("%lld launches: %lld of clusters, %lld that overlap the one before\n",
+  std::printf("%lld launches: %lld with clusters, %lld overlapping the previous launch\n",
               static_cast<long long>(cuda_on_cpu::launches),
               static_cast<long long>(cuda_on_cpu::cluster_launches),
               static_cast<long long>(cuda_on_cpu::overlapping_launches));
   Check(cuda_on_cpu::cluster_launches > 0 && cuda_on_cpu::overlapping_launches > 0,
-        "a kind of launch was never tried");
+        "some kind of launch never took place");
 #endif
   std::printf(failures == 0 ? "passed\n" : "%d failures\n", failures);
   return failures != 0;

@@ -1,4 +1,4 @@
-"""What the tests of tfwn.native share: arrays with a guard around them, layouts and the truth."""
+"""Helpers for testing tfwn.native: guarded arrays, layouts and a float64 reference."""
 
 import ml_dtypes
 import numpy as np
@@ -7,7 +7,7 @@ HALF, BFLOAT, FLOAT, DOUBLE = np.float16, ml_dtypes.bfloat16, np.float32, np.flo
 
 
 class CudaArray:
-    """A NumPy array, in the guise of one on a device."""
+    """A NumPy array that poses as a device array."""
 
     def __init__(self, array):
         self.array = array
@@ -22,7 +22,7 @@ class CudaArray:
 
 
 class Kernels:
-    """Either module with the CPU module's signatures, and a guard around every result."""
+    """Gives both modules the same interface and puts guard bytes around every result."""
 
     def __init__(self, module, wrap=None):
         self.module, self.wrap = module, wrap or (lambda array: array)
@@ -44,7 +44,7 @@ class Kernels:
 
 
 class Guarded:
-    """An array with bytes around it that must stay as they are."""
+    """An array between guard bytes, which must not change."""
 
     def __init__(self, shape, dtype):
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -63,11 +63,11 @@ def reference(v, g, grad_w, axis):
     kept = [] if axis is None else [a % v.ndim for a in np.atleast_1d(axis)]
     reduced = tuple(a for a in range(v.ndim) if a not in kept)
 
-    def spread(unit):  # to v's rank, its axes in v's order
+    def spread(unit):  # broadcastable to v, with axes in v's order
         unit = unit.transpose(np.argsort(kept)) if kept else unit
         return np.expand_dims(unit, reduced)
 
-    def gather(total):  # the reverse
+    def gather(total):  # from v's order of axes to that of `axis`
         return total.transpose(np.argsort(np.argsort(kept))) if kept else total
 
     norm = np.sqrt((v * v).sum(reduced))
@@ -105,9 +105,10 @@ def check(kernels, shape, axis, types=(FLOAT, FLOAT, FLOAT), scale=1.0, grad_w_s
     widest = TOLERANCE[DOUBLE if v_type == DOUBLE else FLOAT]
     assert error(w, expected[0]) <= max(TOLERANCE[w_type], widest)
     assert error(norm, expected[1]) <= widest
-    # Where a unit has few elements grad_v is a small difference of large numbers.
+    # In a unit with few elements, grad_v is a small difference of two large terms, so its error is
+    # relative to the first of them.
     assert error(grad_v, expected[2], expected[4]) <= max(TOLERANCE[v_type], widest)
-    # A sum of terms of either sign may be near 0 by chance: relative to the size of such sums.
+    # A sum of terms of both signs can be near 0 by chance, so its error is relative to their size.
     sums = np.maximum(np.abs(expected[3]), np.sqrt(np.mean(grad_w.astype(np.float64) ** 2)))
     assert error(grad_g, expected[3], sums) <= max(TOLERANCE[g_type], widest)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The kernels' C++ tests under sanitizers, on fresh random input: address and undefined behaviour for
-# the CPU kernels of each instruction set that this machine has and for the CUDA kernels, run on the
-# CPU; threads for the CPU kernels and the thread pool.
+# Runs the kernels' C++ tests under sanitizers on new random input. The address and undefined
+# behavior sanitizers check the CPU kernels for every instruction set of this machine, and the CUDA
+# kernels emulated on the CPU. The thread sanitizer checks the CPU kernels and the thread pool.
 #
 #   tests/csrc/sanitize.sh [cases] [seed]
 set -euo pipefail

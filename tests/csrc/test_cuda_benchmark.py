@@ -1,4 +1,4 @@
-"""benchmarks/cuda.py, with the kernels on the CPU and a stand-in for the driver."""
+"""Tests benchmarks/cuda.py with the kernels emulated on the CPU and a fake CUDA driver."""
 
 import ctypes
 import json
@@ -59,7 +59,7 @@ def test_large_weights(gpu, cuda, monkeypatch):
 
 
 class Wrong:
-    """The kernels, but for one thing."""
+    """The kernels, except that each backward pass spoils its grad_v."""
 
     def __init__(self, native, spoil):
         self.native, self.spoil = native, spoil
@@ -140,7 +140,7 @@ def test_times_are_written(gpu, cuda, tmp_path, capsys, monkeypatch):
     def fail_once(gpu, native, case, kind, backward, rounds):
         if case.name == "columns" and kind is FLOAT and backward:
             raise RuntimeError("no luck")
-        if case.name == "odd columns" and backward:  # what is measured so far has been written
+        if case.name == "odd columns" and backward:  # earlier rows are on disk by now
             assert json.loads((tmp_path / "cuda.json").read_text())["results"]
         return measure(gpu, native, case, kind, backward, rounds)
 

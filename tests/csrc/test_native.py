@@ -1,7 +1,7 @@
-"""tfwn.native: the kernels on arrays, against float64, on the CPU and on an emulated CUDA device.
+"""Tests tfwn.native's kernels against float64, on the CPU and on an emulated CUDA device.
 
-There, csrc/weight_norm_cuda.cu runs on the CPU (see cuda_on_cpu/cuda_runtime.h) and a device array
-is a NumPy array that says it is one.
+The emulation runs csrc/weight_norm_cuda.cu on the CPU (see cuda_on_cpu/cuda_runtime.h), and its
+device arrays are NumPy arrays with the CUDA array interface.
 """
 
 import numpy as np
@@ -76,12 +76,12 @@ def test_norms_from_1e_minus_30_to_1e30(kernels, exponent, shape, axis):
     ("shape", "axis"), [((1003, 37), -1), ((24, 1003), 0), ((64, 27), 0)], ids=str
 )
 def test_products_beyond_float(kernels, exponent, types, shape, axis):
-    """grad_w * v, of either sign, overflows or underflows, and the gradients do not."""
+    """The gradients are in range even though the products grad_w * v overflow or underflow."""
     check(kernels, shape, axis, types, scale=10.0**exponent, grad_w_scale=1e20 ** np.sign(exponent))
 
 
 def test_one_column_beyond_float(kernels, rng):
-    """The others, which share vectors with it, keep their results."""
+    """The other columns, which share vectors with it, must keep their results."""
     v, grad_w = (rng.normal(size=(1003, 37)).astype(FLOAT) for _ in range(2))
     g = np.ones(37, FLOAT)
 
@@ -171,7 +171,7 @@ def test_grad_v_in_the_memory_of_grad_w(kernels, shape, axis, dtype, rng):
 @pytest.mark.parametrize("axis", [-1, 0])
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT], ids=["float32", "bfloat16"])
 def test_a_weight_beyond_the_caches(cpu, dtype, axis, columns):
-    """Written past the caches, where its rows begin at cache lines."""
+    """Such a result is written with streaming stores if its rows start at cache lines."""
     rows = (33 << 20) // (1024 * np.dtype(dtype).itemsize)
     check(Kernels(cpu), (rows, columns), axis, (dtype, dtype, dtype))
 
@@ -179,7 +179,7 @@ def test_a_weight_beyond_the_caches(cpu, dtype, axis, columns):
 @pytest.mark.parametrize("v_type", [FLOAT, BFLOAT], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("axis", [-1, 0])
 def test_subnormal_bfloat16(cpu, axis, v_type):
-    """Which the processor's own instruction would take for 0."""
+    """Subnormals are kept, although the processor's conversion instruction flushes them to 0."""
     v = np.ones((64, 64), v_type)
     g = np.asarray(2.0 ** np.arange(-130.0, -66.0), FLOAT)
     w, _ = cpu.weight_norm(v, g, axis, BFLOAT)

@@ -1,4 +1,4 @@
-"""tfwn.native: what it takes for arguments and refuses, and how it is loaded."""
+"""Tests which arguments tfwn.native accepts and rejects, and how the module loads."""
 
 import doctest
 import subprocess
@@ -164,7 +164,7 @@ def test_a_device_array_without_cuda_kernels(cpu):
 
 
 def aligned(array):
-    """Returns a copy that begins at a multiple of 256 bytes."""
+    """Returns a copy whose address is a multiple of 256 bytes."""
     memory = np.empty(array.nbytes + 256, np.uint8)
     begin = -memory.ctypes.data % 256
     copy = memory[begin : begin + array.nbytes].view(array.dtype).reshape(array.shape)

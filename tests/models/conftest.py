@@ -1,4 +1,4 @@
-"""What the tests of programs share: their command lines, and the README's smallest program."""
+"""Fixtures for testing programs: running command lines, and the README's example program."""
 
 import importlib.util
 import sys
@@ -11,7 +11,7 @@ from models.common import command_line
 
 @pytest.fixture
 def command(capsys):
-    """Runs a program's command line; returns (exit status, stdout, stderr)."""
+    """A function that runs a program's command line and returns (exit status, stdout, stderr)."""
 
     def call(functions, *argv):
         status = 0
@@ -27,7 +27,7 @@ def command(capsys):
 
 @pytest.fixture
 def line(tmp_path, monkeypatch):
-    """The README's program, as the module `line`."""
+    """The README's example program, imported as the module `line`."""
     path = tmp_path / "program" / "line.py"
     path.parent.mkdir()
     path.write_text(SOURCE)
@@ -40,6 +40,6 @@ def line(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(line, command):
-    """Runs the command line of `line`."""
+    """A function that runs `line` from its command line."""
     functions = {line.Config: "line.train", line.Evaluate: "line.evaluate"}
     return lambda *argv: command(functions, *argv)

@@ -1,4 +1,4 @@
-"""Comparing the runs of two run folders, and running programs as processes."""
+"""Helpers that compare the runs in two run folders and start programs in subprocesses."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from models.common import checkpoints, metrics
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "models" / "common" / "README.md"
-SOURCE = re.search(r"```python\n(.*?)```", README.read_text(), re.S).group(1)  # Its program.
+SOURCE = re.search(r"```python\n(.*?)```", README.read_text(), re.S).group(1)  # Its example.
 TIMES = {"time", "epoch_seconds", "steps_per_second"}
 
 
 def weights(folder):
-    """All numbers of a run's checkpoint, the best or last, by name."""
+    """Returns all numeric variables by name from a run's best checkpoint, or else its last."""
     reader = tf.train.load_checkpoint(str(checkpoints.find(folder)))
     return {
         name: reader.get_tensor(name)
@@ -30,8 +30,8 @@ def weights(folder):
 
 
 def assert_same_run(one, other):
-    """The same bits in all variables, the optimizer's included, and in the metrics."""
-    ours, theirs = (weights(folder / "checkpoints") for folder in (one, other))  # The last ones.
+    """Asserts that all variables, including the optimizer's, and all metrics agree bit for bit."""
+    ours, theirs = (weights(folder / "checkpoints") for folder in (one, other))  # not best/
     ignored = "save_counter"
     assert {n for n in ours if ignored not in n} == {n for n in theirs if ignored not in n}
     assert sum(name.startswith("optimizer/") for name in ours) > 10
@@ -45,7 +45,7 @@ def assert_same_run(one, other):
 
 
 def start(*argv, program=("-m", "models.cifar"), paths=(), **variables):
-    """Starts a program in a process of its own."""
+    """Starts a program in a subprocess."""
     search = os.pathsep.join([str(ROOT), *map(str, paths)])
     return subprocess.Popen(
         [sys.executable, *program, *map(str, argv)],
@@ -58,7 +58,7 @@ def start(*argv, program=("-m", "models.cifar"), paths=(), **variables):
 
 
 def start_workers(*argv, **options):
-    """Starts two workers of a cluster."""
+    """Starts a cluster of two workers."""
     sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
     hosts = [f"localhost:{one.getsockname()[1]}" for one in sockets]
     for one in sockets:
@@ -75,7 +75,7 @@ def start_workers(*argv, **options):
 
 
 def finish(*processes):
-    """Waits for processes, which must succeed; returns their outputs."""
+    """Waits for the processes, asserts that they succeeded, and returns their outputs."""
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
     return outputs

@@ -1,4 +1,4 @@
-"""What the tests of the auto-encoders share: small networks of both data sets."""
+"""Helpers for testing the auto-encoders: small networks for both data sets."""
 
 import pytest
 import tensorflow as tf

@@ -1,4 +1,4 @@
-"""What the tests of the op under TensorFlow's transformations share."""
+"""Helpers for testing the op under TensorFlow's transformations."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ LAYOUTS = [
 
 
 def plain(v, g, axis=-1):
-    """Eq. 2 in plain TensorFlow, for TensorFlow to differentiate."""
+    """Eq. 2 in plain TensorFlow ops, whose gradients serve as reference."""
     axes = [] if axis is None else [axis] if isinstance(axis, int) else list(axis)
     axes = [a % v.shape.rank for a in axes]
     rest = [a for a in range(v.shape.rank) if a not in axes]
@@ -24,7 +24,7 @@ def plain(v, g, axis=-1):
 
 
 def arguments(rng, shape, axis, dtype=tf.float64):
-    """Returns v, g and a weight's worth of coefficients."""
+    """Returns random v and g, and random coefficients of v's shape."""
     axes = [] if axis is None else [axis] if isinstance(axis, int) else axis
     shapes = shape, [shape[a] for a in axes], shape
     return [tf.constant(rng.normal(size=s), dtype) for s in shapes]
@@ -36,7 +36,7 @@ def assert_close(outputs, expected, rtol=1e-11, atol=1e-12):
 
 
 def second_derivatives(f, v, g, c, axis):
-    """Of a function that is not linear in any of w, grad_v and grad_g."""
+    """Returns second derivatives of a function that is nonlinear in w, grad_v and grad_g."""
     with tf.GradientTape() as outer:
         outer.watch([v, g, c])
         with tf.GradientTape() as inner:

@@ -1,4 +1,4 @@
-// bfloat16 on the CPU (see cuda_runtime.h here): the upper half of a float.
+// Emulates bfloat16 on the CPU as the upper half of a float (see cuda_runtime.h in this folder).
 
 #ifndef TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_BF16_H_
 #define TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_BF16_H_
@@ -22,11 +22,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   if (std::isnan(x)) return {0x7fff};
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
-  // To nearest, ties to even; a carry out of the fraction lands in the exponent, where it belongs.
+  // Rounds to nearest, ties to even. A carry out of the fraction correctly raises the exponent.
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-// Rounds once: a float rounded to odd keeps what the second rounding needs to know.
+// Rounds to an odd float first, so that the second rounding has the result of a single one.
 inline __nv_bfloat16 __double2bfloat16(double x) {
   float nearest = static_cast<float>(x);
   uint32_t bits;

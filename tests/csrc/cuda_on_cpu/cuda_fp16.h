@@ -1,4 +1,4 @@
-// IEEE half precision on the CPU (see cuda_runtime.h here): the compiler's own type.
+// Emulates half precision with the compiler's own type (see cuda_runtime.h in this folder).
 
 #ifndef TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_FP16_H_
 #define TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_FP16_H_

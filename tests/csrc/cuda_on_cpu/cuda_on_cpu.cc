@@ -1,4 +1,4 @@
-// Runs a CUDA block's threads as fibers of one CPU thread (see cuda_runtime.h here).
+// Runs the threads of a CUDA block as fibers of one CPU thread (see cuda_runtime.h in this folder).
 
 #include <ucontext.h>
 
@@ -58,9 +58,9 @@ struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   State state;
   double shuffled;
-  bool arrived;                           // at a cluster barrier, without having waited there
-  int64_t phase;                          // of the cluster barrier that it arrived at
-  std::vector<std::vector<Copy>> copies;  // by group, the last one open
+  bool arrived;                           // arrived at a cluster barrier, but not yet waited
+  int64_t phase;                          // of that cluster barrier on arrival
+  std::vector<std::vector<Copy>> copies;  // by group; the last group is still open
   void* sanitizer_stack = nullptr;
 };
 
@@ -68,17 +68,18 @@ ucontext_t scheduler;
 void* scheduler_sanitizer_stack = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
-std::vector<Fiber> fibers;  // of the cluster, block by block
+std::vector<Fiber> fibers;  // the threads of the cluster, block by block
 Fiber* running = nullptr;
 const std::function<void()>* body = nullptr;
 std::map<std::tuple<const void*, int, cudaFuncAttribute>, int64_t> attributes;
-// The shared memory of the cluster's blocks but for the one in `current`, which is in its place.
+// The shared memory of each block in the cluster. That of the block that runs, `current`, is in
+// tfwn::cuda::shared_memory instead.
 std::vector<std::vector<char>> memories;
 unsigned cluster = 1, current = 0, first_block = 0;
 size_t shared_bytes = 0;
 int64_t cluster_phase = 0, cluster_arrivals = 0;
 bool overlapping = false, waited_for_launch = false;
-std::vector<char> left;  // what left_by_launch holds in truth
+std::vector<char> left;  // the true contents of left_by_launch while that is NaN
 
 [[noreturn]] void Fail(const char* what) {
   std::printf("FAILED: CUDA: %s\n", what);
@@ -86,7 +87,7 @@ std::vector<char> left;  // what left_by_launch holds in truth
   std::abort();
 }
 
-// The address sanitizer has to know of each change of stack.
+// The address sanitizer must be notified of every stack switch.
 void Leave(void** save, const void* stack, size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(save, stack, bytes);
@@ -132,7 +133,7 @@ unsigned Count(State state, unsigned begin, unsigned end) {
                                              [&](const Fiber& f) { return f.state == state; }));
 }
 
-// Opens a barrier that all fibers from begin to end have come to.
+// Opens a barrier if all fibers in [begin, end) have reached it, and returns whether they have.
 bool Open(State barrier, unsigned begin, unsigned end) {
   if (Count(barrier, begin, end) != end - begin) return false;
   for (unsigned i = begin; i < end; ++i) fibers[i].state = kRunning;
@@ -174,7 +175,7 @@ void RunCluster(std::mt19937_64* random) {
     fiber.sanitizer_stack = nullptr;
     makecontext(&fiber.context, Main, 0);
   }
-  // NaN, were it used without being set.
+  // Filled with NaN to expose reads of memory that was never written.
   memories.assign(cluster, std::vector<char>(shared_bytes, '\xff'));
   cluster_phase = cluster_arrivals = 0;
   waited_for_launch = !overlapping;
@@ -194,11 +195,11 @@ void RunCluster(std::mt19937_64* random) {
       std::memcpy(left_by_launch, left.data(), left.size());
       waited_for_launch = opened = true;
     }
-    if (!opened && Count(kDone, 0, all) < all) Fail("a barrier that not all threads reach");
+    if (!opened && Count(kDone, 0, all) < all) Fail("not all threads reached a barrier");
   }
-  if (!waited_for_launch) Fail("an overlapping launch that does not wait for the one before");
+  if (!waited_for_launch) Fail("an overlapping launch did not wait for the previous launch");
   for (const Fiber& fiber : fibers) {
-    if (fiber.arrived) Fail("a thread that arrives at a cluster barrier and does not wait");
+    if (fiber.arrived) Fail("a thread arrived at a cluster barrier but did not wait");
   }
 }
 
@@ -213,7 +214,7 @@ int DeviceNumber() {
 
 void SetAttribute(const void* kernel, cudaFuncAttribute attribute, int64_t value) {
   if (!attributes.emplace(std::tuple(kernel, DeviceNumber(), attribute), value).second) {
-    Fail("an attribute of a kernel is set twice");
+    Fail("a kernel attribute was set twice");
   }
 }
 
@@ -238,7 +239,7 @@ cudaError_t LaunchBlocks(const cudaLaunchConfig_t& config, const std::function<v
   cluster = 1;
   overlapping = false;
   for (unsigned i = 0; i < config.numAttrs; ++i) {
-    if (architecture < 90) Fail("a launch attribute that the device does not know");
+    if (architecture < 90) Fail("a launch attribute that the device does not support");
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) {
       cluster = config.attrs[i].val.clusterDim.x;
     } else {
@@ -280,7 +281,7 @@ cudaError_t LaunchBlocks(const cudaLaunchConfig_t& config, const std::function<v
   ASAN_UNPOISON_MEMORY_REGION(shared_memory, kSharedBytes);
 #else
   for (size_t i = shared_bytes; i < kSharedBytes; ++i) {
-    if (shared_memory[i] != '\xff') Fail("a write beyond the shared memory asked for");
+    if (shared_memory[i] != '\xff') Fail("a write beyond the requested shared memory");
   }
 #endif
   return cudaSuccess;
@@ -296,7 +297,7 @@ void __syncthreads() { cuda_on_cpu::Yield(cuda_on_cpu::kAtBlockBarrier); }
 
 void __cluster_barrier_arrive() {
   if (cuda_on_cpu::architecture < 90) Fail("a cluster barrier on a device without clusters");
-  if (running->arrived) Fail("a thread arrives at a cluster barrier twice");
+  if (running->arrived) Fail("a thread arrived at a cluster barrier twice");
   running->arrived = true;
   running->phase = cuda_on_cpu::cluster_phase;
   const size_t all = cuda_on_cpu::fibers.size();
@@ -306,7 +307,7 @@ void __cluster_barrier_arrive() {
 }
 
 void __cluster_barrier_wait() {
-  if (!running->arrived) Fail("a thread waits at a cluster barrier before it arrives there");
+  if (!running->arrived) Fail("a thread waited at a cluster barrier before arriving there");
   if (running->phase == cuda_on_cpu::cluster_phase) {
     cuda_on_cpu::Yield(cuda_on_cpu::kAtClusterBarrier);
   }
@@ -314,11 +315,11 @@ void __cluster_barrier_wait() {
 }
 
 void* __cluster_map_shared_rank(const void* shared, unsigned rank) {
-  if (rank >= cuda_on_cpu::cluster) Fail("a block that the cluster does not have");
+  if (rank >= cuda_on_cpu::cluster) Fail("access to a block outside the cluster");
   if (rank == cuda_on_cpu::current) return const_cast<void*>(shared);
   const unsigned first = rank * blockDim.x;
   if (cuda_on_cpu::Count(cuda_on_cpu::kDone, first, first + blockDim.x) > 0) {
-    Fail("a look at the shared memory of a block that has ended");
+    Fail("access to the shared memory of a block that has ended");
   }
   const auto at = static_cast<const char*>(shared) - tfwn::cuda::shared_memory;
   return cuda_on_cpu::memories[rank].data() + at;
@@ -332,7 +333,7 @@ void cudaGridDependencySynchronize() {
 void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   const auto aligned = [&](const void* p) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; };
   if ((bytes != 4 && bytes != 8 && bytes != 16) || !aligned(to) || !aligned(from)) {
-    Fail("an asynchronous copy between places that are not aligned");
+    Fail("an asynchronous copy of invalid size or alignment");
   }
   std::memset(to, 0xff, bytes);
   running->copies.back().push_back({to, from, bytes});

@@ -1,5 +1,5 @@
-// Asynchronous copies to shared memory on the CPU (see cuda_runtime.h here): done at the last
-// moment, when a thread waits for them.
+// Emulates asynchronous copies to shared memory (see cuda_runtime.h in this folder). A copy happens
+// as late as possible: when its thread waits for it.
 
 #ifndef TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_PIPELINE_PRIMITIVES_H_
 #define TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_PIPELINE_PRIMITIVES_H_

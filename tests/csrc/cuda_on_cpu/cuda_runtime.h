@@ -1,17 +1,17 @@
-// As much of CUDA as csrc/weight_norm_cuda.cu uses, on the CPU, so that its kernels can be run and
-// checked where there is no GPU: g++ -x c++ -Itests/csrc/cuda_on_cpu -Icsrc
+// Emulates on the CPU those parts of CUDA that csrc/weight_norm_cuda.cu uses, so that its kernels
+// can be run and checked without a GPU: g++ -x c++ -Itests/csrc/cuda_on_cpu -Icsrc
 // csrc/weight_norm_cuda.cu.
 //
-// Clusters of blocks run one after another. The threads of a cluster are fibers that take turns at
-// barriers and shuffles, in an order that is drawn anew each time: where a barrier is missing,
-// results depend on it. Memory of which nobody may know the contents yet is NaN: shared memory that
-// is not set, the target of an asynchronous copy until it has been waited for, and what the launch
-// before wrote until a launch that overlaps it has waited for that.
+// Clusters of blocks run one after another. The threads of a cluster are fibers that switch at
+// barriers and shuffles, in a new random order each time, so a missing barrier changes the results.
+// Memory whose contents are not yet defined is filled with NaN: shared memory that was never
+// written, the target of an asynchronous copy until its thread has waited for it, and the output of
+// the previous launch until an overlapping launch has waited for that launch.
 //
-// Errors: a barrier that not all threads reach; a look at the shared memory of a block that has
-// ended; more shared memory than the device has; a copy between places that are not aligned; an
-// attribute of a kernel set twice on a device; features of sm_90 on a device that has none. What
-// this cannot show: speed, and what nvcc makes of it.
+// Errors it detects: a barrier that not all threads reach; access to the shared memory of a block
+// that has ended; more shared memory than the device has; an asynchronous copy with an unaligned
+// address; a kernel attribute set twice on one device; and features of sm_90 on an older device.
+// It shows neither speed nor errors in the code that nvcc generates.
 
 #ifndef TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_RUNTIME_H_
 #define TFWN_TESTS_CSRC_CUDA_ON_CPU_CUDA_RUNTIME_H_
@@ -84,15 +84,15 @@ struct cudaFuncAttributes {
 
 namespace cuda_on_cpu {
 
-// The device, to be set by a test.
+// Properties of the emulated device, set by the tests.
 extern int64_t shared_memory_per_block;
 extern int multiprocessors;
 extern int architecture;   // 90 and later have clusters and overlapping launches
-extern int resident;       // blocks per multiprocessor
-extern int max_clusters;   // that run at once
-extern unsigned max_grid;  // blocks that are really launched at most: others' work loops over
-extern uint64_t schedule;  // seed of the order in which threads take turns
-// What a launch that another may overlap leaves for it.
+extern int resident;       // resident blocks per multiprocessor
+extern int max_clusters;   // clusters that can run at once
+extern unsigned max_grid;  // maximum number of blocks that run; their loops must cover all work
+extern uint64_t schedule;  // seed of the order in which threads run
+// The memory through which a launch passes results to the launch that overlaps it.
 extern void* left_by_launch;
 extern size_t left_by_launch_bytes;
 extern int64_t launches, cluster_launches, overlapping_launches;
@@ -175,7 +175,7 @@ inline cudaError_t cudaFreeAsync(void* memory, cudaStream_t) {
   return cudaSuccess;
 }
 
-// All of the host's memory is this device's.
+// All host memory counts as memory of this device.
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
 
 struct cudaPointerAttributes {
@@ -188,7 +188,7 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, c
   return cudaSuccess;
 }
 
-// Everything is done at once, so there is nothing to wait for.
+// All work is synchronous, so events have nothing to wait for.
 using cudaEvent_t = void*;
 enum { cudaEventDisableTiming = 2 };
 

@@ -1,3 +1,3 @@
-// See cuda_runtime.h here.
+// See cuda_runtime.h in this folder.
 
 #include "cuda_runtime.h"

@@ -1,5 +1,5 @@
-// As much of CUDA's driver as benchmarks/cuda_driver.py uses, on the CPU: everything is done at
-// once.
+// Emulates on the CPU those functions of the CUDA driver API that benchmarks/cuda_driver.py uses.
+// All work is synchronous.
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -53,7 +53,7 @@ int cuEventElapsedTime(float* milliseconds, void* begin, void* end) {
   return 0;
 }
 
-// The one kernel that there is: to[i] = a[i] + b[i] in vectors of 16 bytes.
+// The only kernel: to[i] = a[i] + b[i] in vectors of 16 bytes.
 int cuModuleLoadData(void** module, const char* text) {
   return *module = (void*)3, strstr(text, ".entry add(") == NULL;
 }

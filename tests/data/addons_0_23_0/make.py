@@ -1,7 +1,7 @@
-"""Makes the files here with TensorFlow Addons 0.23.0 on Keras 2 (tf_keras).
+"""Creates the files in this folder with TensorFlow Addons 0.23.0 on Keras 2 (tf_keras).
 
-TF_USE_LEGACY_KERAS=1 python make.py WRAPPERS, the path of tensorflow_addons/layers/wrappers.py:
-Addons as a whole does not run beside Keras 3.
+Run TF_USE_LEGACY_KERAS=1 python make.py WRAPPERS with the path of Addons'
+tensorflow_addons/layers/wrappers.py. The whole of Addons does not work with Keras 3 installed.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
-"""Makes the files in saved.tar.xz beside it, with the tfwn that is installed: `python make.py`.
+"""Creates the files in saved.tar.xz with the installed version of tfwn: `python make.py`.
 
-They were written by tfwn 0.1.0 and must load in every later version; do not write them again.
+tfwn 0.1.0 wrote them and every later version must load them, so do not create them again.
 """
 
 import os
@@ -18,12 +18,12 @@ FOLDER = pathlib.Path(__file__).parent
 
 
 def normalized(layer):
-    """The layer in tfwn's wrapper."""
+    """Returns the layer wrapped by tfwn."""
     return tfwn.keras.WeightNormalization(layer)
 
 
 def feed_forward() -> keras.Model:
-    """Layers that data-dependent initialization sets."""
+    """Returns a model of layers that support data-dependent initialization."""
     inputs = keras.Input((6, 4))
     x = normalized(keras.layers.Conv1D(3, 2, name="conv"))(inputs)
     x = normalized(keras.layers.Conv1DTranspose(3, 2, name="transposed"))(x)
@@ -33,7 +33,7 @@ def feed_forward() -> keras.Model:
 
 
 def recurrent() -> keras.Model:
-    """Layers with several kernels, and a frozen one."""
+    """Returns a model of layers with several kernels and one frozen layer."""
     inputs = keras.Input((6, 4))
     x = normalized(keras.layers.LSTM(2, return_sequences=True))(inputs)
     x = normalized(keras.layers.Bidirectional(keras.layers.GRU(2, return_sequences=True)))(x)
@@ -48,12 +48,12 @@ MODELS = {"feed_forward": feed_forward, "recurrent": recurrent}
 
 
 def inputs_of_all() -> np.ndarray:
-    """The batch that the models are set and tried with."""
+    """Returns the batch with which the models are initialized, trained and evaluated."""
     return np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
 
 
 def main():
-    """Writes, for each model, the three kinds of files and its outputs."""
+    """Saves each model in the three file formats, together with its outputs."""
     keras.utils.set_random_seed(0)
     x = inputs_of_all()
     for name, make in MODELS.items():
