@@ -1,4 +1,4 @@
-"""setup.py and build_backend.py: what a wheel holds and requires, and what a build refuses."""
+"""Tests setup.py and build_backend.py: a wheel's contents and requirements, and refused builds."""
 
 import email
 import importlib.machinery
@@ -53,7 +53,7 @@ def test_finds_the_installed_tensorflow_past_a_build_environment(setup_module, m
 
 @pytest.fixture
 def nvcc(tmp_path):
-    """A compiler that knows its version and architectures, listed out of order as nvcc's are."""
+    """A fake nvcc that reports its version and, out of order like nvcc, its architectures."""
     path = tmp_path / "cuda" / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
     path.write_text(
@@ -150,7 +150,7 @@ def test_the_bindings_are_built_for_each_python_and_the_rest_once(setup_module, 
     bindings = [f"tfwn/native{python.suffix}" for python in two_pythons]
     assert files == [*bindings, "tfwn/_ops.so", "tfwn/_xla.so"]
     sources = [source for ext in extensions for source in setup_module.labels(ext)]
-    assert len(sources) == len(set(sources))  # Each has an object of its own.
+    assert len(sources) == len(set(sources))  # No two share an object file.
     for ext, python in zip(extensions, two_pythons, strict=False):
         info = {"tensorflow": None, "cuda": None, "cuda_architectures": []}
         assert python.include in setup_module.Build.compile_flags(ext, None, info)
@@ -197,7 +197,7 @@ def test_an_interrupted_demo_says_how_to_go_on(tmp_path):
         )
         told = process.stdout.readline() + process.stdout.readline()
         assert told.splitlines()[1] == "training"
-        os.killpg(process.pid, signal.SIGINT)  # As Ctrl-C: make, its shell and the program.
+        os.killpg(process.pid, signal.SIGINT)  # Like Ctrl-C: make, its shell and the program.
         told += process.communicate(timeout=60)[0]
         assert ("Run make demo again to go on\n" in told) == goes_on, told
         assert f"Error {status}" in told
@@ -250,11 +250,11 @@ def test_the_first_error_of_the_compiler_is_told_at_once(setup_module, tmp_path,
     with pytest.raises(SystemExit, match="no such type\ntfwn: failed"):
         setup_module.compile_all({f"{letter}.cc": command for letter in "abcdefgh"}, "", 1)
     begun = (tmp_path / "begun").read_text().splitlines()
-    assert 1 <= len(begun) <= 2  # The second may begin before the first one's error is seen.
+    assert 1 <= len(begun) <= 2  # The second may start before the first error is noticed.
 
 
 def python(*arguments, **options):
-    """What Python prints; fails with what it says where it fails."""
+    """Runs Python, which must succeed, and returns what it prints."""
     done = subprocess.run(
         [sys.executable, *map(str, arguments)], capture_output=True, text=True, **options
     )
@@ -264,7 +264,7 @@ def python(*arguments, **options):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """A source distribution, of this checkout without what has been built in it."""
+    """A source distribution of this checkout without its build outputs."""
     checkout = tmp_path_factory.mktemp("sdist") / "checkout"
     built = (".git", ".venv", "build", "dist", "runs", "bazel-*", "*.egg-info", "*.so")
     shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*built))
@@ -278,14 +278,14 @@ def sdist(tmp_path_factory):
 def test_sdist_holds_the_checkout(sdist):
     git = ["git", "-c", f"safe.directory={ROOT}", "ls-files"]
     if not (ROOT / ".git").exists() or not shutil.which("git"):
-        pytest.skip("asks git which files belong to the checkout")
+        pytest.skip("needs git and a git checkout to list the tracked files")
     tracked = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert set(tracked.split()) - held == {".gitignore", ".pre-commit-config.yaml"}
 
 
-# The values by hand: ||v|| = 5, grad_g = 3 / 5, grad_v = 10 / 5 * ([1, 0] - grad_g / 5 * v).
+# Computed by hand: ||v|| = 5, grad_g = 3 / 5, grad_v = 10 / 5 * ([1, 0] - grad_g / 5 * v).
 USE = """
 import numpy as np
 import tensorflow as tf
@@ -312,7 +312,7 @@ print(tfwn.__file__, tfwn.native.build_info()["tensorflow"])
 
 @pytest.mark.slow
 def test_wheel(sdist, tmp_path):
-    """A wheel of the source distribution: what it holds, what it requires, that it works."""
+    """A wheel built from the source distribution has the right contents and works."""
     parts = {"TFWN_CUDA": "0", "TFWN_TENSORFLOW": "1", "TFWN_XLA": "1"}
     options = ["--quiet", "--no-index", "--no-deps"]
     build = ["wheel", *options, "--no-build-isolation", "--wheel-dir", tmp_path, sdist]
@@ -330,7 +330,7 @@ def test_wheel(sdist, tmp_path):
     held = {name for name in names if not name.startswith(metadata.partition("/")[0])}
     assert held == sources | {f"tfwn/{name}" for name in libraries | others}
 
-    # An installed `tensorflow-cpu` is not to be replaced, so TensorFlow is pinned in extras only.
+    # TensorFlow is pinned in extras only, so that pip never replaces an installed tensorflow-cpu.
     requires = [Requirement(text) for text in headers.get_all("Requires-Dist")]
     assert [str(r) for r in requires if r.marker is None] == ["numpy"]
     minor = int(tf.__version__.split(".")[1])

@@ -1,4 +1,4 @@
-"""Every snippet and command of the documentation runs; what it names exists."""
+"""Checks that the documentation's snippets and commands run and that what it names exists."""
 
 import dataclasses
 import importlib
@@ -16,28 +16,28 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "docs" / "run-the-experiments.md"
-COMMON = ROOT / "models" / "common" / "README.md"  # Its snippet is run by models/test_common.py.
+COMMON = ROOT / "models" / "common" / "README.md"  # models/conftest.py runs its snippet.
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), COMMON])
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
-# Commands that set up a machine, or take minutes, and where what they do is tested.
+# Commands that are not run here, with the reason and the place of their test.
 NOT_RUN = {
-    "pip install .": "compiles for minutes; tests/test_build.py does so with a wheel",
-    "pip install dist/tensorflow_weight_norm-*+tf2.21-*.whl": "by `make test-wheel`",
-    "make wheels": "many minutes; `make wheel` does so for one TensorFlow",
-    "make test-wheels": "many minutes; `make test-wheel` does so for one Python",
-    "python setup.py build_ext --inplace": "compiles; `make test` does so before the tests",
-    "make demo": "minutes; its program is tests/models/test_dqn.py's, its preset below",
+    "pip install .": "compiles for minutes; tests/test_build.py installs a wheel instead",
+    "pip install dist/tensorflow_weight_norm-*+tf2.21-*.whl": "`make test-wheel` does it",
+    "make wheels": "takes many minutes; `make wheel` does it for one TensorFlow",
+    "make test-wheels": "takes many minutes; `make test-wheel` does it for one Python",
+    "python setup.py build_ext --inplace": "compiles; `make test` does it before the tests",
+    "make demo": "takes minutes; tests/models/test_dqn_training.py tests its program",
     "make test": "runs these tests",
     'make test TENSORFLOW="tensorflow-cpu==2.20.*" PYTHON=python3.10': "needs another Python",
     "PYTHON=$PWD/.venv/bin/python bazel build :all": "needs Bazel",
     "nvcc -I. -std=c++17 -O3 -arch=sm_90 -Xptxas -v -c csrc/weight_norm_cuda.cu -o kernels.o": (
         "needs nvcc; prints a table"
     ),
-    "python -m benchmarks.cuda": "needs a GPU; tests/csrc/test_cuda_benchmark.py has a stand-in",
+    "python -m benchmarks.cuda": "needs a GPU; tests/csrc/test_cuda_benchmark.py fakes one",
 }
 
-# Sizes of what trains for minutes, and those that run in seconds.
+# Sizes in snippets that train for minutes, and their replacements that run in seconds.
 SMOKE = {
     "tutorial.md": {"EPOCHS = 5": "EPOCHS = 2", "EXAMPLES = 50_000": "EXAMPLES = 1000"},
     "causal-convolutions.md": {
@@ -56,7 +56,7 @@ def blocks(page, language):
 
 
 def commands(page):
-    """The page's commands, one a line; those of several processes at once are left out."""
+    """Returns the page's commands, except those that start several processes at once."""
     lines = "\n".join(b for b in blocks(page, "sh") if "TF_CONFIG" not in b)
     lines = lines.replace("\\\n", " ").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
@@ -68,7 +68,7 @@ def pages_with(language):
 
 
 def programs():
-    """The Config of each program of models/, by its name."""
+    """Returns the Config of each program in models/ by the program's name."""
     paths = ROOT.glob("models/*/config.py")
     return {
         path.parent.name: importlib.import_module(f"models.{path.parent.name}.config").Config
@@ -76,7 +76,7 @@ def programs():
     }
 
 
-# Keras 3 with NumPy 2, when a model is saved.
+# Raised by Keras 3 with NumPy 2 when a model is saved.
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pages_with("python")
 def test_snippets_run(page, tmp_path, monkeypatch, request):
@@ -90,27 +90,27 @@ def test_snippets_run(page, tmp_path, monkeypatch, request):
     for full, small in sizes.items():
         assert text.count(full) == 1, full
         text = text.replace(full, small)
-    script = tmp_path / f"{page.stem}.py"  # A file, which is where AutoGraph finds the source.
+    script = tmp_path / f"{page.stem}.py"  # AutoGraph needs a source file.
     script.write_text(text)
     runpy.run_path(str(script))
 
 
 @pages_with("sh")
 def test_commands_run(page, tmp_path, monkeypatch):
-    """In order, in one folder; programs with the preset `smoke`."""
+    """Runs a page's commands in order in one folder, and programs with the preset `smoke`."""
     monkeypatch.chdir(tmp_path)
     for command in commands(page):
         if command not in NOT_RUN:
             python, option, module, *words = shlex.split(command)
-            assert (python, option) == ("python", "-m"), f"say in NOT_RUN who tests: {command}"
+            assert (python, option) == ("python", "-m"), f"add to NOT_RUN: {command}"
             assert run_module(module, as_smoke(module, words), monkeypatch) == 0, command
 
 
 def run_module(module, words, monkeypatch):
-    """What `python -m module words` does, without another import of TensorFlow."""
+    """Does what `python -m module words` does without importing TensorFlow again."""
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [module, *words])
-        for name in (module, f"{module}.__main__"):  # runpy warns of a module that is there.
+        for name in (module, f"{module}.__main__"):  # runpy warns if it is loaded already.
             patch.delitem(sys.modules, name, raising=False)
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -120,7 +120,7 @@ def run_module(module, words, monkeypatch):
 
 
 def as_smoke(module, words):
-    """The words of a training run with the preset `smoke`; of anything else as they are."""
+    """Adds the preset `smoke` to the words of a training run; returns others unchanged."""
     trains = module.removeprefix("models.") in programs() and words[0].startswith("-")
     if not trains or "--resume" in words or "--help" in words:
         return words
@@ -132,7 +132,7 @@ def as_smoke(module, words):
 
 @pytest.mark.slow
 def test_several_processes(tmp_path):
-    """The block with TF_CONFIG as a shell runs it, but for its ports and the preset."""
+    """Runs the block with TF_CONFIG in a shell, with free ports and the preset `smoke`."""
     (block,) = [b for b in blocks(EXPERIMENTS, "sh") if "TF_CONFIG" in b]
     sockets = [socket.create_server(("localhost", 0)) for _ in range(2)]
     for port, free in zip(("12345", "12346"), sockets, strict=True):
@@ -160,7 +160,7 @@ def test_commands_that_are_not_run_are_documented():
 def test_all_programs_are_documented():
     text = EXPERIMENTS.read_text()
     for name in programs():
-        assert f"python -m models.{name} --" in text, f"say in {EXPERIMENTS.name} how to run {name}"
+        assert f"python -m models.{name} --" in text, f"{EXPERIMENTS.name} does not run {name}"
 
 
 def test_presets_and_options_named_exist():
@@ -174,7 +174,7 @@ def test_presets_and_options_named_exist():
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= fields | others
     for program in programs().values():
         for preset in re.findall(r"^\| `(\w+)`", text, re.MULTILINE):
-            # The mechanism takes a minute, so it is not scaled.
+            # The mechanism experiment takes only a minute, so it has no scaled preset `cpu`.
             assert preset in program.PRESETS or preset == "cpu", program.__module__
 
 
@@ -208,7 +208,7 @@ def test_make_targets_named_exist():
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{page.name}: make {target}"
 
 
-# What the README's table of alternatives says of tfwn, and the tests of it.
+# The rows of the README's comparison table, each with a test that proves it for tfwn.
 CLAIMS = {
     "runs on TensorFlow 2.21 and Keras 3": "tfwn/test_keras.py::test_fit",
     "kernels": "tfwn/test_ops_transforms.py::test_one_kernel_forward_and_one_backward",

@@ -1,4 +1,4 @@
-"""wheels/, .github and CITATION.cff: what `make wheels` finds, and what the workflows run."""
+"""Tests wheels/, .github and CITATION.cff: what `make wheels` finds and the workflows run."""
 
 import pathlib
 import re
@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture
 def fake_python(tmp_path, monkeypatch):
-    """Puts a Python of a version on PATH, the only ones there, with or without headers."""
+    """A function that adds a fake Python, with or without headers, to an otherwise empty PATH."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -31,7 +31,7 @@ def fake_python(tmp_path, monkeypatch):
 def test_finds_the_pythons_with_headers(fake_python, tmp_path, capsys):
     complete = fake_python("3.11", True)
     without_headers = fake_python("3.12", False)
-    fake_python("3.13", True, status=127)  # As pyenv's shim of a version that is not chosen.
+    fake_python("3.13", True, status=127)  # Like pyenv's shim of an inactive version.
     assert build.find_pythons() == {"3.11": complete}
     assert capsys.readouterr().out.splitlines() == [
         "Python 3.10: not found",

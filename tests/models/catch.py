@@ -1,4 +1,4 @@
-"""A game so small that DQN solves it in a minute, and what the tests of DQN share."""
+"""A small game that DQN solves within a minute, and helpers for the tests of DQN."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ CATCH = "catch:Catch-v0"
 
 
 class Unsaved(gymnasium.Env):
-    """A ball falls 5 rows; the paddle below moves left, not at all, or right. Optimal return: 1."""
+    """A ball falls 5 rows. The paddle below moves left, stays, or moves right. Best return: 1."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 15}  # noqa: RUF012 as gymnasium does
     observation_space = gymnasium.spaces.Box(0, 255, (84, 84), np.uint8)
@@ -64,14 +64,14 @@ class Broken(Catch):
 
 
 class Dying(Catch):
-    """Ends its process, as a fault in a library does."""
+    """Kills its process, as a crash in a library does."""
 
     def step(self, action):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Colorful(Catch):
-    """In color, without a picture to render, and with actions that are counted from 1."""
+    """Has observations in color and actions that are counted from 1."""
 
     observation_space = gymnasium.spaces.Box(0, 255, (100, 120, 3), np.uint8)
     action_space = gymnasium.spaces.Discrete(3, start=1)

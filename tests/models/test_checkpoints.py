@@ -1,4 +1,4 @@
-"""Checkpoints: damaged, of another version or network, too large for the disk, not finite."""
+"""Tests checkpoints: damaged, from another version or network, on a full disk, not finite."""
 
 import os
 import re
@@ -21,7 +21,7 @@ SLOPE = "model/w/.ATTRIBUTES/VARIABLE_VALUE"
 
 @pytest.fixture
 def saving(monkeypatch):
-    """Makes runs save every so many steps."""
+    """A function that makes runs save every `count` steps."""
 
     def every(count):
         steps = Run.steps
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_another_network_is_refused(line, run, tmp_path, name, v
 
 
 def test_a_run_of_an_earlier_version_is_evaluated_but_not_resumed(run, tmp_path):
-    """It had a folder for each checkpoint, with what is now tf.train.Checkpoint's inside."""
+    """Earlier versions wrote each checkpoint into its own folder with tf.train.Checkpoint."""
     run("--out", tmp_path / "a", "--preset", "smoke")
     folder = tmp_path / "a" / "checkpoints"
     shutil.rmtree(folder)
@@ -160,10 +160,10 @@ mount -o remount,size=80m disk
 
 @pytest.mark.slow
 def test_a_disk_that_is_really_full(tmp_path):
-    """A disk of 1 MiB, in a namespace of its own, which then gets larger."""
+    """Fills a disk of 1 MiB in a private mount namespace, enlarges it, and resumes."""
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     if subprocess.run([*namespace, "mount", "-t", "tmpfs", "none", tmp_path]).returncode:
-        pytest.skip("needs the right to mount a disk in a namespace")
+        pytest.skip("needs permission to mount a disk in a namespace")
     (tmp_path / "line.py").write_text(SOURCE)
     done = subprocess.run(
         [*namespace, "bash", "-ec", SMALL_DISK.format(run=f"{sys.executable} -m line")],
@@ -209,7 +209,7 @@ def test_best_is_kept_beside_the_last_and_over_resuming(line, tmp_path):
 
 
 class Extra:
-    """State outside TensorFlow, of every kind a state_dict may hold."""
+    """State outside TensorFlow with every type of value that a state_dict may contain."""
 
     def __init__(self, seed):
         self.generator = np.random.default_rng(seed)
@@ -261,7 +261,7 @@ def test_multi_worker_needs_tf_config(run, tmp_path, monkeypatch, content):
 
 @pytest.fixture
 def two(tmp_path):
-    """Starts the two workers of a run in the folder "two"."""
+    """A function that starts two workers of one run in the folder "two"."""
     (tmp_path / "line.py").write_text(SOURCE)
 
     def start(*argv):

@@ -1,4 +1,4 @@
-"""CIFAR-10: the paper's network, one start for all five, replicas."""
+"""Tests CIFAR-10: the paper's network, its five parameterizations, replicas."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from models.cifar.batch_norm import BatchNormalization
 from models.cifar.config import PAPER, Config
 from models.common import data, metrics, run_folder, runtime
 
-TABLE_A = [  # Channels, and the x, y dimension, of each row after ZCA whitening.
+TABLE_A = [  # Each row after ZCA whitening: name, channels, and x, y dimension.
     ("Gaussian noise", 3, 32),
     ("3x3 conv leaky ReLU", 96, 32),
     ("3x3 conv leaky ReLU", 96, 32),
@@ -56,12 +56,12 @@ def layers_of(network):
 
 @pytest.fixture
 def run(command):
-    """Runs the command line; returns (exit status, stdout, stderr)."""
+    """A function that runs the command line and returns (exit status, stdout, stderr)."""
     return lambda *argv: command(FUNCTIONS, *argv)
 
 
 def assert_same_run_but_for_rounding(one, other):
-    """Of float32 variables; computed in float64, where no rounding grows."""
+    """For runs computed in float64, which differ only by the rounding of float32 variables."""
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -89,7 +89,7 @@ def test_all_five_begin_as_the_same_function_and_weights():
     images, seed = images_of(100), tf.constant([0, 0], tf.int64)
     outputs, effective = {}, {}
     for kind in PAPER:
-        config = config_of(parameterization=kind, bn_epsilon=1e-12)  # Else not quite.
+        config = config_of(parameterization=kind, bn_epsilon=1e-12)  # A larger one shows.
         network = initialized(config, images)
         outputs[kind] = network(images, training=True, seed=seed)
         effective[kind] = [layer.linear.weight() for layer in layers_of(network)]
@@ -103,8 +103,8 @@ def test_all_five_begin_as_the_same_function_and_weights():
                 np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6, err_msg=kind)
 
 
-# Recorded from the first version of the program that passed all other tests; three steps after
-# identical starts. Summation orders differ between processors and grow with the steps.
+# Losses of three training steps and of an evaluation after them, recorded from the first version
+# that passed all other tests. Rounding differs between processors and grows with the steps.
 GOLDEN = {
     "mean_only_bn": [2.48198, 2.85851, 2.76108, 2.70499],
     "weight_norm": [2.48198, 3.74960, 3.99680, 4.57869],
@@ -133,14 +133,14 @@ def first_losses(kind, strategy, steps=3, **values):
         float(train_step(x, images.train_labels[:100], tf.constant([0, step], tf.int64))[0]) / 100
         for step in range(steps)
     ]
-    # Of 99 images: the shares of two replicas differ.
+    # 99 images give two replicas shards of different sizes.
     return [*losses, float(evaluate_step(x[:99], images.train_labels[:99])[0]) / 99]
 
 
 @pytest.mark.parametrize("kind", PAPER)
 def test_two_replicas_train_as_one(kind):
     mirrored = tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"])
-    # Two steps: Adam's first steps have full size also where a gradient is rounding.
+    # Only two steps, because Adam's first steps turn even rounding errors into full-size steps.
     options = {"steps": 2, "learning_rate": 1e-3}
     one = first_losses(kind, tf.distribute.get_strategy(), **options)
     assert first_losses(kind, mirrored, **options) == pytest.approx(one, rel=2e-4)
@@ -158,7 +158,7 @@ def test_replicas_may_keep_their_own_moments(kind):
 @pytest.mark.parametrize("kind", ["weight_norm_mean_only_bn", "batch_norm"])
 @pytest.mark.parametrize("options", [{"jit_compile": True}, {"mixed_precision": "bfloat16"}])
 def test_first_loss_under_xla_and_in_bfloat16(kind, options):
-    # Without random numbers: XLA draws others from the same seed.
+    # No noise or dropout, because XLA draws different random numbers from the same seed.
     config = config_of(parameterization=kind, noise=0.0, dropout=0.0, **options)
     images = images_of(100)
     network = cifar.Network(config, runtime.compute_dtype(config))
@@ -308,7 +308,7 @@ def test_batch_norm_against_its_definition(rng, shape):
 
 
 def test_a_run_on_two_replicas_is_the_run_on_one(run, tmp_path, monkeypatch):
-    # In float32 the rounding of ten steps grows to a hundredth of the gradients.
+    # In float32, rounding errors grow to 1% of the gradients within ten steps.
     monkeypatch.setattr(runtime, "compute_dtype", lambda config: tf.float64)
     for strategy in ("none", "mirrored"):
         out = tmp_path / strategy
@@ -341,7 +341,7 @@ runpy.run_module("models.cifar", run_name="__main__", alter_sys=True)
 
 @pytest.mark.slow
 def test_two_workers_train_as_one(tmp_path):
-    """Ten steps in float64: weights, running means and Adam's slots, to float32's rounding."""
+    """Weights, running means and Adam's slots agree to float32 rounding after ten steps."""
     program = ("-c", IN_FLOAT64)
     options = ["--preset", "smoke", "--epochs", "1", "--out"]
     options = ["--parameterization", "weight_norm_mean_only_bn", *options]
@@ -352,7 +352,7 @@ def test_two_workers_train_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_workers_train_with_batch_norm(tmp_path):
-    # Its moments are float32, and from there rounding grows with the steps.
+    # Batch norm's moments are float32, and their rounding errors grow with the steps.
     options = ["--preset", "smoke", "--epochs", "1", "--parameterization", "batch_norm", "--out"]
     finish(start(*options, tmp_path / "single"))
     finish(*start_workers(*options, tmp_path / "pair"))

@@ -1,4 +1,4 @@
-"""The command line: instant, strict, and what --resume and presets make of it."""
+"""Tests the command line: fast help, strict checks, presets, and options with --resume."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ def test_arguments_are_read_without_tensorflow(program, argv, status):
         f"sys.argv[1:] = {argv!r}\nrunpy.run_module('models.{program}', run_name='__main__')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    if status is None:  # The command is right, so TensorFlow is needed.
+    if status is None:  # A valid command goes on to import TensorFlow.
         assert "import of tensorflow halted" in done.stderr
     else:
         assert done.returncode == status, done.stderr
@@ -41,7 +41,7 @@ def test_help_is_instant():
         subprocess.run([sys.executable, "-m", "models.cifar", "--help"], cwd=ROOT, check=True,
                        capture_output=True)  # fmt: skip
         took.append(time.monotonic() - began)
-    assert min(took) < 1  # 0.2 s on an idle machine, where TensorFlow takes 3 s.
+    assert min(took) < 1  # 0.2 s on an idle machine, where importing TensorFlow takes 3 s.
 
 
 def test_help_has_every_option_and_the_papers_values_beside_a_presets(run):
@@ -161,12 +161,12 @@ def test_changed_hyper_parameters_are_named_and_refused_unless_accepted(run, tmp
     assert (status, "resumed at step 10" in out) == (0, True)
     config = run_folder.load_config(tmp_path / "a", sys.modules["line"].Config)
     assert (config.preset, config.steps, config.keep) == ("smoke", 20, 5)
-    assert run(*argv, "--preset", "smoke")[0] == 0  # Of the run, not of the preset.
+    assert run(*argv, "--preset", "smoke")[0] == 0  # Keeps the run's values, not the preset's.
 
 
 def test_a_folder_holds_one_run_and_of_one_program(line, run, tmp_path, monkeypatch):
     run("--out", tmp_path / "a", "--preset", "smoke")
-    monkeypatch.setattr(line, "train", None)  # Refused before, because a program may read data.
+    monkeypatch.setattr(line, "train", None)  # The refusal must precede loading data.
     status, _, err = run("--out", tmp_path / "a")
     assert (status, "--resume" in err) == (2, True)
     path = tmp_path / "a" / "config.json"

@@ -1,4 +1,4 @@
-"""models/common/data.py: the data sets, their absence, and the cache."""
+"""Tests models/common/data.py: the data sets, missing data, and the cache."""
 
 import urllib.error
 

@@ -1,4 +1,4 @@
-"""models/dqn/agent.py: loss, optimizers, networks and the actor, against their definitions."""
+"""Tests loss, optimizers, networks and actor in models/dqn/agent.py against their definitions."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def test_the_loss_is_the_huber_loss_of_the_td_error_summed(rng, learner):
     s_t = np.moveaxis(batch.frames[:, :4], 1, -1)
     s_tp1 = np.moveaxis(batch.frames[:, 1:], 1, -1)
     q_t = learner.online(s_t).numpy().astype(np.float64)[np.arange(16), batch.actions]
-    # A target network with other weights, else a mix-up of the two would not show.
+    # The target network gets other weights, so that mixing up the two networks shows.
     for variable in learner.target.trainable_variables:
         variable.assign(variable * 1.1)
     q_tp1 = learner.target(s_tp1).numpy().astype(np.float64).max(1)
@@ -104,7 +104,7 @@ def test_target_and_acting_networks_hold_the_effective_weights(rng, learner, dty
     copy = Network(config_of(filters=(8, 8, 8), hidden=32), 6, dtype, dtype)
     copy.copy_from(learner.online)
     states = random_states(rng, 8)
-    # float32: the order of sums differs between a function and eager calls.
+    # In float32, a tf.function and eager calls sum in different orders.
     tolerance = 1e-5 if dtype == tf.float32 else 0.05
     np.testing.assert_allclose(copy(states), learner.online(states), atol=tolerance)
     acting = learner.act(states).numpy()

@@ -1,4 +1,4 @@
-"""models/dqn/games.py: what DQN sees and hears, against ALE itself."""
+"""Tests the frames, rewards and lives from models/dqn/games.py against ALE itself."""
 
 import ale_py
 import gymnasium
@@ -32,11 +32,11 @@ def naive_luminance(rgb):
 
 
 def naive_bilinear(gray):
-    """The definition, one pixel at a time, in exact fractions of whole numbers."""
+    """The definition, pixel by pixel, in exact integer fractions."""
     height, width = gray.shape
     result = np.zeros((84, 84), np.uint8)
     for i in range(84):
-        # 168 y is the height of the centre of row i, in rows of the screen.
+        # The center of row i is at y + fy / 168, in rows of the screen.
         y, fy = divmod((2 * i + 1) * height - 84, 168)
         y0, y1 = max(y, 0), min(y + 1, height - 1)
         for j in range(84):
@@ -51,7 +51,7 @@ def naive_bilinear(gray):
 
 
 def naive_area(gray):
-    """Every pixel in 84 x 84 equal parts; a target pixel is the mean of as many parts."""
+    """Splits each pixel into 84 x 84 parts; a target pixel is the mean of height * width parts."""
     height, width = gray.shape
     rows = np.add.reduceat(np.repeat(gray, 84, 0), np.arange(0, 84 * height, height), 0)
     both = np.add.reduceat(np.repeat(rows, 84, 1), np.arange(0, 84 * width, width), 1)
@@ -75,7 +75,7 @@ def test_areas_are_averaged_as_opencv_does(rng):
     cv2 = pytest.importorskip("cv2")
     gray = rng.integers(0, 256, (210, 160)).astype(np.uint8)
     expected = cv2.resize(gray, (84, 84), interpolation=cv2.INTER_AREA)
-    assert abs(scale(gray, "area").astype(int) - expected).max() <= 1  # Its sums are float32.
+    assert abs(scale(gray, "area").astype(int) - expected).max() <= 1  # OpenCV sums in float32.
 
 
 @pytest.mark.parametrize("scaling", NAIVE)
@@ -102,7 +102,7 @@ def test_frames_rewards_and_lives_are_those_of_the_raw_emulator(rng, game, scali
 
 
 def test_flicker_is_seen_in_both_screens():
-    """Space Invaders draws its shots in every other screen."""
+    """Space Invaders draws its shots only in every other screen."""
     env = atari("SpaceInvaders")
     env.reset(seed=0)
     differs = 0
@@ -114,7 +114,7 @@ def test_flicker_is_seen_in_both_screens():
 
 
 def test_a_color_is_learned_when_it_is_first_seen(rng):
-    """Also if it is seen in one of the two screens only."""
+    """This includes a color that only one of the two screens shows."""
     palette = rng.integers(0, 256, (256, 3)).astype(np.uint8)
     screens = rng.integers(0, 40, (30, 21, 16)).astype(np.uint8)
     screens += np.arange(30, dtype=np.uint8)[:, None, None] * 7

@@ -1,4 +1,4 @@
-"""models/dqn/play.py: the protocols of evaluation."""
+"""Tests the evaluation protocols in models/dqn/play.py."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from models.dqn import play
 
 
 def act(states):
-    """Q-values by which the paddle stays where it is."""
+    """Returns Q-values with which the paddle never moves."""
     return tf.tile([[0.0, 1.0, 0.0]], [len(states), 1])
 
 

@@ -1,4 +1,4 @@
-"""models/dqn/replay.py against a plain list of transitions."""
+"""Tests models/dqn/replay.py against a plain list of transitions."""
 
 import collections
 import pathlib
@@ -12,7 +12,7 @@ from models.dqn.replay import CUT, LAST, TERMINAL, Replay
 
 
 class Naive:
-    """Every step of every environment, kept for ever; transitions made the long way."""
+    """Keeps every step of every environment and builds each transition from scratch."""
 
     def __init__(self, environments):
         self.steps = [[] for _ in range(environments)]
@@ -23,7 +23,7 @@ class Naive:
             ring.append(step)
 
     def transitions(self, window, whole_stacks=False):
-        """{(environment, time): (5 frames, action, reward, terminal)} of the latest `window`."""
+        """{(environment, t): (5 frames, action, reward, terminal)} of the last `window` steps."""
         result = {}
         for ring, steps in enumerate(self.steps):
             oldest = max(0, len(steps) - window)
@@ -64,7 +64,7 @@ def random_step(rng, environments):
 
 def check_same(batch, index, expected):
     frames, action, reward, terminal = expected
-    # What follows a terminal is not used.
+    # The frame after a terminal step is never used.
     used = slice(0, 4 if terminal else 5)
     np.testing.assert_array_equal(batch.frames[index, used], frames[used])
     assert (batch.actions[index], batch.rewards[index]) == (action, reward)
@@ -160,7 +160,7 @@ def test_a_cut_step_is_never_drawn_and_ends_a_game(rng):
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("first", [4, 19, 60, 100])
 def test_a_restored_memory_goes_on_as_it_would_have(rng, tmp_path, first, in_memory):
-    """Restored from the last checkpoint, and from the one before it, after more was written."""
+    """Restores the last checkpoint and the previous one, both after more steps were written."""
     options = {"file": tmp_path / "ring", "in_memory": in_memory, "spare": 20, "seed": 3}
     made = filled(rng, 60, 2, first, **options)
     states = []
@@ -295,7 +295,7 @@ def test_a_memory_that_began_empty_and_was_killed_begins_empty_again(rng, tmp_pa
         again.load_state_dict(state)
         assert len(again) == 0
         again.add(*random_step(rng, 2))
-        later = again.state_dict()  # Of a checkpoint that is not finished.
+        later = again.state_dict()  # Its checkpoint is never finished.
         again.close()
     again = Replay(30, 2, file=tmp_path / "ring", in_memory=in_memory)
     again.load_state_dict(later)

@@ -1,4 +1,4 @@
-"""models/dqn: it learns, repeats itself, resumes without its files, and names mistakes."""
+"""Tests models/dqn: learning, reproducible runs, resuming without its files, errors."""
 
 import math
 import os
@@ -22,7 +22,7 @@ from models.dqn.replay import Replay
 
 @pytest.fixture
 def run(command):
-    """Runs the command line; returns (exit status, stdout, stderr)."""
+    """A function that runs the command line and returns (exit status, stdout, stderr)."""
     return lambda *argv: command(FUNCTIONS, *argv)
 
 
@@ -89,7 +89,7 @@ def test_without_its_held_out_states_a_resumed_run_holds_out_others(run, tmp_pat
     for spoil in (lambda file: file.write_bytes(b""), lambda file: file.unlink()):
         spoil(folder / "held_out.npy")
         status, out, err = run("--resume", "--out", folder)
-        assert (status, err, text in out) == (0, "", True)  # Over: there is nothing to do but test.
+        assert (status, err, text in out) == (0, "", True)  # Only the test is left to do.
     argv = ["--resume", "--accept-changes", "--out", folder, "--steps"]
     status, out, err = run(*argv, 600)
     assert (status, err, text in out) == (0, "", True)
@@ -109,7 +109,7 @@ def test_a_game_has_one_name_in_any_spelling(run, tmp_path, monkeypatch):
     folder = Path("runs/dqn-SpaceInvaders-smoke-weight_norm-0")
     assert run_folder.load(folder)["config"]["game"] == "SpaceInvaders"
     assert run("--resume", "--game", "space-invaders", "--out", folder)[::2] == (0, "")
-    # As in older runs.
+    # As older runs stored it.
     file = folder / "config.json"
     file.write_text(file.read_text().replace('"SpaceInvaders"', '"space_invaders"'))
     assert run("--resume", "--game", "SpaceInvaders", "--out", folder)[::2] == (0, "")
@@ -117,7 +117,7 @@ def test_a_game_has_one_name_in_any_spelling(run, tmp_path, monkeypatch):
 
 
 def test_games_that_cannot_be_saved_begin_anew_in_a_resumed_run(run, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent)  # Where the processes find catch.
+    monkeypatch.syspath_prepend(Path(__file__).parent)  # The processes must find catch.
     argv = ["--preset", "smoke", "--out", tmp_path / "a", "--game"]
     status, out, err = run(*argv, "catch:Unsaved-v0", "--steps", 400)
     assert (status, err, "begin anew" in out) == (0, "", False)

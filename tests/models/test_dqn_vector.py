@@ -1,4 +1,4 @@
-"""models/dqn/vector.py: games side by side, in this process and in others."""
+"""Tests models/dqn/vector.py: games in parallel, in this process and in others."""
 
 import contextlib
 import os
@@ -149,7 +149,7 @@ def test_no_process_outlives_its_learner(tmp_path, way):
     try:
         pids = list(map(int, player.stdout.readline().split()))
         assert len(pids) == 2
-        if way == "SIGINT":  # As a terminal sends it: to all of the group.
+        if way == "SIGINT":  # To the whole group, as a terminal sends it.
             os.killpg(player.pid, signal.SIGINT)
         elif way != "leave":
             player.send_signal(signal.Signals[way])

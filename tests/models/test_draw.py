@@ -1,4 +1,4 @@
-"""DRAW against NumPy, one start for both parameterizations, what `sample` writes."""
+"""Tests DRAW against NumPy, and how it starts, trains and samples."""
 
 import dataclasses
 
@@ -37,7 +37,7 @@ def inputs_of(config, count=4, seed=0):
 
 
 def with_random_biases(network, seed=1):
-    """Sets what begins with 0, so that it is tested too."""
+    """Sets the biases, which start at 0, to random values so that they are tested too."""
     random = np.random.default_rng(seed)
     for variable in network.trainable_variables:
         if variable.name.endswith("b:0"):
@@ -47,7 +47,7 @@ def with_random_biases(network, seed=1):
 
 @pytest.fixture
 def run(command):
-    """Runs the command line; returns (exit status, stdout, stderr)."""
+    """A function that runs the command line and returns (exit status, stdout, stderr)."""
     return lambda *argv: command(FUNCTIONS, *argv)
 
 
@@ -59,7 +59,7 @@ def trained(tmp_path_factory):
     return out
 
 
-# The model in NumPy, float64, image by image, as the DRAW paper has it
+# The DRAW paper's model in NumPy, in float64 and image by image
 
 
 def numpy_filterbank(g, log_delta, log_variance, size, side):
@@ -82,7 +82,7 @@ def numpy_window(parameters, size, side):
 
 
 def gradients_of(network, x, u):
-    """The sum of all losses, and its gradients."""
+    """Returns the sum of all losses and its gradients."""
     with tf.GradientTape() as tape:
         total = sum(tf.reduce_sum(losses) for losses in network(x, u))
     return total, tape.gradient(total, network.trainable_variables)
@@ -122,7 +122,7 @@ def numpy_write(network, h_dec):
 
 
 def numpy_losses(network, x, u):
-    """Cross-entropy and KL_t of one image x, with the noise u [T, latent]."""
+    """Returns the cross-entropy and all KL_t of one image x, with the noise u [T, latent]."""
     config = network.config
     canvas = np.zeros_like(x)
     h_enc, c_enc = np.zeros((2, config.encoder_units))
@@ -137,7 +137,7 @@ def numpy_losses(network, x, u):
             r = [gamma * (f_y @ image @ f_x.T) for image in (x, error)]
         else:
             r = [x, error]
-        r = np.concatenate(r, 1).ravel()  # The two images beside each other, row by row.
+        r = np.concatenate(r, 1).ravel()  # The two images side by side, row by row.
         h_enc, c_enc = numpy_lstm(network.encoder, np.append(r, h_dec), h_enc, c_enc)
         mu, log_sigma = np.split(numpy_linear(network.q, h_enc), 2)
         kl.append(np.sum(-log_sigma + (np.exp(2 * log_sigma) + mu**2) / 2 - 0.5))
@@ -183,7 +183,7 @@ def test_filterbanks_against_numpy(size, parameters):
 
 
 def test_a_window_of_the_images_size_sees_the_image():
-    """delta = 1, sigma small: filter i lies on pixel i + 1/2 + center - size/2."""
+    """With delta = 1 and small sigma, filter i lies on pixel i + 1/2 + center - size/2."""
     size = 6
     parameters = [[-1 / size, -1 / size, 0, -8, 0]]  # The center lies between pixels 2 and 3.
     seen = draw.window(tf.constant(parameters, tf.float32), size, size)
@@ -195,7 +195,7 @@ def test_a_window_of_the_images_size_sees_the_image():
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("which", range(5))
 def test_gradients_are_finite_at_the_attentions_borders(which, sign, size):
-    """Far outside; delta, sigma, gamma very small or very large."""
+    """Borders: a window far outside; delta, sigma or gamma very small or very large."""
     config = tiny()
     network = draw.Network(config, SIDE)
     for layer in (network.reader, network.writer):
@@ -218,7 +218,7 @@ def test_gradients_against_differences_of_the_bound(attention, kind, rng):
     _, gradients = gradients_of(network, x, u)
 
     def total():
-        """In float64, by NumPy."""
+        """The total loss, computed by NumPy in float64."""
         return sum(
             np.sum(np.concatenate([np.ravel(part) for part in numpy_losses(network, image, noise)]))
             for image, noise in zip(x.numpy().astype(float), np.swapaxes(u, 0, 1), strict=True)
@@ -275,7 +275,7 @@ def test_every_matrix_has_a_g_for_each_column():
 
 
 def losses_of(strategy=None, steps=3, **values):
-    """The sums that `steps` training steps return, then those of a test step."""
+    """Returns the sums from `steps` training steps and, last, those from a test step."""
     strategy = strategy or tf.distribute.get_strategy()
     config = config_of(**values)
     images = training.load(config).train_images[:100]
@@ -435,7 +435,7 @@ def test_sample_writes_a_grid_and_the_drawing_with_its_windows(run, trained, tmp
 
 def test_the_frame_lies_where_the_window_does():
     config = config_of(write_size=5)
-    # Centre (14, 7) in pixels, so that its filters lie at 10 to 18, and 3 to 11.
+    # The center is pixel (14, 7), so the filters lie at 10 to 18 and at 3 to 11.
     parameters = np.array([0, -0.5, np.log(2 * 4 / 27), -20, 0], np.float32)
     picture = pictures.with_window(np.zeros((28, 28)), parameters, config, scale=4)
     rows, columns = np.nonzero(red(picture.astype(int)))

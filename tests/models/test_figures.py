@@ -1,4 +1,4 @@
-"""models/figures.py: arms at their best rates, seeds averaged, presets kept apart; RESULTS.md."""
+"""Tests models/figures.py: best rates, averages over seeds, separate presets, RESULTS.md."""
 
 import json
 import re
@@ -22,7 +22,7 @@ PNG = b"\x89PNG"
 
 
 def write_run(folder, config_class, rows, preset="paper", diverged=None, caveats="", **values):
-    """A run folder with a preset's values and these; `rows` are dicts, each of an epoch."""
+    """Writes a run with a preset's values, updated by `values`. `rows`: one dict per epoch."""
     folder.mkdir(parents=True)
     config = {**config_class.PRESETS[preset].values, "preset": preset, **values}
     content = {"program": program_of(config_class), "config": config, "caveats": caveats}
@@ -38,7 +38,7 @@ def write_run(folder, config_class, rows, preset="paper", diverged=None, caveats
 def make_run(
     folder, preset="paper", kind="weight_norm", rate=None, seed=0, ends=0.05, done=4, **config
 ):
-    """One of CIFAR-10, whose training error ends at `ends` and test error at twice that."""
+    """Writes a CIFAR-10 run with final training error `ends` and test error 2 * `ends`."""
     rows = [{"train_error": ends * done / e, "test_error": 2 * ends} for e in range(1, done + 1)]
     config |= {"parameterization": kind, "learning_rate": rate, "seed": seed}
     return write_run(folder, Cifar, rows, preset, **config)
@@ -66,7 +66,7 @@ def make_dqn_run(folder, scores, game="Breakout", kind="weight_norm", preset="pa
 
 @pytest.fixture
 def run(capsys, tmp_path):
-    """Runs the command line; returns (exit status, stderr, the tables written)."""
+    """A function that runs the command line and returns (exit status, stderr, TABLES.md)."""
 
     def call(*argv):
         with pytest.raises(SystemExit) as error:
@@ -79,7 +79,7 @@ def run(capsys, tmp_path):
 
 
 def cells(text, label, table=0):
-    """The cells of the row that begins with a label, in the table-th table that has one."""
+    """Returns the cells after this label, from the table-th table that has such a row."""
     rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
     return [row[1:] for row in rows if row[0].strip() == label][table]
 
@@ -95,7 +95,7 @@ def test_seeds_are_averaged_with_their_standard_error_beside_the_papers(run, tmp
     assert reached == "1.0"
     assert others == ["8.46", "0.003", "1", "4 of 200", "3 seeds"]
     assert (tmp_path / "out" / "cifar-curves.png").read_bytes().startswith(PNG)
-    assert not (tmp_path / "out" / "cifar-rates.png").exists()  # There is one rate.
+    assert not (tmp_path / "out" / "cifar-rates.png").exists()  # There is only one rate.
 
 
 def test_each_arm_is_shown_at_the_rate_that_is_best_with_the_first_seed(run, tmp_path):
@@ -104,7 +104,7 @@ def test_each_arm_is_shown_at_the_rate_that_is_best_with_the_first_seed(run, tmp
             ends = 0.03 if rate == best else 0.05
             make_run(tmp_path / "runs" / f"{frozen}{rate}", kind=kind, frozen_g=frozen, rate=rate,
                      ends=ends, diverged="loss is nan" if rate == 0.01 else None)  # fmt: skip
-        # More seeds of the best rate are bad, which does not change the choice.
+        # A bad second seed at the best rate must not change the choice.
         make_run(tmp_path / "runs" / f"{frozen}", kind=kind, frozen_g=frozen, rate=best, seed=1,
                  ends=0.09)  # fmt: skip
     status, _, text = run(tmp_path / "runs")
@@ -253,7 +253,7 @@ def test_a_learning_rate_is_the_same_whether_given_or_not(run, tmp_path):
             "paper, changed: mixed-precision bfloat16, dataset synthetic_cifar10 and 2 more",
         ),
         (
-            {"parameterization": "mean_only_bn", "frozen_g": True},  # It is no arm.
+            {"parameterization": "mean_only_bn", "frozen_g": True},  # Not an arm.
             "paper, changed: frozen-g",
         ),
     ],
@@ -294,7 +294,7 @@ def test_figure_5_has_a_plot_for_each_game_and_figure_6_the_highest_scores(run, 
     assert (last, highest, paper, over) == ("255.0 ± 55.0", "305.0 ± 5.0", "403", "2 seeds")
     last, highest, paper, *_, over = cells(text, "data-dependent, initial Q 1, normal")
     assert (last, highest, paper, over) == ("20.0 ± 2.0", "20.0", "410", "30 games, 1 seed")
-    # The paper has no Pong.
+    # The paper has no results for Pong.
     assert cells(text, "data-dependent, initial Q 1, weight norm", 1)[2] == "0.0003"
     assert "score per game, Nature's protocol" in text
     for game in ("Breakout", "Pong"):
@@ -349,7 +349,7 @@ def test_curves_are_the_runs_points_on_the_papers_axes(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A copy of what `python -m models.figures` reads and writes."""
+    """A copy of the files that `python -m models.figures` reads and writes."""
     shutil.copytree(ROOT / "results", tmp_path / "results")
     shutil.copytree(ROOT / "docs" / "figures", tmp_path / "docs" / "figures")
     shutil.copy(ROOT / "RESULTS.md", tmp_path)

@@ -1,4 +1,4 @@
-"""The experiment on section 2.1: what it measures, on cases whose answers are known."""
+"""Tests the measurements of the experiment on section 2.1 in cases with known answers."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_norms_follow_the_formula_with_weight_norm_alone(command, tmp_path, kind
 
 
 def test_covariances_of_a_network_whose_gradients_are_known(rng):
-    """Inputs with one large direction: the first layer's C has it as its first eigenvector."""
+    """One direction dominates the inputs, so it is the first eigenvector of the first layer's C."""
     config = Config.of_preset("smoke", parameterization="normal", examples=400, samples=3)
     network = training.Network(config)
     direction = rng.normal(size=784)

@@ -1,4 +1,4 @@
-"""models/common/optimizers.py: Adamax against its definition in NumPy, on one replica and two."""
+"""Tests Adamax in models/common/optimizers.py against NumPy, on one replica and two."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def built(w, *args, **options):
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("epsilon_in_max", [False, True])
 def test_adamax_is_its_definition(rng, epsilon_in_max, jit_compile):
-    epsilon = 0.05  # Large enough for its place to matter.
+    epsilon = 0.05  # Large enough that its place in the formula matters.
     w = tf.Variable(rng.normal(size=50), dtype=tf.float32)
     optimizer = built(w, 0.01, 0.8, 0.9, epsilon, epsilon_in_max)
     step = tf.function(lambda gradient: optimizer.apply([gradient], [w]), jit_compile=jit_compile)

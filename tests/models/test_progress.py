@@ -1,4 +1,4 @@
-"""Progress lines."""
+"""Tests the progress lines."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""Every program: a run that is stopped or killed, and resumed, equals one that was not."""
+"""Tests that in every program, a run that is stopped and resumed equals one that was not."""
 
 import importlib
 import random
@@ -29,7 +29,7 @@ each_program = pytest.mark.parametrize(
 def test_a_run_stopped_anywhere_and_resumed_is_the_whole_run(
     command, tmp_path, monkeypatch, program, options
 ):
-    """Stopped within an epoch, between two, and in the evaluation after the last step."""
+    """Stops within an epoch, between epochs, and in the evaluation after the last step."""
     functions = importlib.import_module(f"models.{program}.__main__").FUNCTIONS
     options = ["--preset", "smoke", *options]
     status, out, _ = command(functions, *options, "--out", tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""A run from its begin to its end: signals, crashes, metrics, the loops."""
+"""Tests a run from start to end: signals, crashes, metrics, loops."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_a_second_signal_leaves_at_once(run, tmp_path, monkeypatch):
 
 
 def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(line, tmp_path, monkeypatch):
-    """In one inside of the steps, and in the one after them."""
+    """Signals arrive in an evaluation between steps and in the one after the last step."""
     before, done = signal.getsignal(signal.SIGTERM), []
 
     def train(resume, leave_at):
@@ -104,7 +104,7 @@ def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(line, tmp_path, 
 
 
 def test_a_signal_after_the_last_evaluation_still_ends_the_process(line, tmp_path):
-    """A sweep would continue with its next run."""
+    """Otherwise a sweep would continue with its next run."""
 
     def train():
         with Run(line.Config(out=str(tmp_path / "a"))) as run:
@@ -118,7 +118,7 @@ def test_a_signal_after_the_last_evaluation_still_ends_the_process(line, tmp_pat
 
 
 def test_epochs_are_resumed_where_they_were_and_reported_again(line, tmp_path):
-    """Stopped by an exception at each step and in each report; the state is saved every step."""
+    """The run fails in the first epoch, in its report and in the second; it saves every step."""
     seen, timed, means = [], [], {}
 
     class Stop(Exception):
@@ -146,7 +146,7 @@ def test_epochs_are_resumed_where_they_were_and_reported_again(line, tmp_path):
             train(stop)
     train(None)
     assert seen == [0, 1, 2, "report 0", 3, 4, 5, "report 1"]
-    assert timed == [False, True]  # The first report was after no step of its process.
+    assert timed == [False, True]  # The process that reported epoch 0 ran none of its steps.
     assert means == {0: 3 / 15, 1: 12 / 15}
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: each arm at each rate, its best rate with more seeds, in processes that may be killed."""
+"""Tests sweeps: all arms and rates, more seeds at the best rate, failing and killed runs."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from models.dqn.config import Config as Dqn
 from models.draw.config import Config as Draw
 from models.vae.config import Config as Vae
 
-# A program without TensorFlow. Its score is best at rate .2, with weight_norm at .1.
+# A program without TensorFlow. Its best rate is 0.2, or 0.1 with weight_norm.
 TINY = """
 import dataclasses, sys, time
 from typing import Any, ClassVar, Literal
@@ -73,7 +73,7 @@ MORE = [f"{best}-{seed}" for best in ("normal-0.2", "weight_norm-0.1") for seed 
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Starts a sweep of the program."""
+    """A function that starts a sweep of this program."""
     (tmp_path / "tiny.py").write_text(TINY)
 
     def start(*words):
@@ -104,7 +104,7 @@ def test_each_arm_has_its_best_rate_with_all_seeds(tiny, tmp_path, jobs):
     assert status == 0, out
     assert runs(tmp_path) == sorted(FIRST + MORE)
     lines = out.splitlines()
-    assert len(lines) == len(FIRST + MORE) + 3  # Each run; each arm's best; the end.
+    assert len(lines) == len(FIRST + MORE) + 3  # Runs, two best rates, the end.
     assert any("normal-0.3-0" in line and "diverged: loss is nan" in line for line in lines)
     assert "weight_norm: best rate 0.1, score 1, 1, 1" in out
     assert "all 10 runs have ended, 1 of them diverged" in out
@@ -143,7 +143,7 @@ def test_a_run_that_fails_does_not_end_the_others_and_is_tried_again(tiny, tmp_p
     assert status == 2
     assert "weight_norm-0.2-0 failed, see sweep/NAME.log" in out
     assert "the disk is full" in out
-    expected = [name for name in FIRST + MORE if name not in MORE[2:]]  # Its best is not known.
+    expected = [name for name in FIRST + MORE if name not in MORE[2:]]  # The best rate is unknown.
     assert runs(tmp_path) == sorted(expected)
     status, out = finish(tiny())
     assert (status, runs(tmp_path)) == (0, sorted(FIRST + MORE)), out

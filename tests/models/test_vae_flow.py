@@ -1,4 +1,4 @@
-"""models/vae: flows, densities and bounds against their definitions."""
+"""Tests the flows, densities and bounds in models/vae against their definitions."""
 
 import math
 
@@ -18,7 +18,7 @@ from models.vae.training import make_optimizer, make_train_step
 
 
 def random_flow(rng, convolutional, latents=6, kind="weight_norm", hidden=(14, 9)):
-    """A masked network with nothing at its first value, and inputs for it."""
+    """Returns a masked network with random parameters, and inputs for it."""
     layers = Layers(kind, normal(0))
     net = Autoregressive(layers, latents, hidden, convolutional)
     shape = [1, 4, 3] if convolutional else [1]
@@ -34,7 +34,7 @@ def random_flow(rng, convolutional, latents=6, kind="weight_norm", hidden=(14, 9
 
 
 def jacobian(function, z):
-    """dy_i / dz_j, both flat, and y."""
+    """Returns dy_i / dz_j and y, with y and z flattened."""
     flat = tf.reshape(z, [-1])
     with tf.GradientTape(persistent=True) as tape:
         tape.watch(flat)
@@ -44,14 +44,14 @@ def jacobian(function, z):
 
 @each_kind
 @pytest.mark.parametrize("convolutional", [False, True], ids=["dense", "convolution"])
-@pytest.mark.parametrize("hidden", [(14, 9), (4,)])  # Fewer units than latents, too.
+@pytest.mark.parametrize("hidden", [(14, 9), (4,)])  # Also fewer units than latents.
 def test_m_and_s_depend_on_what_is_before_them_alone(rng, convolutional, kind, hidden):
     net, z, context = random_flow(rng, convolutional, kind=kind, hidden=hidden)
     for part in range(2):
         found, _ = jacobian(lambda z: net(z, context)[part], z)  # noqa: B023
         assert (found[np.triu_indices(len(found))] == 0).all()
         if hidden == (14, 9):
-            # On all of it: here the values of the same pixel.
+            # They depend on everything before them; checked here within one pixel.
             assert (found[-6:, -6:][np.tril_indices(6, -1)] != 0).all()
 
 
@@ -59,7 +59,7 @@ def test_a_convolutional_net_sees_the_pixels_above_and_to_the_left(rng):
     net, z, context = random_flow(rng, True, latents=2, hidden=(4,))
     found, _ = jacobian(lambda z: net(z, context)[0], z)
     seen = np.abs(found.reshape(4, 3, 2, 4, 3, 2)[2, 1]).sum((0, 3)) > 0
-    # Two 3x3 windows, each of the row above and the pixel to the left.
+    # Two layers, each with a 3x3 window that covers the row above and the pixel to the left.
     np.testing.assert_array_equal(seen, [[1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 0, 0]])
 
 
@@ -84,7 +84,7 @@ def test_the_flow_s_log_determinant_is_autodiffs(rng, dataset):
     sign, log_determinant = np.linalg.slogdet(found.astype(np.float64))
     assert abs(log_determinant) > 0.1
     assert float(tf.reduce_sum(log_q)) == pytest.approx(-log_determinant, abs=1e-4)
-    # On MNIST reversed after each of two steps: both orders occur.
+    # MNIST reverses the latents after each of two steps, so its Jacobian is not triangular.
     triangular = (found[np.triu_indices(len(found), 1)] == 0).all()
     assert triangular == (dataset == "synthetic_cifar10")
     assert sign == 1
@@ -155,7 +155,7 @@ def test_the_discretized_logistic_is_its_formula(rng):
 
 
 def analytic_kl(mu_q, log_q, mu_p=0.0, log_p=0.0):
-    """KL of two Gaussians with these means and logarithms of standard deviations."""
+    """Returns the KL of two Gaussians from their means and log standard deviations."""
     return (
         (np.exp(2 * (log_q - log_p)) + ((mu_q - mu_p) / np.exp(log_p)) ** 2 - 1) / 2 + log_p - log_q
     )
@@ -213,7 +213,7 @@ def test_dynamic_binarization_draws_one_x_for_all_importance_samples():
     config = config_of(binarization="dynamic")
     network = initialized(config)
     step = make_evaluate_step(config, tf.distribute.get_strategy(), network)
-    images = load(config).test_images  # Fewer than a batch, so that its number is 0.
+    images = load(config).test_images  # Fewer than a batch, so its index is 0.
     seed = replicas.fold_in(tf.constant([config.seed, -1], tf.int64), 0)
     x = prepare(config, images, replicas.fold_in(seed, 0))
     assert set(np.unique(x)) == {0, 1}

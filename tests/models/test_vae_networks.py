@@ -1,4 +1,4 @@
-"""models/vae: the networks' shapes, their initialization and their data."""
+"""Tests the networks in models/vae: their shapes, initialization and data."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tfwn.layer import FeedForward
 
 
 def layers_called(network, x):
-    """Each layer that a call of the network uses, and its pre-activations."""
+    """Returns each layer that the network calls on x, with its pre-activations."""
     calls = []
     pre_activation = FeedForward.pre_activation
 
@@ -47,7 +47,8 @@ def test_data_dependent_init_reaches_every_layer_of_every_part(dataset, kind):
         varies = stddev > 1e-6
         constant += (~varies).sum()
         np.testing.assert_allclose(stddev[varies], layer.init_scale, rtol=1e-3)
-    # MNIST: the masked first m and s of each step. CIFAR-10: the top begins with zeros.
+    # MNIST: the fully masked first m and s of each step. CIFAR-10: the layers whose input is the
+    # variable `top`, which starts at zero.
     split = 2 * config.features + 4 * config.latent_maps
     assert constant == (2 * config.flow_steps if "mnist" in dataset else split)
 
@@ -77,7 +78,7 @@ def test_mnists_encoder_is_the_papers_and_the_decoder_its_mirror():
     assert dense[2:8] == 2 * [[32, 320], [320, 320], [320, 64]]
     assert dense[8:] == [[32, 450], [450, 7 * 7 * 32]]
     decoder = [t for w, t in shapes if w[0] == 3][6 * 2 :]
-    # A convolution before the rearrangement that doubles the size has the size before it.
+    # If a rearrangement doubles the size, the convolution before it has the smaller size.
     assert [t[0] for t in decoder] == 4 * [7] + 4 * [14] + 5 * [28]
     assert decoder[-1] == (28, 28, 1)
 

@@ -1,4 +1,4 @@
-"""models/vae/training.py and the commands: learning, averaging, replicas, mistakes."""
+"""Tests models/vae/training.py and the commands: learning, averaging, replicas, errors."""
 
 import dataclasses
 import math
@@ -29,7 +29,7 @@ def first_losses(config, strategy=None, steps=3):
     step = make_train_step(config, strategy, network, averaged, optimizer, 10)
     losses = [step(images, tf.constant(i, tf.int64)).numpy()[0] / 100 for i in range(steps)]
     evaluate_step = make_evaluate_step(config, strategy, averaged)
-    bound = bounds(config, evaluate_step, images[:99])["bound"]  # Shares of replicas differ.
+    bound = bounds(config, evaluate_step, images[:99])["bound"]  # Shards differ in size.
     return [*losses, bound]
 
 
@@ -68,7 +68,7 @@ def test_seeds_decide_all(dataset):
 )
 def test_first_losses_under_xla_and_in_bfloat16(dataset, options):
     config = config_of(dataset=dataset)
-    # Another draw of z under XLA.
+    # The tolerance is wide because XLA draws another z and bfloat16 rounds.
     expected = first_losses(config, steps=2)
     found = first_losses(dataclasses.replace(config, **options), steps=2)
     assert found == pytest.approx(expected, rel=1e-2)
@@ -99,7 +99,7 @@ def test_the_average_is_polyaks_with_a_warm_up():
 
 
 def test_units_of_a_single_weight_keep_its_sign():
-    """The image's one map makes some of the first skip, the order of the latents some in MADE."""
+    """The first skip has such units because images have one channel, MADE because of its masks."""
     config = config_of(learning_rate=0.01)
     network, averaged = (initialized(config) for _ in range(2))
     optimizer = make_optimizer(config, network.trainable_variables)
