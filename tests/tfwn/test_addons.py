@@ -1,4 +1,4 @@
-"""tfwn.convert.from_addons, on files that TensorFlow Addons 0.23.0 saved."""
+"""Tests tfwn.convert.from_addons on files saved by TensorFlow Addons 0.23.0."""
 
 import pathlib
 
@@ -73,6 +73,6 @@ def test_another_model_is_refused_and_unchanged():
     [("images_data_init", images), ("images_plain", images), ("sequences", sequences)],
 )
 def test_the_loader_of_keras_refuses_these_files(name, make):
-    """Keras compares the number of arrays and their shapes, and asks no layer."""
+    """Keras only compares the number and shapes of arrays; the layer cannot convert them."""
     with pytest.raises(ValueError, match=r"(count|Shape) mismatch"):
         make().load_weights(DATA / f"{name}.h5")

@@ -1,7 +1,7 @@
-"""Each layer equals its Keras counterpart that is given the folded weight: outputs and gradients.
+"""Tests each layer's outputs and gradients against its Keras counterpart with the folded weight.
 
-In float64, so that an agreement to 1e-9 leaves no room for another formula. The gradients of v and
-g expected of a layer are those that paper eq. 3 makes of Keras' gradient of w, in NumPy.
+In float64, agreement to 1e-9 rules out any other formula. The expected gradients of v and g come
+from Keras' gradient of w by eq. 3 of the paper, computed in NumPy.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import tfwn
 
 
 def compare(layer, peer, inputs, rng, **call):
-    """Gives both layers the same random weights and compares them; `call`: keyword arguments."""
+    """Gives both layers the same random weights and compares them, called with `**call`."""
     layer.build(inputs.shape)
     peer.build(inputs.shape)
     parts = layer_parts(layer)
@@ -43,7 +43,7 @@ def compare(layer, peer, inputs, rng, **call):
 
 
 def layer_parts(layer):
-    """A layer's weights and bias in Keras' order."""
+    """Returns a layer's weights and bias in Keras' order."""
     cell = getattr(layer, "cell", layer)
     parts = [cell.weight, getattr(cell, "recurrent_weight", None), getattr(cell, "b", None)]
     return [part for part in parts if part is not None]
@@ -57,7 +57,7 @@ def fold(weight):
 
 
 def numbers(weight):
-    """v, g and ||v|| in float64, the last two shaped to broadcast against v."""
+    """Returns v, g and ||v|| in float64; g and ||v|| broadcast against v."""
     v = weight.v.numpy()
     others = tuple(a for a in range(v.ndim) if a not in weight.axis)
     norm = np.sqrt(np.sum(v**2, others, keepdims=True))
@@ -66,7 +66,7 @@ def numbers(weight):
 
 
 def eq_3(part, grad_w):
-    """Gradients of the part's trainable variables (sorted by name: g or s, v) given that of w."""
+    """Returns the gradients of a part's variables, sorted by name (g or s, v), from that of w."""
     if not isinstance(part, tfwn.Weight) or part.parameterization == "normal":
         return [grad_w]
     v, g, norm = numbers(part)
@@ -82,7 +82,7 @@ def run(layer, inputs, variables, call):
         if inputs.dtype.is_floating:
             tape.watch(inputs)
         y = layer(inputs, **call)
-        # A loss that tells every output from every other.
+        # A loss that depends differently on each output.
         loss = tf.add_n(
             [tf.reduce_sum(tf.sin(t) * (i + 1)) for i, t in enumerate(tf.nest.flatten(y))]
         )
@@ -98,7 +98,7 @@ def assert_equal(actual, expected):
     np.testing.assert_allclose(dense(actual), dense(expected), rtol=1e-9, atol=1e-9)
 
 
-# For each layer Keras' arguments, each of which is met with in some row, and the inputs' shape.
+# Keras' arguments and the input shape for each layer. Every argument occurs in some row.
 GRID = {
     "Dense": [
         (dict(units=4), (3, 5)),
@@ -165,7 +165,7 @@ def test_feed_forward(name, options, shape, rng):
 
 @pytest.mark.parametrize("name", [name for name in GRID if "Conv" in name])
 def test_channels_first(name, rng):
-    """On a CPU Keras has it for few layers only: channels_last and transposes stand in for it."""
+    """Compares with transposed channels_last, because Keras supports few such layers on a CPU."""
     options, shape = GRID[name][1]
     rank = len(shape)
     layer = getattr(tfwn, name)(**options, data_format="channels_first")
@@ -189,7 +189,7 @@ DILATED = {
 @pytest.mark.parametrize("strides", [1, 2])
 @pytest.mark.parametrize("name", DILATED)
 def test_dilated_transpose_is_the_transpose_of_the_kernel_with_zeros(name, strides, padding, rng):
-    """In float32: TensorFlow's CPU kernels have it in no other type, so neither has Keras."""
+    """In float32, the only type that TensorFlow's CPU kernels, and thus Keras, support here."""
     shape = DILATED[name]
     rank = len(shape) - 2
     layer = getattr(tfwn, name)(4, 3, strides, padding, dilation_rate=2)
@@ -223,7 +223,7 @@ LOOPS = {
 def test_recurrent_loops(name, loop, masked, rng):
     layer = getattr(tfwn, name)(4, **loop, dtype=tf.float64)
     peer = getattr(keras.layers, name)(4, **loop, dtype="float64")
-    # The first step, the last and one between are masked in some example or other.
+    # The two examples mask the first step, a middle step and the last step.
     mask = tf.constant([[0, 1, 1, 0, 1], [1, 1, 0, 1, 0]]) == 1 if masked else None
     states = [tf.constant(rng.normal(size=[2, 4])) for _ in range(2 if name == "LSTM" else 1)]
     inputs = tf.constant(rng.normal(size=[2, 5, 3]))
@@ -278,6 +278,6 @@ def test_arguments_have_keras_names_order_and_defaults(name):
         if ours.kind is ours.POSITIONAL_OR_KEYWORD:
             assert ours.name in peer
     if name == "Conv3DTranspose":
-        return  # Keras has output_padding after data_format here, and before it in 1D and 2D.
+        return  # Keras has output_padding after data_format here, but before it in 1D and 2D.
     common = [n for n in inspect.signature(getattr(tfwn, name)).parameters if n in peer]
     assert common == [n for n in peer if n in common]

@@ -1,7 +1,7 @@
-"""Models of other packages, weight-normalized, trained, saved, loaded and folded.
+"""Tests that models of other packages can be normalized, trained, saved, loaded and folded.
 
-They are not dependencies of the tests. keras-tcn requires a TensorFlow that exists for macOS alone
-(pip install --no-deps keras-tcn), and keras-hub brings TensorFlow Text (pip install keras-hub).
+The packages are optional. keras-tcn requires a TensorFlow package that exists only for macOS, so
+use pip install --no-deps keras-tcn. pip install keras-hub also installs TensorFlow Text.
 """
 
 import keras
@@ -17,14 +17,14 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
     ),
-    # Of T5's own layers: they have no build(), and attention that has no use for the mask it gets.
+    # From T5's own layers, which have no build(), and whose attention ignores the mask it gets.
     pytest.mark.filterwarnings("ignore:.build\\(\\). was called on layer:UserWarning"),
     pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask:UserWarning"),
 ]
 
 
 def life(model, x, y, tmp_path, kernels):
-    """Trains the model, whose weights are normalized, saves, loads and folds it."""
+    """Trains, saves, loads and folds a model whose weights are normalized."""
     wrappers = [one for one in model._flatten_layers() if isinstance(one, WeightNormalization)]
     assert sum(len(wrapper.normalized) for wrapper in wrappers) == kernels
     before = [one.g.numpy() for wrapper in wrappers for one in wrapper.normalized]
@@ -76,11 +76,11 @@ def test_keras_tcn(how, norm, tmp_path):
         np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
         wrapped = model.get_layer("tcn")
     assert wrapped.receptive_field == layer.receptive_field == 13
-    # Four blocks of two convolutions, one that matches the first block's channels, the head.
+    # Four blocks of two convolutions, one more to match the first block's channels, and the head.
     life(model, x, x[:, -1, :1], tmp_path, 4 * 2 + 1 + 1)
 
 
-# The backbone, and the names of its inputs.
+# A function that creates the backbone, and the names of its inputs.
 BACKBONES = {
     "bert": (
         lambda hub: hub.models.BertBackbone(

@@ -1,4 +1,4 @@
-"""tfwn.convert: against PyTorch itself, both generations, both directions."""
+"""Tests tfwn.convert against PyTorch: both of its weight norms, in both directions."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ import tensorflow as tf
 import tfwn
 import tfwn.keras
 
-# PyTorch calls its first generation deprecated.
+# PyTorch's first weight norm is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*weight_norm.*")
 
 
@@ -25,7 +25,7 @@ def state_of(module):
 
 
 def normalize(torch, module, generation, names=("weight",), dim=0):
-    """Applies PyTorch's weight norm and moves g and v, so that w is neither."""
+    """Applies PyTorch's weight norm and changes g and v, so that w differs from v."""
     if generation == "normal":
         return module
     apply = {
@@ -41,7 +41,7 @@ def normalize(torch, module, generation, names=("weight",), dim=0):
 
 
 def run_torch(torch, module, x):
-    """Of channels-last inputs, the channels-last outputs."""
+    """Returns a module's outputs. Inputs and outputs have the channels last."""
     to_first = (0, x.ndim - 1, *range(1, x.ndim - 1))
     with torch.no_grad():
         y = module(torch.from_numpy(np.transpose(x, to_first) if x.ndim > 2 else x)).numpy()
@@ -117,7 +117,7 @@ def test_feed_forward_layers(torch, name, generation, parameterization, rng):
     tfwn.convert.from_torch(module.state_dict(), layer)
     np.testing.assert_allclose(layer(x), expected, rtol=1e-4, atol=1e-5)
 
-    # Back, name by name and number by number.
+    # The conversion back restores every name and every number.
     state = state_of(module)
     back = tfwn.convert.to_torch(layer, generation)
     assert {n: a.shape for n, a in back.items()} == {n: a.shape for n, a in state.items()}

@@ -1,4 +1,4 @@
-"""tfwn.data_dependent_init: paper, section 3, and its contract."""
+"""Tests tfwn.data_dependent_init: section 3 of the paper, and the documented behavior."""
 
 import concurrent.futures
 import contextlib
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def images(count=32, size=10, channels=3):
-    """Far from centered, so that means matter."""
+    """Returns images with mean 3, so that the pre-activations' means matter."""
     return tf.random.stateless_normal([count, size, size, channels], [1, 2], mean=3.0)
 
 
 def check_standard(t, axis=-1, scale=1.0):
-    """Each unit of t has mean 0 and variance 1, to five and four digits."""
+    """Asserts that each unit of t / scale has mean 0 to 1e-5 and variance 1 to 1e-4."""
     t = np.asarray(t, np.float64)
     others = tuple(a for a in range(t.ndim) if a not in {a % t.ndim for a in np.atleast_1d(axis)})
     assert np.max(np.abs(t.mean(others))) < 1e-5 * scale
@@ -81,7 +81,7 @@ class DeepConvNet(tf.Module):
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 def test_all_pre_activations_of_a_deep_net_are_standard(options, scale):
     model, x = DeepConvNet(**options), images()
-    before = model(x)  # A trace from before must not be in the way.
+    before = model(x)  # An earlier trace must not interfere.
     y = tfwn.data_dependent_init(model, x, init_scale=scale)
     for layer, t in model.pre_activations(x):
         if layer.b is None:
@@ -147,7 +147,7 @@ def test_channels_first():
 @pytest.mark.parametrize("parameterization", ["weight_norm", "normal"])
 def test_a_unit_without_variance_keeps_g(parameterization):
     mask = np.ones([4, 3])
-    mask[1:, 0] = 0  # Unit 0 sees the first input alone, a constant here; unit 2 sees nothing.
+    mask[1:, 0] = 0  # Unit 0 sees only the first input, a constant. Unit 2 sees nothing.
     mask[:, 2] = 0
     layer = tfwn.Dense(3, kernel_mask=mask, g_initializer=2.0, parameterization=parameterization)
     x = tf.concat([tf.fill([50, 1], 0.7), tf.random.stateless_normal([50, 3], [1, 2])], 1)
@@ -207,7 +207,7 @@ def test_mean_only_batch_normalization_gets_g_alone():
 
 
 class Noisy(tf.Module):
-    """State that a forward pass moves: a generator, a counter, Keras' dropout and statistics."""
+    """Has state that a forward pass changes: a generator, a counter, dropout and statistics."""
 
     def __init__(self):
         self.generator = tf.random.Generator.from_seed(1)
@@ -317,14 +317,14 @@ def test_the_mark_is_in_the_checkpoint(tmp_path):
 
 
 def test_threads_take_turns():
-    """The switch that makes functions eager is the process's."""
+    """Initializations must not overlap: the switch that runs functions eagerly is global."""
     layers = [tfwn.Dense(3) for _ in range(8)]
     barrier = threading.Barrier(2)
 
     def slow(layer):
         def model(x):
             with contextlib.suppress(threading.BrokenBarrierError):
-                barrier.wait(0.05)  # Passed at once where two initializations are here at a time.
+                barrier.wait(0.05)  # Opens only if two initializations overlap.
             return layer(x)
 
         return model
@@ -383,7 +383,7 @@ def test_replicas_get_what_one_device_gets_from_the_whole_batch(kind):
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         replicated = model()
-    # Shares of different size.
+    # Shards of different sizes.
     shares = strategy.experimental_distribute_values_from_function(
         lambda context: x[:16] if context.replica_id_in_sync_group == 0 else x[16:]
     )
@@ -432,7 +432,7 @@ def test_a_whole_batch_for_replicated_variables():
         np.testing.assert_array_equal(first, second)
 
 
-# Axes of the output that index units.
+# A function that creates the layer, and the axes of its output that index units.
 KERAS_LAYERS = {
     "dense": (lambda: keras.layers.Dense(5, activation="relu"), -1),
     "conv": (lambda: keras.layers.Conv2D(4, 3, groups=2, activation="relu"), -1),

@@ -1,4 +1,4 @@
-"""Every public object has a docstring with an example, and every example runs."""
+"""Checks that every public object has a docstring with an example, and that examples run."""
 
 import doctest
 import inspect
@@ -12,7 +12,7 @@ import tfwn
 
 
 def public_objects():
-    """Name and object of all that `tfwn` exports, what its public modules export included."""
+    """Returns every object that `tfwn` and its public modules export, by qualified name."""
     found = {}
     modules = [tfwn]
     while modules:
@@ -36,7 +36,7 @@ def test_docstring(name):
     doc = inspect.getdoc(value)
     assert doc, "no docstring"
     first = doc.splitlines()[0]
-    assert first.endswith((".", ":")), f"the first line is no sentence: {first}"
+    assert first.endswith((".", ":")), f"the first line is not a sentence: {first}"
     assert ">>>" in doc, "no example"
 
 

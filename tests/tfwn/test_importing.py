@@ -1,4 +1,4 @@
-"""Importing tfwn again, as interactive sessions and plugin hosts do."""
+"""Tests importing tfwn again, as interactive sessions and plugin hosts do."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def check():
 check()
 """
 
-# A change of a module's code takes effect, though TensorFlow keeps what it was given first.
+# Reloaded code must take effect, although TensorFlow keeps the gradient registered first.
 AGAIN = {
     "reload": "importlib.reload(tfwn)",
     "reload the op": """

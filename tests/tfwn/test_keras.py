@@ -1,4 +1,4 @@
-"""tfwn.keras.WeightNormalization: each Keras layer, and each way in which Keras uses layers."""
+"""Tests tfwn.keras.WeightNormalization with each Keras layer and each way Keras uses layers."""
 
 import copy
 import pathlib
@@ -15,7 +15,7 @@ import tensorflow as tf
 import tfwn
 from tfwn.keras import WeightNormalization
 
-# Keras 3 with NumPy 2: a variable's __array__ knows no `copy`.
+# In Keras 3 with NumPy 2, a variable's __array__ does not accept `copy`.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 )
@@ -31,7 +31,7 @@ def norm(v, axis):
     return np.sqrt(np.sum(v * v, others))
 
 
-# Layer, shape of its inputs, and for each kernel the axes that index its units.
+# Layer, input shape, and for each kernel the axes that index its units.
 LAYERS = {
     "dense": (lambda: keras.layers.Dense(5, activation="relu"), (4, 8), [-1]),
     "conv1d": (lambda: keras.layers.Conv1D(4, 3, groups=2), (4, 6, 8), [-1]),
@@ -141,7 +141,7 @@ def test_gradients_are_those_of_equation_3():
 
 def test_a_layer_keeps_updating_its_state():
     class Stateful(keras.layers.Layer):
-        """A kernel, dropout, batch statistics and a counter in a loop over time."""
+        """Has a kernel, dropout, batch statistics and a counter, for a loop over time."""
 
         def build(self, input_shape):
             self.kernel = self.add_weight((input_shape[-1], 3), name="kernel")
@@ -197,7 +197,7 @@ def functional():
 
 
 def move(model):
-    """Other values for all weights, so that v, g and bias matter."""
+    """Changes all weights, so that v, g and bias matter."""
     for i, variable in enumerate(model.trainable_variables):
         variable.assign_add(0.1 * tf.random.stateless_normal(variable.shape, [i, 3]))
 
@@ -210,7 +210,7 @@ def test_fit(jit_compile):
     before = [np.asarray(variable) for variable in model.trainable_variables]
     losses = model.fit(x, y, epochs=15, verbose=0).history["loss"]
     assert losses[-1] < 0.8 * losses[0]
-    # The bias of the keys shifts a softmax as a whole: its gradient is 0.
+    # The keys' bias has gradient 0, because it shifts all inputs of a softmax equally.
     stuck = [
         variable.path
         for variable, old in zip(model.trainable_variables, before, strict=True)
@@ -335,7 +335,7 @@ def test_the_norm_is_taken_of_the_stored_v_in_mixed_precision():
     (normalized,) = layer.normalized
     w = np.asarray(layer(tf.eye(64)), np.float64)
     v = np.asarray(normalized.v, np.float64)
-    # One rounding of w to bfloat16, half a unit in the last of 8 places; v rounded too gives more.
+    # w is rounded once, to the 8 bits of bfloat16. Rounding v as well would exceed the tolerance.
     np.testing.assert_allclose(w, np.asarray(normalized.g) * v / norm(v, -1), rtol=2.0**-8)
 
 
@@ -441,7 +441,7 @@ def test_names_that_no_variable_has_are_refused():
         WeightNormalization(keras.layers.LSTM(3), **lstm).build((2, 4, 3))
     with pytest.raises(ValueError, match=r"axis names kernal, which.*kernel, recurrent_kernel"):
         WeightNormalization(keras.layers.LSTM(3), axis={"kernal": 0}).build((2, 4, 3))
-    axis = {"kernel": -1, "recurrent_kernel": -1}  # One table for several selections is no mistake.
+    axis = {"kernel": -1, "recurrent_kernel": -1}  # One table may serve several selections.
     wrapper = WeightNormalization(keras.layers.LSTM(3), weight_names=["kernel"], axis=axis)
     wrapper.build((2, 4, 3))
     assert [one.v.name for one in wrapper.normalized] == ["kernel"]

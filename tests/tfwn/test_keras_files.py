@@ -1,4 +1,4 @@
-"""Weight-normalized Keras models in files: written today, by tfwn 0.1.0, and after a change."""
+"""Tests files of weight-normalized Keras models: new, from tfwn 0.1.0, of converted models."""
 
 import importlib.util
 import json
@@ -45,7 +45,7 @@ def version(text):
 
 @pytest.fixture
 def old(tmp_path):
-    """What tfwn 0.1.0 saved, and the module that made it."""
+    """The files that tfwn 0.1.0 saved, and the module that created them."""
     with tarfile.open(OLD / "saved.tar.xz") as files:
         files.extractall(tmp_path, filter="data")
     spec = importlib.util.spec_from_file_location("make", OLD / "make.py")
@@ -63,7 +63,7 @@ def test_files_of_0_1_0_load(name, kind, old):
         with zipfile.ZipFile(folder / f"{name}.keras") as file:
             saved_by = json.loads(file.read("metadata.json"))["keras_version"]
         if version(saved_by) > version(keras.__version__):
-            pytest.skip(f"Keras {keras.__version__} does not load a file of Keras {saved_by}")
+            pytest.skip(f"Keras {keras.__version__} cannot load a file from Keras {saved_by}")
         model = keras.models.load_model(folder / f"{name}.keras")
     else:
         model = module.MODELS[name]()
@@ -79,7 +79,7 @@ def test_files_of_0_1_0_load(name, kind, old):
         model.layers[-1].trainable = True
         assert len(model.layers[-1].trainable_variables) == 3
         model.layers[-1].trainable = False
-    if kind == "keras":  # With the state of its optimizer.
+    if kind == "keras":  # Includes the state of the optimizer.
         model.train_on_batch(x, np.ones(expected["outputs"].shape, "float32"))
         np.testing.assert_allclose(model(x), expected["after_a_step"], rtol=1e-4, atol=1e-6)
 
@@ -146,7 +146,7 @@ def test_the_mark_is_saved(name, kind, built, tmp_path):
 
 
 def test_restore_or_initialize(tmp_path):
-    """The documented way to resume, for a model that is built at its first call."""
+    """The documented way to resume works for a model that is built in its first call."""
     x = normal(100, 6)
     outputs = []
     for factor in (1, 2):
@@ -232,7 +232,7 @@ def test_lora(name, first, tmp_path):
     plain = getattr(make(), "kernel_regularizer", None)
     assert plain is None
     expected = model(x)
-    # w, and not v, has the low-rank part added to it.
+    # The low-rank part is added to w, not to v.
     kernel = np.asarray(wrapper.kernel if name != "embedding" else wrapper.embeddings)
     assert np.abs(kernel - np.asarray(wrapper.normalized[0].w())).max() > 0.1
 
@@ -251,7 +251,7 @@ def test_lora(name, first, tmp_path):
 
 
 class Wraps(keras.layers.Layer):
-    """A layer that wraps in its constructor."""
+    """A layer whose constructor wraps another layer."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -269,7 +269,7 @@ class Wraps(keras.layers.Layer):
 
 
 class Net(keras.Model):
-    """A subclassed model with a constructor of its own, of plain or of wrapped layers."""
+    """A subclassed model with its own constructor, which creates plain or wrapped layers."""
 
     def __init__(self, units, wrap=False, **kwargs):
         super().__init__(**kwargs)
@@ -289,7 +289,7 @@ class Net(keras.Model):
 
 
 class OwnFunctional(keras.Model):
-    """A functional model with a constructor of its own."""
+    """A functional model with its own constructor."""
 
     def __init__(self, units, **kwargs):
         inputs = keras.Input([8])
@@ -307,13 +307,13 @@ OWN = {
     "model": lambda: Net(4),
     "functional": lambda: OwnFunctional(4),
 }
-# As in a script in which they are known to Keras.
+# As in a script that registers them with Keras.
 OWN_CLASSES = {"Wraps": Wraps, "Net": Net, "OwnFunctional": OwnFunctional}
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_files_of_models_that_make_their_own_layers(name, tmp_path):
-    """A file of a changed model names the change: the constructor would make other layers."""
+    """The file of a converted model records this, because its constructor creates plain layers."""
     x = normal(4, 8)
     model = OWN[name]()
     model(x)

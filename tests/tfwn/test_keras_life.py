@@ -1,4 +1,4 @@
-"""Weight-normalized Keras layers after they are made: frozen, resumed, averaged, rematerialized."""
+"""Tests wrapped Keras layers in later use: frozen, zero, rematerialized, mixed precision."""
 
 import keras
 import numpy as np
@@ -55,7 +55,7 @@ def test_g_trains_when_its_v_does(name, switch, tmp_path):
             model = keras.models.clone_model(model)
         wrapper = model.layers[0]
     assert wrapper.trainable_variables == []
-    # Keras ignores a switch to what the outer layer has already.
+    # Keras ignores setting `trainable` to the value that the outer layer already has.
     (wrapper.layer if switch == "inner" else wrapper).trainable = True
     assert len(wrapper.trainable_variables) == len(wrapper.weights)
     gains = [one.g for one in wrapper.normalized]
@@ -110,7 +110,7 @@ def test_zero_kernels_learn(name, how):
     assert name == "attention" or any(
         np.any(tf.convert_to_tensor(gradient) != 0) for gradient in gradients
     )
-    # The same directions in each run.
+    # The directions are the same in each run.
     again = WeightNormalization(make())
     again(x)
     for other in again.normalized:

@@ -1,4 +1,4 @@
-"""kernel_mask of weight-normalized Keras layers: as the layers of tfwn have it."""
+"""Tests kernel_mask of wrapped Keras layers, which works as in tfwn's own layers."""
 
 import keras
 import numpy as np
@@ -12,13 +12,13 @@ from tfwn.keras import WeightNormalization
 
 
 def type_a(height, width):
-    """The mask of PixelCNN's first layer: what was before the center, in the order of reading."""
+    """PixelCNN's mask for the first layer: only pixels before the center in reading order."""
     mask = np.zeros([height * width, 1, 1], bool)
     mask[: height * width // 2] = True
     return mask.reshape(height, width, 1, 1)
 
 
-# The layer, its inputs and a mask; of one unit of the second nothing is left.
+# A function that creates the layer, the layer's input, and a mask.
 MASKED = {
     "dense": (lambda: keras.layers.Dense(3), normal(5, 4), np.tri(4, 3, -1)),
     "conv": (lambda: keras.layers.Conv2D(4, 3), normal(2, 6, 6, 3), type_a(3, 3)),
@@ -60,7 +60,7 @@ def test_w_is_that_of_the_elements_that_are_not_masked(name, how):
         wrapper = tfwn.reparameterize(layer, kernel_mask=lambda v: mask)
     (one,) = wrapper.normalized
     np.testing.assert_allclose(one.w(), before * mask, rtol=1e-5, atol=1e-6)
-    # Whatever v holds where the mask is 0, it counts in no norm and has no gradient.
+    # Masked elements of v, whatever their values, count in no norm and have no gradient.
     g = np.linspace(1, 2, int(np.prod(one.g.shape)), dtype=np.float32).reshape(one.g.shape)
     one.g.assign(g)
     one.v.assign(before)
@@ -137,7 +137,7 @@ def test_data_dependent_init(name):
     masked = np.all(np.broadcast_to(mask, one.v.shape) == 0, others)
     np.testing.assert_array_equal(np.all(one.w().numpy() == 0, others), masked)
     if name == "einsum":
-        y = tf.transpose(y, [0, 1, 3, 2])  # Units in the kernel's order.
+        y = tf.transpose(y, [0, 1, 3, 2])  # To the kernel's order of units.
     y = tf.reshape(y, [-1, masked.size])
     mean, variance = tf.nn.moments(y, [0])
     np.testing.assert_allclose(mean, np.zeros(masked.size), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Layers that trace or write their kernels themselves, weight-normalized."""
+"""Tests the weight normalization of layers that trace or write their own kernels."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 
 
 def traced(make, how):
-    """A layer whose `call` is a tf.function, or which has one as a method or attribute."""
+    """Returns a layer with a tf.function as its `call`, as a method, or as an attribute."""
     cls = type(make())
     if how == "call":
         made = type(cls.__name__, (cls,), {"call": tf.function(cls.call)})
@@ -40,7 +40,7 @@ def traced(make, how):
 
 
 def sorted_kernels(wrapper):
-    """By their paths in the innermost layers: holders order them differently."""
+    """Sorts by path within the innermost layer, because outer layers differ in their order."""
 
     def key(one):
         return [part.rstrip("_0123456789") for part in one.v.path.split("/")[-3:]]
@@ -52,7 +52,7 @@ def sorted_kernels(wrapper):
 @pytest.mark.parametrize("before", ["nothing", "call"])
 @pytest.mark.parametrize("how", ["call", "method", "attribute"])
 def test_a_trace_follows_v_and_g(name, how, before):
-    """Called eagerly and in tf.functions, with the gradients of a layer that traces nothing."""
+    """Eager and traced calls have the outputs and gradients of a layer that traces nothing."""
     make, x, _ = LAYERS[name]
     layer = traced(make, how)
     if before == "call":
@@ -110,7 +110,7 @@ def test_w_is_computed_once_outside_of_a_loop():
 
 
 class MaskedByItself(keras.layers.Layer):
-    """keras.io's PixelCNN: each call sets the kernel to its product with a mask."""
+    """Multiplies its kernel by a mask in each call, like keras.io's PixelCNN."""
 
     def __init__(self, layer, axis):
         super().__init__()
@@ -150,7 +150,7 @@ def test_what_a_call_writes_to_the_kernel_is_w(name, graph):
 @pytest.mark.parametrize("order", ["inside", "outside"])
 @pytest.mark.parametrize("name", ["dense", "conv", "transposed", "embedding"])
 def test_spectral_normalization(name, order):
-    """It reads its layer's kernel, and writes it in training."""
+    """SpectralNormalization reads its layer's kernel and overwrites it in training."""
     make, x, _ = LAYERS[name]
     plain = keras.layers.SpectralNormalization(make())
     plain.build(x.shape)

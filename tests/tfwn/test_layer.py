@@ -1,4 +1,4 @@
-"""What layers share: errors, the effective weight from outside, data-dependent initialization."""
+"""Tests what layers share: errors, effective weights passed in, data-dependent initialization."""
 
 import numpy as np
 import pytest
@@ -122,7 +122,7 @@ def test_inputs_are_cast():
     assert tfwn.Dense(3, dtype="float64")([[1.0, 2.0]]).dtype == tf.float64
 
 
-# Layers whose pre-activation is v x / ||v|| for one unit, and the axis of the units.
+# Feed-forward layers, their input shapes, and the axis of their output that indexes units.
 FEED_FORWARD = [
     (tfwn.Dense(4), [6, 5], -1),
     (tfwn.Conv1D(4, 3), [6, 5, 2], -1),
@@ -137,7 +137,7 @@ FEED_FORWARD = [
 
 @pytest.mark.parametrize(("layer", "shape", "axis"), FEED_FORWARD, ids=range(len(FEED_FORWARD)))
 def test_initialization_is_given_what_it_needs(layer, shape, axis, rng):
-    """g and b that a callback computes from t make each pre-activation mean 0, variance 1."""
+    """A callback can compute g and b from t, here for pre-activations with mean 0, variance 1."""
 
     def standardize(layer, t):
         mean, variance = tf.nn.moments(t, list(range(t.shape.rank - 1)))

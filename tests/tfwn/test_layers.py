@@ -1,4 +1,4 @@
-"""What every public layer must do. A layer that is missing from CASES fails the first test."""
+"""Tests that every public layer must pass. A layer missing from CASES fails the first test."""
 
 import copy
 import dataclasses
@@ -17,7 +17,7 @@ def _call(layer, x):
 
 
 def _call_cell(cell, x):
-    # Not from zeros, which would hide the gradients of the recurrent weights.
+    # States of zero would hide the gradients of the recurrent weights.
     states = [state + 0.5 for state in cell.get_initial_state(tf.shape(x)[0])]
     return cell(x, states)[0]
 
@@ -31,8 +31,8 @@ class Case:
     make: Callable
     shape: tuple[int, ...]
     call: Callable = _call
-    known: tuple[int, ...] = (-1,)  # the axes whose sizes a layer must know
-    ids: int = 0  # inputs are integers below this, where positive
+    known: tuple[int, ...] = (-1,)  # axes whose sizes the layer must know
+    ids: int = 0  # if positive, inputs are integers below this
     weights: int = 1
 
     def inputs(self, rng, dtype=np.float32):
@@ -86,7 +86,7 @@ WEIGHT_OPTIONS = {
 def value_and_gradients(layer, case, x):
     with tf.GradientTape() as tape:
         y = case.call(layer, x)
-        loss = tf.reduce_sum((tf.cast(y, tf.float32) + 1) ** 2)  # Not along v, as that of y ** 2.
+        loss = tf.reduce_sum((tf.cast(y, tf.float32) + 1) ** 2)  # y ** 2 has its gradient along v.
     return y, tape.gradient(loss, layer.trainable_variables)
 
 
@@ -137,7 +137,7 @@ def test_function_with_unknown_sizes_equals_eager(case, jit_compile, rng):
         input_signature=[case.spec()],
         jit_compile=jit_compile,
     )
-    compiled = function(x)  # The variables are made in the trace.
+    compiled = function(x)  # Tracing creates the variables.
     eager = value_and_gradients(layer, case, x)
     assert_near(compiled, eager, rtol=1e-4, atol=1e-5)
     assert all(np.abs(dense(g)).max() > 0 for g in eager[1])
@@ -156,7 +156,7 @@ def test_sizes_that_are_known_stay_known(case):
 def test_no_examples_in_the_batch(case, rng):
     layer = case.make()
     x = case.inputs(rng)[:0]
-    # Without XLA, TensorFlow's own convolutions give an empty batch the shape of the INPUT.
+    # Without XLA, TensorFlow's convolutions return an empty batch with the shape of the INPUT.
     convolution = isinstance(layer, tfwn.Conv1D | tfwn.Conv2D | tfwn.Conv3D | tfwn.DepthwiseConv2D)
     function = tf.function(lambda: value_and_gradients(layer, case, x), jit_compile=convolution)
     y, gradients = function()

@@ -1,4 +1,4 @@
-"""Mean-only batch normalization (paper, section 4): formula, gradient, replicas."""
+"""Tests mean-only batch normalization (paper, section 4): formula, gradient, replicas."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_channels_first(rng):
 
 
 def test_gradient_is_centered(rng):
-    """Eq. 8: the gradient of t is that of the output minus its mean over the batch."""
+    """Eq. 8: the gradient of t is the output's gradient minus its mean over the batch."""
     layer = tfwn.MeanOnlyBatchNormalization(dtype=tf.float64)
     t = tf.constant(rng.normal(size=[6, 3]))
     grad_output = rng.normal(size=[6, 3])
@@ -51,13 +51,13 @@ def test_gradient_is_centered(rng):
 
 
 def plain(t, b, axis):
-    """Eq. 7 as TensorFlow differentiates it."""
+    """Eq. 7 in plain TensorFlow ops, which TensorFlow differentiates."""
     others = [a for a in range(t.shape.rank) if a != axis % t.shape.rank]
     return t - tf.reduce_mean(t, others, keepdims=True) + b
 
 
 def derivatives(f, t, b, c):
-    """First derivatives, those of their sum of squares, and forward mode of both."""
+    """Returns first and second derivatives, and forward-mode ones of f and its gradients."""
     with tf.GradientTape() as outer:
         outer.watch([t, b])
         with tf.GradientTape() as tape:
@@ -133,7 +133,7 @@ def test_mean_in_half_precision_is_taken_in_float32():
 
 
 def replicas(rng, sizes, synchronized):
-    """One training step with a batch cut into pieces of these sizes: all that it leaves behind."""
+    """Runs a training step on replicas with shards of these sizes; returns inputs and results."""
     batch = rng.normal(size=[sum(sizes), 3])
     grad_output = rng.normal(size=[sum(sizes), 3])
     cuts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
@@ -160,7 +160,7 @@ def replicas(rng, sizes, synchronized):
 
     outputs = step(piece(batch), piece(grad_output))
     y, grad_t, grad_b = (np.concatenate(strategy.experimental_local_results(o)) for o in outputs)
-    # Each replica has the gradient of b from its own outputs; optimizers add them.
+    # Each replica computes the gradient of b from its own outputs. Optimizers add them up.
     np.testing.assert_allclose(grad_b, [grad_output[c].sum(0) for c in cuts], rtol=1e-12)
     return batch, grad_output, y, grad_t, layer
 
@@ -177,7 +177,7 @@ def test_replicas_of_their_own(rng, tmp_path):
     batch, _, y, _, layer = replicas(rng, [4, 4], synchronized=False)
     means = batch.reshape(2, 4, 3).mean(1)
     np.testing.assert_allclose(y, batch - np.repeat(means, 4, 0), rtol=1e-12, atol=1e-12)
-    # Outside the replicas, as in a checkpoint, the running mean is the average of theirs.
+    # Outside the replicas, as in a checkpoint, the running mean is the average over replicas.
     path = tf.train.Checkpoint(layer=layer).write(str(tmp_path / "checkpoint"))
     single = tfwn.MeanOnlyBatchNormalization(dtype=tf.float64)
     single.build([None, 3])

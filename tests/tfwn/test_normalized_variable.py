@@ -1,4 +1,4 @@
-"""A reparameterized variable in user code: it acts like a tf.Variable, or raises a clear error."""
+"""Tests that a reparameterized variable acts like a tf.Variable or raises a clear error."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Derivatives of weight_norm of higher order, against those of plain TensorFlow."""
+"""Tests higher-order derivatives of weight_norm against those of plain TensorFlow."""
 
 import numpy as np
 import pytest
@@ -83,7 +83,7 @@ def test_second_derivatives_of_a_zero_unit_are_zero(mode, rng):
 
 
 def test_second_derivatives_of_a_unit_of_one_element_are_zero(mode, rng):
-    """As its gradient: nothing but g moves it."""
+    """Like the gradient of v, because w = g sign(v) depends on v only by its sign."""
     v, g, c = arguments(rng, (1, 300), -1, tf.float32)
 
     def run(v, g, c):

@@ -1,4 +1,4 @@
-"""What weight_norm refuses, and what `import tfwn` says when it cannot work."""
+"""Tests the arguments that weight_norm rejects, and the errors of a failing `import tfwn`."""
 
 import json
 import pathlib
@@ -88,7 +88,7 @@ def test_refused(case, mode):
 
 
 def test_refused_while_the_graph_is_built():
-    """As far as the shapes are known then, though they are not known in full."""
+    """A partly known shape that cannot be right raises an error while the graph is built."""
 
     def build(v_shape, g_shape, axis):
         tf.function(lambda v, g: tfwn.weight_norm(v, g, axis)).get_concrete_function(
@@ -131,7 +131,7 @@ def test_refused_when_the_graph_runs(jit_compile):
 
 
 def test_the_ops_themselves_refuse(mode):
-    """What `weight_norm` never passes on, but an edited graph may."""
+    """The ops check arguments that `weight_norm` never passes but an edited graph might."""
     v, g = tf.ones([3, 4, 5]), tf.ones([3, 5])
     types = dict(Tw=tf.float32, Tnorm=tf.float32)
     forward, backward = ops._library.tfwn_weight_norm, ops._library.tfwn_weight_norm_grad

@@ -1,5 +1,5 @@
-"""The numbers of weight_norm and its gradient: against float64 for every layout and type, at the
-extremes, and whatever the number of threads."""
+"""Tests the values of weight_norm and its gradient against float64, for every layout and type, at
+extreme magnitudes, and with any number of threads."""
 
 import hashlib
 import itertools
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import tfwn
 from tests import reference
 
-# Vectors, tiles and tasks have sizes that these straddle.
+# These sizes straddle those of vectors, tiles and tasks.
 LAYOUTS = [
     pytest.param((3136, 512), -1, id="dense"),
     pytest.param((3, 3, 96, 96), -1, id="HWIO"),
@@ -32,7 +32,7 @@ LAYOUTS = [
     pytest.param((9, 8, 7, 6), (3, 1), id="out of order"),
 ]
 TYPES = [tf.float16, tf.bfloat16, tf.float32, tf.float64]
-# What rounding the result to its type costs, and a little for the sums.
+# The error from rounding the result to its type, and a little for the sums.
 TOLERANCES = {tf.float16: 2e-3, tf.bfloat16: 8e-3, tf.float32: 5e-7, tf.float64: 2e-15}
 
 
@@ -93,7 +93,7 @@ def test_types_mix(types, mode, rng):
         expected = truth(*arguments, axis)
         for out, truly, dtype in zip(outputs, expected, (w_type, v_type, g_type), strict=True):
             assert out.dtype == dtype
-            # Only double v and w make all of the arithmetic double.
+            # All arithmetic is in double only if both v and w are double.
             exact = dtype != tf.float64 or (v_type == tf.float64 and w_type == tf.float64)
             tolerance = TOLERANCES[dtype] if exact else TOLERANCES[tf.float32]
             assert relative_error(out, truly) <= tolerance
@@ -130,7 +130,7 @@ def test_norms_from_1e_minus_30_to_1e30(dtype, mode, rng):
     v, g, grad_w = random_arguments(rng, (50, 7), -1, (dtype,) * 3)
     scale = 10.0 ** np.arange(-30, 31, 10)
     v = tf.constant(v.numpy().astype(np.float64) / reference.norm(v) * scale, dtype)
-    # g of v's magnitude: neither w nor grad_v leaves the range.
+    # With a g of v's magnitude, neither w nor grad_v leaves the range of the type.
     for g_ in (g, tf.cast(scale, dtype)):
         outputs = forward_and_backward(v, g_, grad_w, mode=mode)
         expected = truth(v, g_, grad_w)
@@ -173,7 +173,7 @@ def test_empty(shape, axis, mode, rng):
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
 @pytest.mark.parametrize(("shape", "axis"), [((1, 300), -1), ((300, 1), 0), ((1, 300, 1), 1)])
 def test_a_unit_of_one_element_has_no_direction_to_learn(shape, axis, dtype, mode, rng):
-    """Adam would make full steps of the rounding that eq. 3 leaves, and flip the sign of w."""
+    """Adam would turn rounding errors of eq. 3 into full-size steps and flip the sign of w."""
     v, g, grad_w = random_arguments(rng, shape, axis, (dtype,) * 3)
     _, grad_v, _ = forward_and_backward(v, g, grad_w, axis, mode)
     np.testing.assert_array_equal(grad_v, tf.zeros(shape))
@@ -189,12 +189,12 @@ def test_the_only_unmasked_element_has_no_direction_to_learn(mode, rng):
 
 
 def test_what_is_not_rounding_stays(mode, rng):
-    """grad_w within 1e-5 of v's direction: hardly any of it is grad_v, but that is."""
+    """With grad_w within 1e-5 of v's direction, the small grad_v is real and must not become 0."""
     v, g, across = random_arguments(rng, (400, 30), -1, (tf.float64,) * 3)
     grad_w = tf.cast(v + 1e-5 * across, tf.float32)
     v, g = tf.cast(v, tf.float32), tf.cast(g, tf.float32)
     _, grad_v, _ = forward_and_backward(v, g, grad_w, mode=mode)
-    # As exact as can be with floats of which five digits cancel.
+    # As accurate as floats can be when five digits cancel.
     assert relative_error(grad_v, truth(v, g, grad_w)[1]) <= 1e-2
     infinite = grad_w * np.where(np.arange(400) == 7, np.inf, 1).astype(np.float32)[:, None]
     _, grad_v, _ = forward_and_backward(v, g, infinite, mode=mode)
@@ -213,7 +213,7 @@ def test_every_axis_kept_leaves_the_sign(mode, rng):
 
 
 def test_three_witnesses(mode, rng):
-    """The kernel, eq. 3 in NumPy, and what TensorFlow derives from eq. 2."""
+    """The kernel, eq. 3 in NumPy, and TensorFlow's derivatives of eq. 2 agree."""
     for shape, axis in [((30, 7), -1), ((4, 5, 6), 1), ((4, 50), 0)]:
         v, g, grad_w = random_arguments(rng, shape, axis, (tf.float64,) * 3)
         axes = [a for a in range(len(shape)) if a != axis % len(shape)]
@@ -292,7 +292,7 @@ def shapes_and_axes(draw):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_random_problems(mode, shape_and_axis, types, seed):
-    """Any layout and types, norms far from 1, units of zeros."""
+    """Any layout and types, norms far from 1, and units of zeros."""
     shape, axis = shape_and_axis
     rng = np.random.default_rng(seed)
     v = reference.units_of(rng.normal(size=shape), axis)
@@ -307,7 +307,7 @@ def test_random_problems(mode, shape_and_axis, types, seed):
     outputs = forward_and_backward(v, g, grad_w, axis, mode)
     computed = tf.float64 if v.dtype == grad_w.dtype == tf.float64 else tf.float32
     tolerances = [max(TOLERANCES[x.dtype], TOLERANCES[computed]) for x in outputs]
-    # Next to 0 the numbers of a type are this far apart: float16 gets there.
+    # The spacing of each type's smallest numbers, which float16 results reach.
     steps = [2.0**-24 if x.dtype == tf.float16 else np.finfo(np.float32).tiny for x in outputs]
     w, grad_v, grad_g = (np.asarray(x, np.float64) for x in outputs)
     true_w, true_grad_v, true_grad_g = truth(v, g, grad_w, axis)
@@ -315,7 +315,7 @@ def test_random_problems(mode, shape_and_axis, types, seed):
     def length(x):
         return reference.norm(x, axis)
 
-    # Per unit, and relative to what eq. 3 subtracts from, since that may cancel.
+    # Per unit, relative to the first term of eq. 3, because its terms may cancel.
     scale = np.abs(np.asarray(g, np.float64)) * reference.inverse_norm(v, axis)
     for name, error, size, tolerance, step in zip(
         ("w", "grad_v", "grad_g"),

@@ -1,4 +1,4 @@
-"""weight_norm under all that TensorFlow does to an op: vectorize, loop, save, replicate, fold."""
+"""Tests weight_norm when TensorFlow vectorizes, loops, saves, replicates or folds it."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def test_vectorized_map(shape, axis, batched, mode, rng):
     outputs = mode(tf.vectorized_map)(run, six, fallback_to_while_loop=False)
     one_by_one = [run({name: x[i] for name, x in six.items()}) for i in range(6)]
     for out, expected in zip(outputs, map(tf.stack, zip(*one_by_one, strict=True)), strict=True):
-        # What does not depend on the elements of the map is not repeated.
+        # A result that does not depend on the map's elements is not repeated.
         assert_close(tf.broadcast_to(out, expected.shape), expected)
 
 
@@ -79,7 +79,7 @@ def test_while_loop(mode, rng):
 
 
 def test_gradient_of_a_gather(rng):
-    """It comes as tf.IndexedSlices."""
+    """The gradient of a gather is tf.IndexedSlices."""
     v, g, _ = arguments(rng, (7, 5), 0)
     rows = tf.constant([2, 0, 2])
 
@@ -190,7 +190,7 @@ def test_one_kernel_forward_and_one_backward(rng):
     ("shape", "axis"), [((3000, 70), -1), ((41, 1003), 0), ((7, 65, 33), 1), ((1001, 3), -1)]
 )
 def test_grad_v_may_take_the_memory_of_grad_w(shape, axis, jit_compile, dtype, rng):
-    """TensorFlow gives it away where nothing else reads it."""
+    """TensorFlow reuses the memory if nothing else reads grad_w; the results must not change."""
     v, g, c = (tf.cast(x, dtype) for x in arguments(rng, shape, axis))
 
     @tf.function(jit_compile=jit_compile)

@@ -1,4 +1,4 @@
-"""weight_norm under XLA: the kernels by a custom call, and the composition where that cannot be."""
+"""Tests weight_norm under XLA: kernels in custom calls, or XLA operations as a fallback."""
 
 import os
 import pathlib
@@ -51,7 +51,7 @@ def test_xla_calls_the_same_kernels(shape, axis, types, rng):
 
 
 def test_xla_sizes_that_are_known_when_it_runs_only(rng):
-    """XLA hands no such sizes to a custom call."""
+    """XLA cannot pass such sizes to a custom call."""
     v, g, c = arguments(rng, (10, 4), -1)
     kept = tf.constant(rng.random(10) < 0.6)
 
@@ -113,7 +113,7 @@ for types in [
 
 
 def test_xla_without_handlers():
-    """As on a platform that has none: eq. 2 and 3 in XLA's operations."""
+    """A platform without handlers computes eqs. 2 and 3 in XLA's operations."""
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_HANDLERS],
         env=os.environ | {"TFWN_XLA_HANDLERS": "0"},

@@ -1,4 +1,4 @@
-"""tfwn's own layers, whatever Keras is there: its names, another backend, Keras 2."""
+"""Tests tfwn's own layers with any Keras: Keras' names, other backends, Keras 2."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def test_activations_are_those_of_keras(name):
 
 
 def test_sparsemax_is_the_nearest_point_of_the_simplex():
-    """Keras' own sums to 0 for some rows."""
+    """Not compared with Keras, whose sparsemax sums to 0 in some rows."""
     y = get_activation("sparsemax")(tf.constant(X)).numpy()
     np.testing.assert_allclose(y.sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(get_activation("sparsemax")(tf.constant([[0.1, 0.5]])), [[0.3, 0.7]])
@@ -63,7 +63,7 @@ def run(code, **environment):
 
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_another_backend(backend):
-    pytest.importorskip(backend, reason=f"needs {backend} as the backend of Keras")
+    pytest.importorskip(backend, reason=f"needs {backend} as Keras' backend")
     run(
         """
 import os

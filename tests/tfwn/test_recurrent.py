@@ -1,4 +1,4 @@
-"""What Keras has no counterpart for: peepholes, w computed once, weights from outside, errors."""
+"""Tests what Keras lacks: peepholes, w computed once, weights passed in. Also tests errors."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_w_is_computed_once_and_not_in_the_loop(layer):
 
 
 def test_weights_from_outside_a_loop(rng):
-    """As a model uses a cell that has its own loop."""
+    """A model that loops over a cell itself computes w once, before the loop."""
     cell = tfwn.LSTMCell(4)
     x = tf.constant(rng.normal(size=[2, 5, 3]), tf.float32)
     rnn = tfwn.RNN(cell, return_state=True)
@@ -91,7 +91,7 @@ def test_state_of_known_and_inputs_of_unknown_batch_size(rng):
 
 
 def test_masked_steps_may_hold_anything(rng):
-    """Finite, however large: nothing of it reaches the output."""
+    """Masked inputs never reach the output, however large, if they are finite."""
     layer = tfwn.LSTM(4)
     x = rng.normal(size=[2, 5, 3]).astype(np.float32)
     mask = np.array([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]], bool)

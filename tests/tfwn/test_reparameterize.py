@@ -1,4 +1,4 @@
-"""tfwn.reparameterize and tfwn.fold on modules, Sonnet, tfwn's layers and Keras models."""
+"""Tests tfwn.reparameterize and tfwn.fold on modules, Sonnet, tfwn's layers and Keras models."""
 
 import copy
 import subprocess
@@ -22,7 +22,7 @@ def inputs(*shape):
 
 
 class Network(tf.Module):
-    """A user's own module: variables as attributes, in a list and in a dict; tied and traced."""
+    """A user's module with variables as attributes, in a list and in a dict; tied and traced."""
 
     def __init__(self):
         self.w = tf.Variable(inputs(4, 6), name="w")
@@ -54,7 +54,7 @@ def test_a_module_of_ones_own():
     assert sum("g:" in name for name in names) == 4
     np.testing.assert_allclose(model.w.g, np.linalg.norm(w.numpy(), axis=0), rtol=1e-6)
 
-    # The function that was traced before reads g now.
+    # The function that was traced earlier reads g now.
     model.w.g.assign(2 * model.w.g)
     assert not np.allclose(model(x), expected)
     assert tfwn.fold(model) is model
@@ -219,7 +219,7 @@ def test_layers_of_tfwn(exponential_g, tmp_path):
     assert len(model.trainable_variables) == 4 * 2 + 3
     names = {variable.name.rpartition("/")[2] for variable in model.gru.trainable_variables}
     assert names >= ({"s:0"} if exponential_g else {"g:0"})
-    # A checkpoint of it is that of a model which was made so.
+    # Its checkpoint fits a model that was created with weight normalization.
     path = tf.train.Checkpoint(model=model).save(tmp_path / "checkpoint")
     other = Model("weight_norm")
     other(x)
@@ -324,7 +324,7 @@ def test_functional_keras_model(tmp_path):
 
 
 def test_keras_models_with_operations():
-    """A residual connection is an operation in the graph, and no layer."""
+    """A residual connection is an operation in the graph, not a layer."""
     kernel = keras.Input([6])
     hidden = keras.ops.relu(keras.layers.Dense(6)(kernel)) + kernel
     model = keras.Model(kernel, hidden * keras.layers.Dense(6)(hidden))
@@ -339,7 +339,7 @@ def test_keras_models_with_operations():
 
 
 def test_folding_a_keras_layer_leaves_its_wrapper_the_same_function():
-    """Also with g < 0, and so that it can be folded again after more training."""
+    """This holds for g < 0 too, and the wrapper can be folded again."""
     wrapper = WeightNormalization(keras.layers.Dense(3))
     x = inputs(5, 4)
     wrapper(x)

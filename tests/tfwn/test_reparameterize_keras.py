@@ -1,4 +1,4 @@
-"""tfwn.reparameterize and tfwn.fold change a Keras model in place, whatever its kind."""
+"""Tests that tfwn.reparameterize and tfwn.fold change any kind of Keras model in place."""
 
 import keras
 import numpy as np
@@ -51,7 +51,7 @@ def test_a_model_is_changed_in_place(kind):
     if own:
         model.infer(x)
     cls = type(model)
-    tfwn.reparameterize(model)  # The result is ignored.
+    tfwn.reparameterize(model)  # The result need not be used.
     assert isinstance(model, cls)
     wrappers = [layer for layer in model.layers if isinstance(layer, WeightNormalization)]
     assert len(wrappers) == 2
@@ -82,7 +82,7 @@ def test_a_model_is_changed_in_place(kind):
 
 
 def test_a_model_without_call_whose_parts_are_built():
-    """As keras.io's VAE and GAN: the parts are models, and train_step uses them."""
+    """Like keras.io's VAE and GAN, whose parts are models that train_step calls."""
 
     class Gan(keras.Model):
         def __init__(self, generator, discriminator):
@@ -146,7 +146,7 @@ def test_a_layer_of_a_strategy_wrapped_outside_of_its_scope(name):
 
 @keras.saving.register_keras_serializable("tests")
 class Transposed(keras.layers.Layer):
-    """x . w' of another layer's kernel w."""
+    """Multiplies x by the transposed kernel of another layer."""
 
     def __init__(self, layer, **kwargs):
         super().__init__(**kwargs)
@@ -200,7 +200,7 @@ def test_tied_kernels_have_one_g(name, kind):
 
 
 class Borrowed(keras.layers.Layer):
-    """Has the kernel of another layer as its own."""
+    """Uses the kernel of another layer as its own."""
 
     def __init__(self, layer):
         super().__init__()

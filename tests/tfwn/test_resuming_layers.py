@@ -1,4 +1,4 @@
-"""Layers that are restored before their first call, and the mark `initialized`."""
+"""Tests layers that are restored before their first call, and the mark `initialized`."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Weight: parameterizations, masks, what initialization needs, and an optimizer's step by hand."""
+"""Tests Weight: parameterizations, masks, initialization, and an optimizer's step by hand."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ OPTIONS = {
     "normal": {"parameterization": "normal"},
 }
 every_parameterization = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-# Shape, axis, and the axes that the norm runs over.
+# Shape, axis, and the axes over which the norm is taken.
 LAYOUTS = [
     ([5, 3], -1, (0,)),
     ([5, 3], 0, (1,)),
@@ -103,10 +103,10 @@ def test_mask_acts_before_the_norm(options, rng):
     weight.assign(v)
     np.testing.assert_allclose(weight(), v * mask, rtol=1e-12)
     weight.set_g([2.0, 2.0, 2.0])
-    # The second unit is masked entirely: nothing is left to give a length to.
+    # The second unit is fully masked, so its norm stays 0.
     np.testing.assert_allclose(norm(weight(), 0), [2, 0, 2], rtol=1e-12)
 
-    # What an optimizer might leave at masked places has no effect.
+    # Values that an optimizer might leave in masked elements have no effect.
     variable = weight.w if weight.parameterization == "normal" else weight.v
     w = weight().numpy()
     variable.assign(variable + 10.0 * (1 - mask))
@@ -198,7 +198,7 @@ def test_errors_of_methods():
 
 
 def step_by_hand(v, g, x, y):
-    """Loss and eq. 3 for the loss |x w - y|^2 / 2, in float64."""
+    """Returns grad_v and grad_g (eq. 3) of the loss |x w - y|^2 / 2, in float64."""
     length = np.sqrt(np.sum(v**2, 0))
     residual = x @ (g * v / length) - y
     grad_w = x.T @ residual

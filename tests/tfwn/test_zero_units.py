@@ -1,4 +1,4 @@
-"""Units that are initialized to zero: w stays what it was, and it learns."""
+"""Tests units that are initialized to zero: w starts at zero, and they learn."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ every_layer = pytest.mark.parametrize(("make", "shape"), LAYERS.values(), ids=LA
 
 
 def learns(layer, x, g, v):
-    """One step moves g, which is 0; with it v moves too."""
+    """Asserts that the layer returns 0, that a step moves g, and that the next one moves v."""
     assert not np.any(layer(x))
     assert np.any(v != 0)
     before = [g.numpy(), v.numpy()]
