@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-# A strategy on two devices has two replicas. They must be configured before TensorFlow starts.
+# Two devices, so that strategies have two replicas. TensorFlow must not be initialized yet.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )

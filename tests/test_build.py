@@ -43,6 +43,7 @@ def test_requires_the_tensorflow_of_an_isolated_build(setup_module, monkeypatch)
 
 
 def test_finds_the_installed_tensorflow_past_a_build_environment(setup_module, monkeypatch):
+    """An isolated build must still see the TensorFlow that is installed outside of it."""
     for name, value in {"PYTHONPATH": "/nowhere", "PYTHONNOUSERSITE": "1"}.items():
         monkeypatch.setenv(name, value)
     setup_module.find_tensorflow.cache_clear()
@@ -127,6 +128,7 @@ def test_all_that_is_missing_is_named_at_once(setup_module, monkeypatch):
 
 
 def test_nothing_is_missing_here(setup_module):
+    """The check must not report a missing tool on a machine that builds tfwn."""
     assert setup_module.missing_tools() == []
 
 

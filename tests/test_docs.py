@@ -20,7 +20,7 @@ COMMON = ROOT / "models" / "common" / "README.md"  # models/conftest.py runs its
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), COMMON])
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
-# Commands that are not run here, with the reason and the place of their test.
+# Commands that are not run here, with the reason or with where they are tested.
 NOT_RUN = {
     "pip install .": "compiles for minutes; tests/test_build.py installs a wheel instead",
     "pip install dist/tensorflow_weight_norm-*+tf2.21-*.whl": "`make test-wheel` does it",

@@ -52,4 +52,4 @@ def cuda():
             part = path.with_suffix(".part")
             subprocess.run([*command, "-o", str(part)], check=True)
             part.replace(path)
-    return load("emulated.native", path)  # a name of its own: pybind11 caches modules by name
+    return load("emulated.native", path)  # another name, because pybind11 caches modules by name

@@ -92,6 +92,7 @@ def test_a_run_without_a_checkpoint_has_nothing_to_evaluate(line, run, tmp_path)
 
 
 def test_a_checkpoint_may_be_named_itself_and_moved_with_its_config(run, tmp_path, saving):
+    """`evaluate` accepts a single checkpoint, and one that was moved together with config.json."""
     saving(5)
     run("--out", tmp_path / "a", "--preset", "smoke")
     source = tmp_path / "a" / "checkpoints"
@@ -195,6 +196,7 @@ def test_weights_that_are_not_finite_are_never_saved(line, tmp_path):
 
 
 def test_best_is_kept_beside_the_last_and_over_resuming(line, tmp_path):
+    """A resumed run must not replace the best checkpoint with a worse one."""
     for resume, scores in ((False, [1.0, 3.0, 2.0, np.nan]), (True, [2.5])):
         with Run(line.Config(out=str(tmp_path / "a"), resume=resume)) as run:
             model = tf.Module()
@@ -271,6 +273,7 @@ def two(tmp_path):
 
 
 def test_two_workers_train_what_one_does_and_leave_together(run, two, tmp_path):
+    """Two workers reach the weights of one, both exit, and no stray files are left."""
     run("--out", tmp_path / "one", "--steps", 20)
     finish(*two("--steps", "20"))
     ours, theirs = (weights(tmp_path / name)[SLOPE] for name in ("one", "two"))

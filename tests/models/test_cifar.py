@@ -61,7 +61,7 @@ def run(command):
 
 
 def assert_same_run_but_for_rounding(one, other):
-    """For runs computed in float64, which differ only by the rounding of float32 variables."""
+    """Asserts that two runs in float64 differ only by the rounding of float32 variables."""
     ours, theirs = weights(one), weights(other)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -89,7 +89,7 @@ def test_all_five_begin_as_the_same_function_and_weights():
     images, seed = images_of(100), tf.constant([0, 0], tf.int64)
     outputs, effective = {}, {}
     for kind in PAPER:
-        config = config_of(parameterization=kind, bn_epsilon=1e-12)  # A larger one shows.
+        config = config_of(parameterization=kind, bn_epsilon=1e-12)  # The default would show.
         network = initialized(config, images)
         outputs[kind] = network(images, training=True, seed=seed)
         effective[kind] = [layer.linear.weight() for layer in layers_of(network)]
@@ -221,6 +221,7 @@ def test_schedule():
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_adam_keeps_its_slots_when_beta_1_is_switched(rng, inside):
+    """Against Adam in NumPy, with a switch of beta_1 and the rate during training."""
     config = Config(epsilon_inside_root=inside, epsilon=1e-4)
     start = rng.normal(size=5)
     variable = tf.Variable(start, dtype=tf.float32)
@@ -246,6 +247,7 @@ def test_adam_keeps_its_slots_when_beta_1_is_switched(rng, inside):
 
 @pytest.mark.parametrize("kind", ["normal", "mean_only_bn"])
 def test_frozen_g_keeps_glorots_w_and_trains_it_alone(kind):
+    """With frozen_g, w starts from Glorot's range, g is set from data, and only w trains."""
     images = images_of(200)
     config = config_of(parameterization=kind, frozen_g=True, init_examples=200)
     network = initialized(config, images)

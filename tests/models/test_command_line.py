@@ -115,6 +115,8 @@ def test_whole_numbers_may_be_written_short(line):
 
 
 def test_a_renamed_option_keeps_its_flag_and_its_key(line, tmp_path):
+    """Old commands and old config.json files still work after an option is renamed."""
+
     @dataclasses.dataclass(frozen=True)
     class Config(options.RunConfig):
         protocol: str = options.option("paper", was="test")

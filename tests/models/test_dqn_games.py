@@ -114,7 +114,7 @@ def test_flicker_is_seen_in_both_screens():
 
 
 def test_a_color_is_learned_when_it_is_first_seen(rng):
-    """This includes a color that only one of the two screens shows."""
+    """This includes a color that appears in only one of the two screens."""
     palette = rng.integers(0, 256, (256, 3)).astype(np.uint8)
     screens = rng.integers(0, 40, (30, 21, 16)).astype(np.uint8)
     screens += np.arange(30, dtype=np.uint8)[:, None, None] * 7

@@ -125,6 +125,7 @@ def samples(made, rng_seed, steps):
 
 
 def test_what_is_prepared_is_what_would_have_been_drawn(rng, tmp_path):
+    """Preparing batches ahead of time must not change the sequence of samples."""
     options = {"file": tmp_path / "ring", "seed": 3}
     plain = filled(np.random.default_rng(1), 60, 2, 40, seed=3)
     ahead = filled(np.random.default_rng(1), 60, 2, 40, **options)
@@ -269,6 +270,7 @@ def test_a_checkpoint_of_which_nothing_is_left_begins_empty(rng, tmp_path):
 
 
 def test_a_file_is_of_one_process(rng, tmp_path):
+    """Two processes must not write to the same file."""
     made = filled(rng, 30, 1, 20, file=tmp_path / "ring")
     with pytest.raises(UserError, match="ring: is in use by another process"):
         Replay(30, 1, file=tmp_path / "ring")
@@ -295,7 +297,7 @@ def test_a_memory_that_began_empty_and_was_killed_begins_empty_again(rng, tmp_pa
         again.load_state_dict(state)
         assert len(again) == 0
         again.add(*random_step(rng, 2))
-        later = again.state_dict()  # Its checkpoint is never finished.
+        later = again.state_dict()  # For a checkpoint that is never finished.
         again.close()
     again = Replay(30, 2, file=tmp_path / "ring", in_memory=in_memory)
     again.load_state_dict(later)

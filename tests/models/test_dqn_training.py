@@ -130,6 +130,7 @@ def test_games_that_cannot_be_saved_begin_anew_in_a_resumed_run(run, tmp_path, m
 
 
 def test_what_a_run_s_state_does_not_fit_is_refused_before_anything_is_written(run, tmp_path):
+    """--accept-changes must not accept options that the saved state does not fit."""
     folder = tmp_path / "a"
     run("--preset", "smoke", "--steps", 240, "--out", folder)
     argv = ["--resume", "--accept-changes", "--steps", 400, "--out", folder]

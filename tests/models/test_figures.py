@@ -166,6 +166,7 @@ def test_a_run_of_an_unknown_parameterization_is_named(run, tmp_path):
 
 
 def test_a_run_and_a_seed_count_once(run, tmp_path):
+    """A run found under two paths counts once; two runs with one seed are an error."""
     folder = make_run(tmp_path / "runs" / "a")
     text = run(tmp_path / "runs", folder, f"{folder}/../a")[2]
     assert cells(text, "weight norm")[-1] == "1 seed"
@@ -209,6 +210,7 @@ def test_there_is_no_figure_of_synthetic_images(run, tmp_path):
 
 
 def test_seeds_of_different_length_are_compared_where_all_have_been(run, tmp_path):
+    """Averages end at the last epoch that all seeds have reached."""
     make_vae_run(tmp_path / "runs" / "0", epochs=4, ends=-90.0)
     make_vae_run(tmp_path / "runs" / "1", epochs=2, ends=-94.0, seed=1)
     bound, likelihood, *_, epochs, seeds = cells(run(tmp_path / "runs")[2], "weight norm")
@@ -232,6 +234,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(run, tmp_path):
 
 
 def test_a_learning_rate_is_the_same_whether_given_or_not(run, tmp_path):
+    """An explicit learning rate equal to the default does not create another arm."""
     make_run(tmp_path / "runs" / "0", rate=0.003)
     make_run(tmp_path / "runs" / "1", seed=1)
     assert cells(run(tmp_path / "runs")[2], "weight norm")[-1] == "2 seeds"
@@ -311,6 +314,7 @@ def test_scores_of_different_tests_are_not_drawn_together(run, tmp_path):
 
 
 def test_what_can_be_drawn_is_drawn_and_the_rest_reported(run, tmp_path):
+    """One unusable folder must not prevent the tables of the others."""
     make_run(tmp_path / "cifar")
     make_draw_run(tmp_path / "draw", "normal", [])
     make_run(tmp_path / "other", kind="spectral_norm")
@@ -324,6 +328,7 @@ def test_what_can_be_drawn_is_drawn_and_the_rest_reported(run, tmp_path):
 
 
 def test_how_soon_each_is_where_the_last_one_ends(run, tmp_path):
+    """The table shows when each arm reached the final value of the worst arm."""
     for seed, shift in enumerate((-1, 0, 1)):
         normal = np.array([-200, -150, -120, -110]) + shift
         make_draw_run(tmp_path / "runs" / f"n{seed}", "normal", normal, seed=seed)
@@ -378,6 +383,7 @@ def test_results_are_what_the_runs_in_the_repository_say(checkout):
 
 
 def test_what_a_document_lacks_or_has_no_runs_for(checkout, capsys):
+    """RESULTS.md gets markers for new tables, and an error for a table without runs."""
     document = checkout / "RESULTS.md"
     document.write_text("# A\n\n<!-- table: absent -->\nold\n<!-- end -->\n")
     make_run(checkout / "runs" / "a", rate=0.001, epochs=4)
@@ -417,7 +423,7 @@ def test_runs_are_kept_by_arm_rate_and_seed_with_relative_paths(checkout, capsys
     assert kept["config"]["out"] == "runs/a"
     assert kept["sessions"][0]["command"] == "-m x --out runs/a"
     with pytest.raises(SystemExit, match="2"):
-        figures.main(["runs", "--keep", "new"])  # The same again.
+        figures.main(["runs", "--keep", "new"])  # The same run again.
     assert "another run" not in capsys.readouterr().err
     make_run(checkout / "other" / "a", rate=0.001, out="runs/other")
     metrics.Metrics(checkout / "other" / "a", 4).write(1, {"epoch": 200})

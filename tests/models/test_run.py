@@ -118,7 +118,7 @@ def test_a_signal_after_the_last_evaluation_still_ends_the_process(line, tmp_pat
 
 
 def test_epochs_are_resumed_where_they_were_and_reported_again(line, tmp_path):
-    """The run fails in the first epoch, in its report and in the second; it saves every step."""
+    """The run saves each step, and fails in the first epoch, in its report, and in the second."""
     seen, timed, means = [], [], {}
 
     class Stop(Exception):

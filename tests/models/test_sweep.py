@@ -194,6 +194,7 @@ def test_every_arm_is_a_valid_config_and_known_by_its_values(config_class):
 
 
 def test_flags_make_the_config(tmp_path):
+    """A sweep passes a Config to each run as flags, which must parse to an equal Config."""
     default = Vae.of_preset("cpu")
     config = Vae.of_preset(
         "cpu", out="a", made=(7, 8), epsilon=1.23456789e-8, free_bits=None, epochs=None,

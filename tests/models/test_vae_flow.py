@@ -231,6 +231,7 @@ def test_importance_weighting_is_the_log_of_the_mean_weight(rng):
 
 
 def test_a_bound_in_nats_is_bits_per_dimension_and_a_place_in_figure_3():
+    """Bounds on CIFAR-10 are also reported in bits per dimension and on figure 3's axis."""
     config = Config(dataset="cifar10")
     found = units(config, {"bound": -3.54 * 3072 * math.log(2)})
     assert found["bits_per_dim"] == pytest.approx(3.54)
@@ -240,6 +241,7 @@ def test_a_bound_in_nats_is_bits_per_dimension_and_a_place_in_figure_3():
 
 @each_dataset
 def test_free_bits_bound_the_loss_and_not_the_bound(dataset):
+    """Free bits change the training loss, but not the reported bound."""
     losses, bounds = {}, {}
     for free_bits in (0.0, 3.0):
         config = config_of(dataset=dataset, free_bits=free_bits, learning_rate=0.0)

@@ -317,7 +317,7 @@ def test_the_mark_is_in_the_checkpoint(tmp_path):
 
 
 def test_threads_take_turns():
-    """Initializations must not overlap: the switch that runs functions eagerly is global."""
+    """Initializations must not overlap, because the switch to eager functions is global."""
     layers = [tfwn.Dense(3) for _ in range(8)]
     barrier = threading.Barrier(2)
 

@@ -1,4 +1,4 @@
-"""Tests files of weight-normalized Keras models: new, from tfwn 0.1.0, of converted models."""
+"""Tests saving and loading Keras models: wrapped and converted ones, and files of tfwn 0.1.0."""
 
 import importlib.util
 import json
@@ -313,7 +313,7 @@ OWN_CLASSES = {"Wraps": Wraps, "Net": Net, "OwnFunctional": OwnFunctional}
 
 @pytest.mark.parametrize("name", OWN)
 def test_files_of_models_that_make_their_own_layers(name, tmp_path):
-    """The file of a converted model records this, because its constructor creates plain layers."""
+    """A file records that a model was converted, since the constructor creates plain layers."""
     x = normal(4, 8)
     model = OWN[name]()
     model(x)

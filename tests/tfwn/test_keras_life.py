@@ -72,6 +72,7 @@ def test_g_trains_when_its_v_does(name, switch, tmp_path):
 
 @every_layer
 def test_weights_are_numbers(name):
+    """Code that averages or rescales all weights as floats must work on a wrapped layer."""
     wrapper, x, y = wrapped(name)
     for variables in (wrapper.weights, wrapper.variables):
         assert {v.dtype for v in variables if "seed" not in v.name} == {"float32"}
@@ -232,6 +233,7 @@ def test_a_layer_that_does_not_autocast():
     "cell", [keras.layers.LSTMCell, keras.layers.GRUCell, keras.layers.SimpleRNNCell]
 )
 def test_cells(cell, unroll, tmp_path):
+    """Wrapped cells work in keras.layers.RNN, and are saved and loaded with it."""
     cells = [cell(4), cell(3)]
     x = normal(2, 5, 3)
     expected = keras.layers.RNN(cells)(x)
@@ -259,6 +261,8 @@ def test_dropout_of_a_cell_is_the_same_at_all_steps():
 
 @every_layer
 def test_attributes_of_the_layer(name):
+    """The wrapper passes on the layer's attributes, properties and methods, which see w."""
+
     class Extended(type(LAYERS[name][0]())):
         receptive_field = 7
 

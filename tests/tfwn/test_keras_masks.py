@@ -1,4 +1,4 @@
-"""Tests kernel_mask of wrapped Keras layers, which works as in tfwn's own layers."""
+"""Tests that kernel_mask works in wrapped Keras layers as in tfwn's own layers."""
 
 import keras
 import numpy as np

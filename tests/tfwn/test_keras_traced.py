@@ -100,6 +100,7 @@ def test_a_trace_follows_v_and_g(name, how, before):
 
 
 def test_w_is_computed_once_outside_of_a_loop():
+    """Computing w inside the loop over time would repeat it at every step."""
     wrapper = WeightNormalization(keras.layers.LSTM(3))
     x = normal(4, 6, 8)
     wrapper(x)
@@ -129,6 +130,7 @@ class MaskedByItself(keras.layers.Layer):
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("name", ["dense", "conv", "transposed", "einsum"])
 def test_what_a_call_writes_to_the_kernel_is_w(name, graph):
+    """If a call assigns the kernel, w must follow the assigned values."""
     make, x, _ = LAYERS[name]
     layer = MaskedByItself(make(), name)
     layer.build(x.shape)

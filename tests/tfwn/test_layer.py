@@ -57,6 +57,7 @@ def test_errors(message, call):
 
 
 def test_sizes_may_be_numpys():
+    """NumPy integers are valid sizes."""
     layer = tfwn.Conv2D(np.int64(4), np.int32(3), strides=[np.int64(2), 1])
     assert layer(tf.ones([1, 9, 9, 2])).shape == [1, 4, 7, 4]
 
@@ -137,7 +138,7 @@ FEED_FORWARD = [
 
 @pytest.mark.parametrize(("layer", "shape", "axis"), FEED_FORWARD, ids=range(len(FEED_FORWARD)))
 def test_initialization_is_given_what_it_needs(layer, shape, axis, rng):
-    """A callback can compute g and b from t, here for pre-activations with mean 0, variance 1."""
+    """A callback can compute from t the g and b that give mean 0 and variance 1."""
 
     def standardize(layer, t):
         mean, variance = tf.nn.moments(t, list(range(t.shape.rank - 1)))

@@ -145,6 +145,7 @@ def test_function_with_unknown_sizes_equals_eager(case, jit_compile, rng):
 
 @every_layer
 def test_sizes_that_are_known_stay_known(case):
+    """The static shape of the outputs must not be lost in a tf.function."""
     layer = case.make()
     concrete = tf.function(lambda x: case.call(layer, x)).get_concrete_function(
         tf.TensorSpec(case.shape, tf.int32 if case.ids else tf.float32)

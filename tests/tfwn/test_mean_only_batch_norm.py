@@ -174,6 +174,7 @@ def test_synchronized_replicas_equal_one_device(sizes, rng):
 
 
 def test_replicas_of_their_own(rng, tmp_path):
+    """With synchronized=False, each replica subtracts its own mean."""
     batch, _, y, _, layer = replicas(rng, [4, 4], synchronized=False)
     means = batch.reshape(2, 4, 3).mean(1)
     np.testing.assert_allclose(y, batch - np.repeat(means, 4, 0), rtol=1e-12, atol=1e-12)
@@ -195,6 +196,7 @@ def test_training_across_replicas():
 
 
 def test_initialization_centers_and_changes_nothing(rng):
+    """During data-dependent initialization, outputs are centered but no variable changes."""
     layer = tfwn.MeanOnlyBatchNormalization()
     t = tf.constant([[2.0], [4.0]])
     with initializing(lambda layer, t: None):

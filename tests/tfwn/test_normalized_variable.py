@@ -121,6 +121,7 @@ def test_assignments(of):
 @pytest.mark.parametrize("name", ["scatter_update", "ref", "initializer", "handle", "_unique_id"])
 @pytest.mark.parametrize("of", ["module", "keras"])
 def test_what_it_cannot_do_it_says(name, of):
+    """The errors for unsupported uses point to .v and .g, or to tfwn.fold."""
     w = tfwn.reparameterize(Module()).w if of == "module" else kernel_of_keras()
     with pytest.raises(AttributeError, match=rf"has no '{name}': .*its \.v and \.g.*tfwn\.fold"):
         getattr(w, name)
@@ -206,6 +207,7 @@ def test_traces_that_would_keep_the_old_weights_are_refused():
 
 
 def test_g_is_made_in_the_scope_of_v():
+    """g must be a variable of the same strategy as v, inside or outside of its scope."""
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         module = Module()

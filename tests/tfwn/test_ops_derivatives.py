@@ -83,7 +83,7 @@ def test_second_derivatives_of_a_zero_unit_are_zero(mode, rng):
 
 
 def test_second_derivatives_of_a_unit_of_one_element_are_zero(mode, rng):
-    """Like the gradient of v, because w = g sign(v) depends on v only by its sign."""
+    """They are zero like the gradient, because w = g sign(v) depends only on the sign of v."""
     v, g, c = arguments(rng, (1, 300), -1, tf.float32)
 
     def run(v, g, c):

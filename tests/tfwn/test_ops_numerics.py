@@ -207,6 +207,7 @@ def test_scalar(mode):
 
 
 def test_every_axis_kept_leaves_the_sign(mode, rng):
+    """If every element is a unit of its own, w = g sign(v)."""
     v, g, grad_w = random_arguments(rng, (3, 4), (0, 1))
     w, _, _ = forward_and_backward(v, g, grad_w, (0, 1), mode)
     np.testing.assert_allclose(w, g * tf.sign(v), rtol=3e-7)

@@ -28,6 +28,7 @@ def test_peepholes_by_hand(rng):
 
 @pytest.mark.parametrize("unit_forget_bias", [True, False])
 def test_first_bias(unit_forget_bias):
+    """The bias of the forget gate starts at 1, if at all."""
     cell = tfwn.LSTMCell(2, unit_forget_bias=unit_forget_bias)
     cell.build([None, 3])
     np.testing.assert_array_equal(cell.b, [0, 0, *[unit_forget_bias] * 2, 0, 0, 0, 0])
@@ -69,6 +70,7 @@ def test_weights_from_outside_a_loop(rng):
 
 @pytest.mark.parametrize("unroll", [False, True])
 def test_no_steps(unroll):
+    """With zero time steps, the output is zero and the states stay the initial ones."""
     layer = tfwn.LSTM(4, return_state=True, unroll=unroll)
     states = [tf.ones([2, 4]), tf.fill([2, 4], 2.0)]
     output, h, c = layer(tf.ones([2, 0, 3]), initial_state=states)

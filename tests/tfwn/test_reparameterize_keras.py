@@ -103,6 +103,7 @@ def test_a_model_without_call_whose_parts_are_built():
 
 
 def test_two_models_of_one_graph():
+    """Converting one of two models with a shared layer converts that layer for both."""
     inputs = keras.Input((8,))
     code = keras.layers.Dense(3)(inputs)
     encoder, whole = keras.Model(inputs, code), keras.Model(inputs, keras.layers.Dense(8)(code))

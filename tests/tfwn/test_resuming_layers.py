@@ -80,6 +80,8 @@ def test_a_model_that_makes_its_layers_in_its_first_call(tmp_path):
 
 @every_layer
 def test_the_mark_is_no_number_of_the_model(make, shape, tmp_path):
+    """Code that treats all variables as floats must not meet the mark."""
+
     class Model(tf.Module):
         def __init__(self):
             self.layers = [make()]
@@ -97,6 +99,7 @@ def test_the_mark_is_no_number_of_the_model(make, shape, tmp_path):
 
 @every_layer
 def test_a_checkpoint_has_the_mark_where_version_0_1_0_had_it(make, shape, tmp_path):
+    """The mark keeps its key, so that old and new versions read each other's checkpoints."""
     layer = make()
     layer(batch(shape))
     path = tf.train.Checkpoint(model=layer).save(tmp_path / "checkpoint")
