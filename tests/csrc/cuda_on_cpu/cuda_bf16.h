@@ -26,7 +26,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-// Rounds to an odd float first, so that the second rounding has the result of a single one.
+// Rounds to a float by round-to-odd first, so that rounding twice equals rounding once.
 inline __nv_bfloat16 __double2bfloat16(double x) {
   float nearest = static_cast<float>(x);
   uint32_t bits;
