@@ -76,8 +76,6 @@ def programs():
     }
 
 
-# Raised by Keras 3 with NumPy 2 when a model is saved.
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
 @pages_with("python")
 def test_snippets_run(page, tmp_path, monkeypatch, request):
     if page.name in NEEDS:

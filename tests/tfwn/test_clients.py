@@ -14,9 +14,6 @@ from tests.keras_layers import normal
 from tfwn.keras import WeightNormalization
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-    ),
     # From T5's own layers, which have no build() and whose attention ignores its mask.
     pytest.mark.filterwarnings("ignore:.build\\(\\). was called on layer:UserWarning"),
     pytest.mark.filterwarnings("ignore:Layer .* was passed an input with a mask:UserWarning"),

@@ -12,10 +12,6 @@ import tensorflow as tf
 import tfwn
 from tfwn.keras import WeightNormalization
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
-
 
 def images(count=32, size=10, channels=3):
     """Returns images with mean 3, so that the pre-activations' means matter."""

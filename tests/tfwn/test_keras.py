@@ -15,11 +15,6 @@ import tensorflow as tf
 import tfwn
 from tfwn.keras import WeightNormalization
 
-# In Keras 3 with NumPy 2, a variable's __array__ does not accept `copy`.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
-
 
 def sequence(*shape):
     return tf.random.stateless_normal(shape or (4, 6, 8), seed=[1, 2])

@@ -15,9 +15,6 @@ import tfwn
 from tests.keras_layers import LAYERS, Attention, normal
 from tfwn.keras import WeightNormalization
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
 every_layer = pytest.mark.parametrize("name", LAYERS)
 OLD = pathlib.Path(__file__).parents[1] / "data" / "keras_0_1_0"
 

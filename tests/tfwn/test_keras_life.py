@@ -9,9 +9,6 @@ import tfwn
 from tests.keras_layers import LAYERS, Attention, normal
 from tfwn.keras import WeightNormalization
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
 every_layer = pytest.mark.parametrize("name", LAYERS)
 
 

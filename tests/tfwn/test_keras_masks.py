@@ -40,9 +40,6 @@ MASKED = {
         np.array([1, 0, 1, 1]).reshape(4, 1, 1),
     ),
 }
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
 every_mask = pytest.mark.parametrize("name", MASKED)
 
 

@@ -12,10 +12,6 @@ import tensorflow as tf
 import tfwn
 from tfwn.keras import WeightNormalization
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
-)
-
 
 def inputs(*shape):
     return tf.random.stateless_normal(shape or (5, 4), [1, 2])
