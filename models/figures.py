@@ -1,4 +1,4 @@
-"""Draws figures and tables like the paper's from runs, with the paper's results for comparison.
+"""Reproduces the paper's figures and tables from runs, with the paper's results alongside.
 
     python -m models.figures                                  RESULTS.md, from the runs in results
     python -m models.figures runs/cifar-cpu-sweep --out DIR   from any runs
@@ -91,7 +91,7 @@ def report(document: Path, results: Path, figures: Path) -> list[str]:
             text += "".join(f"\n<!-- table: {name} -->\n<!-- end -->\n" for name in new)
     for name in named:
         if name not in tables:
-            errors.append(f"{document}: no runs in {results} for its table {name}")
+            errors.append(f"{document}: no runs in {results} for its table {name}; see --keep")
             tables[name] = f"(Missing: `{results}` contains no runs for this table.)"
     document.write_text(TABLE.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n\n{m[3]}", text))
     return errors
@@ -100,7 +100,8 @@ def report(document: Path, results: Path, figures: Path) -> list[str]:
 def keep(paths: Sequence[str], folder: Path) -> list[str]:
     """Copies finished and diverged runs to a results folder; returns errors about the others.
 
-    A copy is named ARM-RATE-SEED, or like the run if it has no arm. Its paths become relative.
+    A copy is named ARM-RATE-SEED, or like the run's folder if the run belongs to no arm. Absolute
+    paths in its config.json become relative.
     """
     output = Output(Path())
     for run in find_runs(paths, output):
@@ -112,7 +113,7 @@ def keep(paths: Sequence[str], folder: Path) -> list[str]:
             if not run.outcome:
                 raise UserError(f"{run.path} has not finished: continue it with --resume")
             if any(session["git"].get("changed") for session in content["sessions"]):
-                raise UserError(f"{run.path} was made from a checkout with uncommitted changes")
+                raise UserError(f"{run.path} ran with uncommitted changes: commit, then rerun it")
             text = json.dumps(relative(content | {"caveats": run.caveats}), indent=2) + "\n"
             config = target / "config.json"
             if config.exists() and config.read_text() != text:

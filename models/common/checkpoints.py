@@ -1,7 +1,7 @@
-"""Checkpoints of a run: tf.train.CheckpointManager, and what it does not do by itself.
+"""Checkpoints of a run, on top of tf.train.CheckpointManager.
 
-It writes and rotates checkpoints, with checksums. This module adds state outside TensorFlow, skips
-damaged checkpoints, refuses weights that are not finite, handles full disks, and finds checkpoints.
+The manager writes and rotates them, with checksums. This module adds state outside TensorFlow,
+skips damaged checkpoints, refuses weights that are not finite, handles full disks, and finds them.
 
 checkpoints/step-20.index, step-20.data-*    variables, and `state`: step, extras, ...
 checkpoints/best/step-10.index, ...          the best so far, without extras

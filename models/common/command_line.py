@@ -197,15 +197,15 @@ def _explain(error: Exception, config_class: type[RunConfig]) -> str | None:
     """Returns the message for an error of the user or machine, None for a bug in the program."""
     if isinstance(error, UserError):
         return str(error)
-    # TensorFlow may not be loaded, so match its errors by name. It has one for memory and disk.
+    # TensorFlow may not be loaded, so match its errors by name. One covers both disk and memory.
     kind, full = type(error).__name__, os.strerror(errno.ENOSPC)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or full in str(error):
         where = getattr(error, "filename", None) or "--out"
-        return f"no space left on the disk with {where}: make room, then continue with --resume"
+        return f"no space left on the disk for {where}: make room, then continue with --resume"
     if isinstance(error, MemoryError) or kind == "ResourceExhaustedError":
         fields = dataclasses.fields(config_class)
         flags = [flag_of(field.name) for field in fields if field.metadata.get("memory")]
         return f"out of memory: lower {' or '.join(flags) or 'the batch size'}"
     if kind in ("UnavailableError", "AbortedError", "DeadlineExceededError"):
-        return "a worker of --strategy multi_worker was lost; restart all of them with --resume"
+        return "a worker of --strategy multi_worker was lost; restart all workers with --resume"
     return None

@@ -160,7 +160,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """The title of figures and tables, with the preset if there is one besides "paper"."""
+        """The title of figures and tables, with the preset if there is just one, not "paper"."""
         if self.presets == ["paper"] or len(self.presets) > 1:
             return self.experiment.title
         return f"{self.experiment.title} [{preset_name(self.presets[0])}]"

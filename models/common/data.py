@@ -50,7 +50,7 @@ def load(name: str, data_dir: str = "") -> Images:
         data set is downloaded to it.
 
     Raises:
-      UserError: the name is unknown, the data are damaged, or missing and cannot be downloaded.
+      UserError: unknown name, damaged data, or missing data that cannot be downloaded.
     """
     if name not in NAMES:
         known = ", ".join(NAMES)
@@ -92,10 +92,10 @@ def load(name: str, data_dir: str = "") -> Images:
 
 
 def binarize(*parts: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-    """Returns images with pixels that are 1 with probability x / 255, and else 0.
+    """Returns images binarized at random: a pixel x becomes 1 with probability x / 255, else 0.
 
     Args:
-      parts: arrays of images x, uint8 [examples, ...].
+      parts: arrays of images, uint8 [examples, ...].
       seed: the seed of the random numbers, which are drawn for the arrays in order.
     """
     random = np.random.default_rng(seed)
@@ -116,10 +116,10 @@ def order(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 
 def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarray]]) -> dict:
-    """Returns make(), a {name: array} computed from `source`, and caches it in the user's folder.
+    """Returns make(), {name: array} computed from `source`, cached in the user's cache folder.
 
     The folder is $XDG_CACHE_HOME/tfwn, or ~/.cache/tfwn. The file's name contains a digest of
-    `source`. A damaged file is written again. If the folder is not writable, nothing is cached.
+    `source`. A damaged file is replaced. If the folder is not writable, nothing is cached.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfwn"
     digest = hashlib.blake2b(source.tobytes(), digest_size=12).hexdigest()
@@ -168,7 +168,7 @@ def _synthetic(name: str, train: int = 1000, test: int = 200) -> Images:
 
 
 def _caveat(builder) -> str:
-    """Returns a caveat if the images are lossy JPEG rather than PNG, which TFDS stores."""
+    """Returns a caveat if the images are lossy JPEG instead of TFDS's PNG, else ""."""
     import tensorflow_datasets as tfds
 
     raw = builder.as_dataset(

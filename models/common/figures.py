@@ -74,7 +74,7 @@ def read_run(folder: Path) -> FinishedRun:
     try:
         config_class = importlib.import_module(f"models.{program}.config").Config
     except ModuleNotFoundError:
-        raise UserError(f"{folder}: no figures for the program {program!r}") from None
+        raise UserError(f"{folder}: no figures for the program {program!r}; omit it") from None
     config = run_folder.load_config(folder, config_class)
     kinds = {arm["parameterization"] for arm in config.ARMS.values()}
     if config.parameterization not in kinds:
@@ -116,7 +116,7 @@ def refuse_mixed(runs: Sequence[FinishedRun], field: str, what: str) -> None:
 
 
 def check_presets(runs: Sequence[FinishedRun], label: bool) -> None:
-    """Raises UserError if the runs have different presets, unless these are to be labeled."""
+    """Raises UserError if the runs have different presets, unless they are to be labeled."""
     presets = {run.preset: run.path for run in runs}
     if len(presets) > 1 and not label:
         named = (f"{path} is --preset {options.shorten(n)}" for n, path in presets.items())
@@ -168,7 +168,7 @@ class Output:
     Args:
       folder: the folder for the figures.
       label_presets: whether to label different presets instead of refusing to mix them.
-      name: the name of the experiment, which begins the names of its figures and tables.
+      name: the experiment's name, which replaces the program's in the names of the output.
     """
 
     def __init__(self, folder: Path, label_presets: bool = False, name: str = ""):

@@ -11,7 +11,7 @@ from models.common.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Bounds of a numeric option, as in Annotated[int, Range(1)]; the default is Range()."""
+    """Bounds of a numeric option, as in Annotated[int, Range(1)]. By default it is nonnegative."""
 
     low: float = 0
     high: float = math.inf
@@ -42,7 +42,7 @@ def option(
 
     Args:
       default: the paper's value.
-      resume: whether a resumed run may change it: "ask" (with --accept-changes), "free", "never".
+      resume: when a resumed run may change it: "ask" (with --accept-changes), "free" or "never".
       named: results always show its value, so changing it does not count as a different preset.
       memory: lowering it saves memory, so an out-of-memory error suggests it.
       was: its former name, which is still accepted on the command line and in config.json.
@@ -64,7 +64,7 @@ class RunConfig:
     out: str = option("runs/{program}-{preset}-{seed}", resume="free")  # The run folder.
     resume: bool = option(False, resume="free")  # Continue the run in --out with its options.
     accept_changes: bool = option(False, resume="free")  # Let --resume change hyper-parameters.
-    data_dir: str = option("", resume="free")  # Folder of TFDS data sets ($TFWN_DATA_DIR).
+    data_dir: str = option("", resume="free")  # TFDS's data folder (if empty: $TFWN_DATA_DIR).
     mixed_precision: Literal["none", "bfloat16"] = "none"  # Compute type; weights stay float32.
     jit_compile: bool = False  # Compile the training step with XLA.
     strategy: Literal["none", "mirrored", "multi_worker"] = "none"  # Replicas (tf.distribute).
@@ -138,7 +138,7 @@ class SweepConfig(RunConfig):
     learning_rates: tuple[float, ...] = option((), resume="free")  # The rates of the sweep.
     # The seeds of the sweep: the first for every rate, the others for each arm's best rate.
     seeds: tuple[Seed, ...] = option((0, 1, 2), resume="free")
-    jobs: Count = option(1, resume="free")  # Runs of the sweep at a time; they share the cores.
+    jobs: Count = option(1, resume="free")  # Number of runs at a time; they share the cores.
     learning_rate: float | None = None  # The step size.
 
     ARMS: ClassVar[dict[str, dict[str, Any]]] = {}  # The field values that define each arm.
@@ -192,7 +192,7 @@ class SweepConfig(RunConfig):
 
 
 def shorten(text: str) -> str:
-    """Returns a text with the list after its final "changed: " cut to two items."""
+    """Returns a text with the list after "changed: ", which ends it, cut to two items."""
     before, mark, changes = text.partition("changed: ")
     parts = changes.split(", ")
     more = f" and {len(parts) - 2} more" if len(parts) > 2 else ""

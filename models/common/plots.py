@@ -26,7 +26,7 @@ def tile(images, columns: int = 10, gap: int = 1) -> np.ndarray:
 
 
 def png(picture: np.ndarray, scale: int = 1) -> bytes:
-    """Returns an image, uint8 [height, width] or [height, width, 3], enlarged, as PNG."""
+    """Returns an image, uint8 [height, width] or [height, width, 3], enlarged, encoded as PNG."""
     import tensorflow as tf
 
     large = picture.repeat(scale, 0).repeat(scale, 1)

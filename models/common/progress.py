@@ -52,7 +52,7 @@ class Progress:
         self._shown_from = time.monotonic() + delay
         self._printed = time.monotonic() - PLAIN_EVERY / 2
         self._bar = rich.progress.Progress(
-            rich.progress.SpinnerColumn(),  # Turns even while an evaluation holds up the steps.
+            rich.progress.SpinnerColumn(),  # Spins even while an evaluation holds up the steps.
             rich.progress.BarColumn(bar_width=10),
             rich.progress.TaskProgressColumn(),
             rich.progress.TextColumn("{task.fields[text]}"),

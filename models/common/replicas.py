@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# fold_in(seed, number) is a new seed, int64 [2]. Default algorithms depend on the device.
+# fold_in(seed, number) is a new seed, int64 [2]. The default algorithm depends on the device.
 fold_in = functools.partial(tf.random.experimental.stateless_fold_in, alg="philox")
 
 

@@ -180,7 +180,7 @@ class Run:
             nonlocal ahead
             while ahead is not None and ahead < end:
                 yield ahead
-                ahead = next(steps, None)  # This saves after an epoch's last step, too.
+                ahead = next(steps, None)  # May save, even after an epoch's last step.
 
         for number in range(max(-(-self.step // per_epoch) - 1, 0), count):
             here = until((number + 1) * per_epoch)
@@ -221,7 +221,7 @@ class Run:
             self._tensorboard.image(self.step, name, png)
 
     def show(self, **values: Any) -> None:
-        """Sets values on the progress line. It waits for them, so do not call it at every step.
+        """Sets values on the progress line; waits for tensors, so do not call it at every step.
 
         Raises:
           NotFinite: a value with "loss" in its name is not finite.
@@ -319,8 +319,7 @@ class Epoch:
     Attributes:
       number: the epoch, counted from 0.
       slice: the positions of the current step's batch in the epoch's permutation of the examples.
-      seconds: the duration of its steps, known after the last one, and extrapolated if the run was
-        resumed within the epoch; None if it was resumed after the last step.
+      seconds: its steps' duration, extrapolated from those made here; None if there were none.
     """
 
     def __init__(

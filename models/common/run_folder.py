@@ -98,7 +98,7 @@ def outcome(config: options.SweepConfig) -> Literal["finished", "diverged", ""]:
 
 
 def check(config: options.RunConfig) -> None:
-    """Raises UserError if --out holds a run without --resume, or does not hold one with it."""
+    """Raises UserError if --out holds a run but --resume is missing, or the other way around."""
     if config.resume:
         load(config.out)
     elif (Path(config.out) / "config.json").exists():

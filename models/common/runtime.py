@@ -44,7 +44,7 @@ def compute_dtype(config: options.RunConfig) -> tf.DType:
 
 
 def is_chief(config: options.RunConfig) -> bool:
-    """Returns whether this process writes the run folder, being the only one or the chief."""
+    """Returns whether this process writes the run folder: it is the only one, or the chief."""
     if config.strategy != "multi_worker":
         return True
     task = _cluster().get("task", {})
@@ -55,7 +55,7 @@ def is_chief(config: options.RunConfig) -> bool:
 def generator(seed: int, *purpose: int) -> np.random.Generator:
     """Returns a NumPy generator that depends only on the seed and the numbers in `purpose`.
 
-    A permutation, such as `generator(seed, epoch).permutation(n)`, is never saved, because a
+    A permutation, such as `generator(seed, epoch).permutation(n)`, need not be saved, because a
     resumed run can compute it again.
     """
     return np.random.default_rng([seed, *purpose])

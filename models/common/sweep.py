@@ -70,7 +70,7 @@ class Sweep:
         return [self.one(arm, rate, self.seeds[0]) for rate in self.rates]
 
     def best(self, arm: str) -> SweepConfig | None:
-        """Returns an arm's best run with the first seed, None until all of these have ended."""
+        """Returns an arm's best first-seed run, None before all have ended or if all diverged."""
         runs = self.first(arm)
         if not all(map(run_folder.outcome, runs)):
             return None

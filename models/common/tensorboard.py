@@ -15,7 +15,7 @@ class TensorBoard:
 
     Args:
       folder: the run folder.
-      step: the step resumed from; TensorBoard discards earlier events of later steps.
+      step: the step resumed from; TensorBoard discards what was written for later steps.
     """
 
     def __init__(self, folder: Path, step: int = 0):

@@ -410,7 +410,7 @@ def test_runs_are_kept_by_arm_rate_and_seed_with_relative_paths(checkout, capsys
         figures.main(["runs", "--keep", "new"])
     err = capsys.readouterr().err
     assert "runs/c has not finished" in err
-    assert "runs/d was made from a checkout with uncommitted changes" in err
+    assert "runs/d ran with uncommitted changes" in err
     names = ["weight_norm-0.001-0", "weight_norm-0.003-0"]
     assert sorted(path.name for path in (checkout / "results" / "new").iterdir()) == names
     kept = json.loads((checkout / "results" / "new" / names[0] / "config.json").read_text())
