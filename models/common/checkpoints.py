@@ -1,7 +1,7 @@
 """Checkpoints of a run, on top of tf.train.CheckpointManager.
 
-The manager writes and rotates them, with checksums. This module adds state outside TensorFlow,
-skips damaged checkpoints, refuses weights that are not finite, handles full disks, and finds them.
+The manager writes and rotates files with checksums. This module adds state outside TensorFlow,
+skips damaged checkpoints, handles full disks, refuses NaN weights, and finds the one to use.
 
 checkpoints/step-20.index, step-20.data-*    variables, and `state`: step, extras, ...
 checkpoints/best/step-10.index, ...          the best so far, without extras
@@ -104,7 +104,7 @@ class Checkpoints:
         return next((path for path in reversed(self.all()) if damage(path) is None), None)
 
     def restore(self) -> dict[str, Any] | None:
-        """Restores the newest intact checkpoint and returns its metadata, None without any."""
+        """Restores the newest intact checkpoint; returns its metadata, or None if there is none."""
         for rest in self.folder.glob("**/step-*_temp") if self._write else ():  # Left by a crash.
             shutil.rmtree(rest, ignore_errors=True)
         for path in reversed(self.all()):
@@ -158,7 +158,7 @@ class Found:
 
 
 def open_run(path: str | Path, config_class: type) -> Found:
-    """Returns the checkpoint that `find` returns, with its run's folder and Config."""
+    """Returns the checkpoint that `find` picks, with its run's folder and Config."""
     found = find(path)
     above = found.resolve().parents
     folder = next((f for f in above if f.name == "checkpoints"), above[1]).parent

@@ -25,8 +25,8 @@ def main(functions: Mapping[type, str], argv: Sequence[str] | None = None) -> No
     """Runs a program: trains, or runs the command named by the first argument.
 
     Args:
-      functions: {options: "module.function"}: dataclasses, and functions that take an instance.
-        The first is the program's Config. Each of the others defines a command, named like the
+      functions: {options: "module.function"}: a dataclass, and the function that takes an instance.
+        The first is the program's Config; each of the others defines a command, named like the
         class in lower case. A module is imported only once the command line is known to be valid.
       argv: the arguments without the program's name; default: sys.argv[1:].
     """
@@ -124,7 +124,7 @@ def _parse(cls: type, argv: Sequence[str], **options: Any) -> Any:
 
 
 def _in_one_line(parse: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Returns what tyro parses; turns its errors, boxes of several lines, into UserErrors."""
+    """Returns what tyro parses, and turns its multi-line error boxes into one-line UserErrors."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -197,7 +197,7 @@ def _explain(error: Exception, config_class: type[RunConfig]) -> str | None:
     """Returns the message for an error of the user or machine, None for a bug in the program."""
     if isinstance(error, UserError):
         return str(error)
-    # TensorFlow may not be loaded, so match its errors by name. One covers both disk and memory.
+    # TensorFlow may not be loaded, so match errors by name. It uses one for both disk and memory.
     kind, full = type(error).__name__, os.strerror(errno.ENOSPC)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or full in str(error):
         where = getattr(error, "filename", None) or "--out"

@@ -55,7 +55,7 @@ class Experiment:
       paper: the paper's result for each arm.
       labels: the labels of arms whose names are not descriptive enough.
       limits: the axis limits of the paper's figure, ((x), (y)), for runs of the paper's preset.
-      gradual: whether the measure improves steadily, so the table lists when it reaches a level.
+      gradual: whether the measure improves steadily; the table then shows when it reaches a level.
       error: for a single run, the columns of metrics.csv with the measure's standard error and the
         sample size, and what the sample consists of ("games").
     """
@@ -160,7 +160,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """The title of figures and tables, with the preset if there is just one, not "paper"."""
+        """The title of figures and tables; with the preset if all runs share it, except "paper"."""
         if self.presets == ["paper"] or len(self.presets) > 1:
             return self.experiment.title
         return f"{self.experiment.title} [{preset_name(self.presets[0])}]"

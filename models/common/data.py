@@ -142,8 +142,7 @@ def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarra
 
 def _reach(url: str) -> None:
     """Raises an error if a server cannot be reached; TFDS would keep trying for many minutes."""
-    # Any response will do.
-    with contextlib.suppress(urllib.error.HTTPError):
+    with contextlib.suppress(urllib.error.HTTPError):  # Any response will do.
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=15).close()
 
 

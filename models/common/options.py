@@ -192,7 +192,7 @@ class SweepConfig(RunConfig):
 
 
 def shorten(text: str) -> str:
-    """Returns a text with the list after "changed: ", which ends it, cut to two items."""
+    """Returns a text with a list at its end, "changed: ...", cut to "changed: a, b and 3 more"."""
     before, mark, changes = text.partition("changed: ")
     parts = changes.split(", ")
     more = f" and {len(parts) - 2} more" if len(parts) > 2 else ""

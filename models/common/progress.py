@@ -18,8 +18,8 @@ _BAR = 18  # Columns of the spinner, the bar, the percentage and the gaps around
 class Progress:
     """Shows step, rate, time left, values and epoch; a context manager.
 
-    The rate is a median over intervals of at least 0.25 s, so pauses, such as an evaluation, count
-    neither in the rate nor in the time left.
+    The rate is a median over intervals of at least 0.25 s, so pauses, such as an evaluation, affect
+    neither the rate nor the time left.
 
     Args:
       total: the last step.

@@ -24,7 +24,7 @@ class Run:
     Args:
       config: the Config.
       title: a description of the run, printed at the start.
-      caveats: caveats shown with the results and stored in config.json.
+      caveats: limitations, which are shown with the results and stored in config.json.
 
     Attributes:
       config, path: the Config and the run folder.
@@ -163,8 +163,8 @@ class Run:
     def epochs(self, count: int, per_epoch: int, batch_size: int) -> Iterator["Epoch"]:
         """Yields epochs, each of which yields its steps; see Epoch.
 
-        Code that follows the steps of an epoch must not change the state, because it runs again
-        if the run is resumed there, in an epoch without steps.
+        Code after an epoch's steps must not change the state, because it runs again if the run is
+        resumed there. The epoch has no steps then.
 
         Args:
           count: the number of epochs.
@@ -247,7 +247,8 @@ class Run:
     def evaluating(self, done: int, total: int) -> None:
         """Shows the progress of an evaluation; saves and exits after SIGTERM or Ctrl-C.
 
-        Call it now and then in an evaluation, which must not change the state. Clusters exit later.
+        Call it now and then in an evaluation, which must not change the state. In a cluster it does
+        not exit, because all workers must exit at the same step.
         """
         if self._progress:
             self._progress.show(evaluated=f"{done / total:.0%}")
@@ -319,7 +320,7 @@ class Epoch:
     Attributes:
       number: the epoch, counted from 0.
       slice: the positions of the current step's batch in the epoch's permutation of the examples.
-      seconds: its steps' duration, extrapolated from those made here; None if there were none.
+      seconds: the duration of all its steps, extrapolated after a resume; None if none were left.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ def run(config: SweepConfig) -> None:
     """Trains all `config.arms`, `learning_rates` and `seeds`, `config.jobs` runs at a time.
 
     A run that diverges is a result and is not retried. After any other failure the other runs
-    go on, unless the run failed before it began, because they would fail in the same way.
+    go on, unless the failed run never began, because then they would fail in the same way.
     """
     sweep = Sweep(config)
     sweep.refuse_changes()
