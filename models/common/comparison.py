@@ -160,7 +160,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """The title of figures and tables; with the preset if all runs share it, except "paper"."""
+        """The title of figures and tables, with the preset if all runs share it, except "paper"."""
         if self.presets == ["paper"] or len(self.presets) > 1:
             return self.experiment.title
         return f"{self.experiment.title} [{preset_name(self.presets[0])}]"
