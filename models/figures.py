@@ -1,4 +1,4 @@
-"""Reproduces the paper's figures and tables from runs, with the paper's results alongside.
+"""Draws the paper's figures and tables from runs, with the paper's results alongside.
 
     python -m models.figures                                  RESULTS.md, from the runs in results
     python -m models.figures runs/cifar-cpu-sweep --out DIR   from any runs
