@@ -9,7 +9,7 @@ from models.common.errors import nearest
 
 
 def main() -> None:
-    """Runs the program that is the first word; without any lists them."""
+    """Runs the program named by the first argument, or lists the programs if there is none."""
     folders = sorted(file.parent for file in Path(__file__).parent.glob("*/__main__.py"))
     names = [folder.name for folder in folders] + ["figures"]
     if sys.argv[1:] and sys.argv[1] not in ("-h", "--help"):

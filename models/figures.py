@@ -1,12 +1,12 @@
-"""Draws the paper's figures and makes its tables, ours beside the paper's.
+"""Draws the paper's figures and tables from runs, with the paper's results alongside.
 
     python -m models.figures                                  RESULTS.md, from the runs in results
-    python -m models.figures runs/cifar-cpu-sweep --out DIR   of any runs
+    python -m models.figures runs/cifar-cpu-sweep --out DIR   from any runs
     python -m models.figures runs/dqn-* --keep dqn-breakout   adds runs to results/dqn-breakout
 
-A folder stands for all the runs in it. results/EXPERIMENT holds config.json and metrics.csv of the
-runs behind RESULTS.md; its tables go between `<!-- table: NAME -->` and `<!-- end -->`, and its
-figures into docs/figures.
+A folder stands for all the runs in it. results/EXPERIMENT holds the config.json and metrics.csv of
+the runs behind RESULTS.md. Their tables are written to RESULTS.md, between `<!-- table: NAME -->`
+and `<!-- end -->`, and their figures to docs/figures.
 """
 
 import argparse
@@ -26,21 +26,21 @@ TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draws what can be drawn, then reports what cannot."""
+    """Draws whatever can be drawn, then prints why the rest cannot."""
     parser = argparse.ArgumentParser(prog="python -m models.figures", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run folder, or one of runs")
-    parser.add_argument("--out", default="figures", help="where to write (default: figures)")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run folder, or a folder of runs")
+    parser.add_argument("--out", default="figures", help="output folder (default: figures)")
     parser.add_argument("--keep", metavar="EXPERIMENT", help="add the runs to results/EXPERIMENT")
     parser.add_argument(
-        "--label-presets", action="store_true", help="draw several presets, each labeled"
+        "--label-presets", action="store_true", help="allow several presets, and label each"
     )
     asked = parser.parse_args(argv)
     try:
         if asked.keep is not None:
             if not asked.runs or not re.fullmatch(r"[\w.-]*\w[\w.-]*", asked.keep):
                 raise UserError(
-                    "--keep takes the name of a folder in results, and RUN at least one"
+                    "--keep needs a folder name (letters, digits, _, . and -), and at least one RUN"
                 )
             errors = keep(asked.runs, Path("results", asked.keep))
         elif asked.runs:
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def draw(runs: list[FinishedRun], output: Output) -> None:
-    """Draws the figures of each program that has runs."""
+    """Draws the figures and tables of each program that has runs."""
     for program, here in group(runs, lambda run: run.program).items():
         with output.attempt():
             check_presets(here, output.label_presets)
@@ -69,13 +69,13 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
 
 
 def report(document: Path, results: Path, figures: Path) -> list[str]:
-    """Draws all experiments in `results` and writes their tables into the document.
+    """Draws all experiments in `results` and updates the tables in the document.
 
-    A table that the document does not name is added at its end, with the experiment's figures.
-    Returns what is wrong, such as a table in the document of which there are no runs.
+    A table that the document does not mention is appended, with the experiment's figures.
+    Returns error messages, for example about a table in the document that has no runs.
     """
     if not document.exists():
-        raise UserError(f"there is no {document} here: run this in the checkout, or name runs")
+        raise UserError(f"no {document} here: run this in the root of a checkout, or name a RUN")
     tables: dict[str, str] = {}
     errors: list[str] = []
     text = document.read_text()
@@ -91,16 +91,17 @@ def report(document: Path, results: Path, figures: Path) -> list[str]:
             text += "".join(f"\n<!-- table: {name} -->\n<!-- end -->\n" for name in new)
     for name in named:
         if name not in tables:
-            errors.append(f"{document}: no runs in {results} for its table {name}")
-            tables[name] = f"(Missing: there are no runs for it in `{results}`.)"
+            errors.append(f"{document}: no runs in {results} for its table {name}; see --keep")
+            tables[name] = f"(Missing: `{results}` contains no runs for this table.)"
     document.write_text(TABLE.sub(lambda m: f"{m[1]}\n{tables[m[2]]}\n\n{m[3]}", text))
     return errors
 
 
 def keep(paths: Sequence[str], folder: Path) -> list[str]:
-    """Copies finished and diverged runs into a folder of results; returns what was not copied.
+    """Copies finished and diverged runs to a results folder; returns errors about the others.
 
-    A run is named ARM-RATE-SEED. Absolute paths in its config.json become relative.
+    A copy is named ARM-RATE-SEED, or like the run's folder if the run belongs to no arm. Absolute
+    paths in its config.json become relative.
     """
     output = Output(Path())
     for run in find_runs(paths, output):
@@ -112,11 +113,11 @@ def keep(paths: Sequence[str], folder: Path) -> list[str]:
             if not run.outcome:
                 raise UserError(f"{run.path} has not finished: continue it with --resume")
             if any(session["git"].get("changed") for session in content["sessions"]):
-                raise UserError(f"{run.path} was made from a checkout with uncommitted changes")
+                raise UserError(f"{run.path} ran with uncommitted changes: commit, then rerun it")
             text = json.dumps(relative(content | {"caveats": run.caveats}), indent=2) + "\n"
             config = target / "config.json"
             if config.exists() and config.read_text() != text:
-                raise UserError(f"{target} holds another run than {run.path}: remove one of them")
+                raise UserError(f"{target} holds a different run than {run.path}: remove one")
             target.mkdir(parents=True, exist_ok=True)
             if run.path.resolve() != target.resolve():
                 shutil.copy(run.path / "metrics.csv", target)
@@ -126,7 +127,7 @@ def keep(paths: Sequence[str], folder: Path) -> list[str]:
 
 
 def relative(value):
-    """Returns a value of config.json whose absolute paths begin at "runs/", or with their name."""
+    """Returns a config.json value with absolute paths cut to "runs/..." or to the file name."""
     if isinstance(value, dict):
         return {key: relative(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,1 +1,1 @@
-"""What the paper does not discuss and the four programs share; README.md shows how to use it."""
+"""The infrastructure that the programs share; README.md shows how to use it."""

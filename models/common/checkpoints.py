@@ -1,7 +1,7 @@
-"""Checkpoints of a run: tf.train.CheckpointManager, and what it leaves to its users.
+"""Checkpoints of a run, on top of tf.train.CheckpointManager.
 
-It writes, rotates and checks sums. Here: state outside of TensorFlow, passing over damaged
-checkpoints, refusing weights that are not finite, a full disk, and finding the one to use.
+The manager writes and rotates files with checksums. This module adds state outside TensorFlow,
+skips damaged checkpoints, handles full disks, refuses NaN weights, and finds the one to use.
 
 checkpoints/step-20.index, step-20.data-*    variables, and `state`: step, extras, ...
 checkpoints/best/step-10.index, ...          the best so far, without extras
@@ -27,13 +27,13 @@ from models.common.errors import NotFinite, UserError, first_line
 
 
 class Stateful(Protocol):
-    """Anything whose state is not in TensorFlow variables: replay, generators, environments."""
+    """An object with state outside TensorFlow variables: replay, generators, environments."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nested dicts and lists of arrays, bytes, numbers, strings, None."""
+        """Returns nested dicts and lists of arrays, bytes, numbers, strings and None."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what state_dict returned."""
+        """Restores a state that state_dict returned."""
 
 
 class Checkpoints:
@@ -41,11 +41,11 @@ class Checkpoints:
 
     Args:
       folder: the run folder.
-      trackables: what tf.train.Checkpoint takes: modules, optimizers, variables.
+      trackables: modules, optimizers and variables by name, for tf.train.Checkpoint.
       extras: other state by name.
-      keep: how many of the latest to keep.
-      say: prints a line.
-      write: False in the workers of a cluster that are not the chief.
+      keep: how many of the latest checkpoints to keep.
+      say: a function that prints a line.
+      write: False in all workers of a cluster but the chief.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class Checkpoints:
         }  # fmt: skip
 
     def save(self, step: int, metadata: dict[str, Any], best: bool = False) -> None:
-        """Writes a checkpoint; on a full disk the earlier ones stay and a UserError says so."""
+        """Writes a checkpoint; if that fails, keeps the earlier ones and raises UserError."""
         self._refuse_nan(step)
         extras = {} if best else {name: e.state_dict() for name, e in self._extras.items()}
         self._state.value = {"step": step, **metadata, "extras": extras}
         try:
             if self._write:
                 self._managers[best].save(checkpoint_number=step, check_interval=False)
-                # TensorFlow leaves its files to the page cache.
+                # TensorFlow does not sync its files to the disk.
                 for path in (self.folder / "best" if best else self.folder).glob(f"step-{step}.*"):
                     with open(path, "rb") as file:
                         os.fsync(file.fileno())
-            else:  # All workers take part, because variables may be spread over them.
+            else:  # All workers must take part, because variables may be spread over them.
                 with tempfile.TemporaryDirectory() as unused:
                     self._tf.write(f"{unused}/step")
         except (OSError, tf.errors.OpError) as error:
@@ -96,20 +96,20 @@ class Checkpoints:
             ) from error
 
     def all(self) -> list[Path]:
-        """Returns the checkpoints, the oldest first."""
+        """Returns the checkpoints, oldest first."""
         return [path for path in _list(self.folder) if path.name != "tf"]
 
     def latest(self) -> Path | None:
-        """Returns the newest checkpoint that is intact."""
+        """Returns the newest intact checkpoint, None if there is none."""
         return next((path for path in reversed(self.all()) if damage(path) is None), None)
 
     def restore(self) -> dict[str, Any] | None:
-        """Restores the newest intact checkpoint and returns its metadata; None without any."""
-        for rest in self.folder.glob("**/step-*_temp") if self._write else ():  # Of a dead process.
+        """Restores the newest intact checkpoint; returns its metadata, or None if there is none."""
+        for rest in self.folder.glob("**/step-*_temp") if self._write else ():  # Left by a crash.
             shutil.rmtree(rest, ignore_errors=True)
         for path in reversed(self.all()):
             if problem := damage(path):
-                self._say(f"{path.name} is damaged ({problem}); trying the one before it")
+                self._say(f"{path.name} is damaged ({problem}); trying the previous one")
                 continue
             _read(self._tf, path)
             state = self._state.value
@@ -121,13 +121,13 @@ class Checkpoints:
         if _list(self.folder):
             raise UserError(
                 f"{self.folder} was written by an earlier version, "
-                f"{_version(self.folder.parent)}: resume it with that one; only the other commands "
-                "work with this one"
+                f"{_version(self.folder.parent)}: resume it with that version; this version can "
+                "evaluate it, but not resume it"
             )
         return None
 
     def _clean(self, folder: Path, name: str) -> None:
-        """Removes what an interrupted write has left."""
+        """Removes the files that an interrupted write left behind."""
         shutil.rmtree(folder / f"{name}_temp", ignore_errors=True)
         if damage(folder / name):
             for file in folder.glob(f"{name}.*"):
@@ -146,32 +146,32 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A checkpoint to use, not to resume: its path, its run folder and the run's Config."""
+    """A checkpoint to use rather than resume: its path, and its run's folder and Config."""
 
     path: Path
     folder: Path
     config: Any
 
     def restore(self, **trackables: Any) -> None:
-        """Restores all variables of the trackables, by their names in Run.begin."""
+        """Restores all variables of the trackables, which have the same names as in Run.begin."""
         _read(tf.train.Checkpoint(**trackables), self.path)
 
 
 def open_run(path: str | Path, config_class: type) -> Found:
-    """Returns the checkpoint that `find` finds, with the Config of its run."""
+    """Returns the checkpoint that `find` picks, with its run's folder and Config."""
     found = find(path)
     above = found.resolve().parents
     folder = next((f for f in above if f.name == "checkpoints"), above[1]).parent
     if not (folder / "config.json").exists():
         raise UserError(
-            f"{path}: a checkpoint outside of its run, whose config.json says what it holds; put "
-            "it back as RUN/checkpoints/NAME"
+            f"{path}: this checkpoint needs the config.json of its run; move it back to "
+            "RUN/checkpoints/NAME"
         )
     return Found(found, folder, run_folder.load_config(folder, config_class))
 
 
 def find(path: str | Path) -> Path:
-    """Returns the prefix of the checkpoint a user means: this one, or the best or last of a run."""
+    """Returns a checkpoint's prefix: `path` itself, or the best (else the last) one of a run."""
     path = Path(path)
     candidates = [path] if Path(f"{path}.index").exists() else _list(path)
     if not candidates:
@@ -189,20 +189,20 @@ def find(path: str | Path) -> Path:
 
 
 def damage(path: Path) -> str | None:
-    """Returns what is wrong with a checkpoint's files, None when all can be read."""
+    """Returns what is wrong with a checkpoint's files, None if all can be read."""
     try:
         reader = tf.train.load_checkpoint(str(path))
         for name in reader.get_variable_to_shape_map():
-            reader.get_tensor(name)  # Checks its sum.
-    except Exception as error:  # Of many kinds, which depend on the damage.
+            reader.get_tensor(name)  # Verifies the checksum.
+    except Exception as error:  # Its type depends on the damage.
         return first_line(error)
     return None
 
 
 def _list(folder: Path) -> list[Path]:
-    """Returns the prefixes of the checkpoints in a folder, the oldest first.
+    """Returns the prefixes of the checkpoints in a folder, oldest first.
 
-    Not CheckpointManager.checkpoints, because that needs a file that may be damaged itself.
+    It does not use CheckpointManager.checkpoints, which relies on a file that may be damaged, too.
     Earlier versions wrote step-NNN/tf and best/tf.
     """
 
@@ -214,7 +214,7 @@ def _list(folder: Path) -> list[Path]:
 
 
 class _State(tf.train.experimental.PythonState):
-    """Nested dicts and lists as bytes: an archive of arrays, and the rest as JSON."""
+    """Nested dicts and lists, serialized as an archive of arrays with the rest as JSON."""
 
     value: dict[str, Any]
 
@@ -239,7 +239,7 @@ class _State(tf.train.experimental.PythonState):
         return file.getvalue()
 
     def deserialize(self, string_value: bytes) -> None:
-        """Sets `value` to what was serialized."""
+        """Sets `value` from its serialized bytes."""
         with np.load(io.BytesIO(string_value)) as arrays:
 
             def rich(value: Any) -> Any:
@@ -267,7 +267,7 @@ def _variables(value: Any) -> list[Any]:
 
 
 def _read(target: tf.train.Checkpoint, path: Path) -> None:
-    """Reads all variables of `target` from a checkpoint, which may have more."""
+    """Reads all variables of `target` from a checkpoint, which may contain more."""
     try:
         target.read(str(path)).expect_partial().assert_existing_objects_matched()
     except (tf.errors.OpError, ValueError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""The command line of every program: tyro makes it from the Config, before TensorFlow is loaded."""
+"""The programs' command lines, which tyro derives from a Config before TensorFlow is loaded."""
 
 import contextlib
 import dataclasses
@@ -22,13 +22,13 @@ from models.common.options import RunConfig, check_ranges, flag_of, show
 
 
 def main(functions: Mapping[type, str], argv: Sequence[str] | None = None) -> None:
-    """Runs a program: trains, or runs the command that is the first word.
+    """Runs a program: trains, or runs the command named by the first argument.
 
     Args:
-      functions: {options: "module.function"}, functions that take these options and whose module
-        is imported when the command line is right. The first options are the program's Config, the
-        others dataclasses of commands, each the class's name in lower case.
-      argv: the words of the command line, without the program; default sys.argv.
+      functions: {options: "module.function"}: a dataclass, and the function that takes an instance.
+        The first is the program's Config; each of the others defines a command, named like the
+        class in lower case. A module is imported only once the command line is known to be valid.
+      argv: the arguments without the program's name; default: sys.argv[1:].
     """
     words = list(sys.argv[1:] if argv is None else argv)
     config_class, *commands = functions
@@ -48,7 +48,7 @@ def main(functions: Mapping[type, str], argv: Sequence[str] | None = None) -> No
             if getattr(options, "sweep", False):
                 sweep.run(options)
                 return
-            run_folder.check(options)  # Before a program reads its data.
+            run_folder.check(options)  # Early, before the program reads its data.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         module, _, function = functions[type(options)].rpartition(".")
         getattr(importlib.import_module(module), function)(options)
@@ -63,10 +63,10 @@ def main(functions: Mapping[type, str], argv: Sequence[str] | None = None) -> No
 
 
 def parse(config_class: type[RunConfig], argv: Sequence[str], commands: Sequence[type] = ()) -> Any:
-    """Returns the Config for a command line: the preset's values, then the flags.
+    """Returns the Config for a command line: the preset's values, overridden by the flags.
 
-    With --resume the values of the run in --out take the preset's place; a flag that contradicts
-    them is refused unless --accept-changes is given.
+    With --resume, the values of the run in --out replace the preset's, and a flag may change them
+    only as far as run_folder.refuse_changes allows.
     """
     program = run_folder.program_of(config_class)
     argv = list(argv)
@@ -79,16 +79,16 @@ def parse(config_class: type[RunConfig], argv: Sequence[str], commands: Sequence
     )
     if first.resume:
         if first.sweep:
-            raise UserError("--sweep continues where it stopped without --resume: leave it out")
+            raise UserError("--resume is not needed with --sweep, which always continues: omit it")
         if not first.out:
-            raise UserError("--resume needs --out RUN: the folder of the run to continue")
+            raise UserError("--resume needs --out RUN, the folder of the run to continue")
         saved = run_folder.load_config(first.out, config_class)
         default = dataclasses.replace(saved, accept_changes=False)
     elif first.preset in config_class.PRESETS:
         default = config_class.of_preset(first.preset)
     else:
         raise UserError(
-            f"--preset {first.preset}: unknown; the presets are {', '.join(config_class.PRESETS)}"
+            f"--preset {first.preset}: unknown; choose from {', '.join(config_class.PRESETS)}"
             + nearest(first.preset, config_class.PRESETS)
         )
     about = _describe(program, default, commands)
@@ -97,7 +97,7 @@ def parse(config_class: type[RunConfig], argv: Sequence[str], commands: Sequence
     )
     if first.resume:
         run_folder.refuse_changes(saved, config)
-    if config.out == config_class.out:  # The template.
+    if config.out == config_class.out:  # Fill in the template.
         values = dataclasses.asdict(config) | {"program": program.split(".")[-1]}
         if getattr(config, "sweep", False):
             values |= {"parameterization": "sweep", "seed": ""}
@@ -107,7 +107,7 @@ def parse(config_class: type[RunConfig], argv: Sequence[str], commands: Sequence
 
 @dataclasses.dataclass(frozen=True)
 class _First:
-    """What decides the defaults of the other options."""
+    """The options that determine the defaults of the others."""
 
     preset: str = "paper"
     out: str = ""
@@ -124,7 +124,7 @@ def _parse(cls: type, argv: Sequence[str], **options: Any) -> Any:
 
 
 def _in_one_line(parse: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Returns what tyro parses; its errors, boxes of several parts and lines, become UserErrors."""
+    """Returns what tyro parses, and turns its multi-line error boxes into one-line UserErrors."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -132,8 +132,8 @@ def _in_one_line(parse: Callable[..., Any], *arguments: Any, **options: Any) -> 
     except SystemExit as error:
         if not error.code:  # It was --help.
             raise
-    # A title, the message, and, divided by rules, what was perhaps meant and other help.
-    plain = re.sub(r"\x1b\[[\d;]*m", "", stderr.getvalue())  # Without colors.
+    # A box has a title and a message, then suggestions and other help, separated by rules.
+    plain = re.sub(r"\x1b\[[\d;]*m", "", stderr.getvalue())  # Strip colors.
     _, *lines = (line.strip("│╭╮╰╯─ ") for line in plain.splitlines())
     text = " ".join(itertools.takewhile(bool, lines))
     meant = [after for line, after in itertools.pairwise(lines) if line == "Perhaps you meant:"]
@@ -144,7 +144,7 @@ _registry = ConstructorRegistry()
 
 
 def _accept(kind: type, metavar: str, convert: Callable[[str], Any]) -> None:
-    """Makes tyro read values of a type by `convert`."""
+    """Registers `convert` as tyro's parser for a type."""
     spec: PrimitiveConstructorSpec = PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -168,12 +168,12 @@ def _none(word: str) -> None:
         raise ValueError(f"{word} is not none")
 
 
-_accept(int, "INT", _whole_number)  # Also 1e6.
+_accept(int, "INT", _whole_number)  # Accepts 1e6, too.
 _accept(type(None), "none", _none)
 
 
 def _describe(program: str, config: RunConfig, commands: Sequence[type]) -> str:
-    """Returns what --help shows above the options."""
+    """Returns the text that --help shows above the options."""
 
     def table(title: str, rows: dict[str, str]) -> str:
         width = max(map(len, rows))
@@ -189,23 +189,23 @@ def _describe(program: str, config: RunConfig, commands: Sequence[type]) -> str:
         text += table("commands (each has its own --help):", about)
     if differences := config.differences():
         rows = {flag_of(n): f"{show(b)} -> {show(a)}" for n, (b, a) in differences.items()}
-        return text + table(f"the paper's values and those of {config.preset}:", rows)
+        return text + table(f"changes from the paper's values, preset {config.preset}:", rows)
     return text + "\n\nThe defaults are the paper's values."
 
 
 def _explain(error: Exception, config_class: type[RunConfig]) -> str | None:
-    """Returns what to say about an error of the user or the machine, None for the program's own."""
+    """Returns the message for an error of the user or machine, None for a bug in the program."""
     if isinstance(error, UserError):
         return str(error)
-    # TensorFlow's errors by name, because it may not be loaded. It has one for all that runs out.
+    # TensorFlow may not be loaded, so match errors by name. It uses one for both disk and memory.
     kind, full = type(error).__name__, os.strerror(errno.ENOSPC)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or full in str(error):
         where = getattr(error, "filename", None) or "--out"
-        return f"no space left on the disk of {where}: make room, then continue with --resume"
+        return f"no space left on the disk for {where}: make room, then continue with --resume"
     if isinstance(error, MemoryError) or kind == "ResourceExhaustedError":
         fields = dataclasses.fields(config_class)
         flags = [flag_of(field.name) for field in fields if field.metadata.get("memory")]
-        return f"out of memory: lower {' or '.join(flags) or 'the sizes'}"
+        return f"out of memory: lower {' or '.join(flags) or 'the batch size'}"
     if kind in ("UnavailableError", "AbortedError", "DeadlineExceededError"):
-        return "a worker of --strategy multi_worker was lost; start all of them again with --resume"
+        return "a worker of --strategy multi_worker was lost; restart all workers with --resume"
     return None

@@ -1,4 +1,4 @@
-"""Comparing the arms of an experiment: by learning rate, and by epoch at each arm's best rate."""
+"""Compares the arms of an experiment by learning rate, and by epoch at each arm's best rate."""
 
 import dataclasses
 import math
@@ -21,14 +21,14 @@ from models.common.figures import (
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a table: the last value of a column of metrics.csv, or its highest.
+    """A table column that shows the last (or highest) value of a column of metrics.csv.
 
     Attributes:
-      name: of the column in metrics.csv.
-      label: what it is, with its unit.
-      form: the format of its numbers.
-      scale: a factor, such as 100 for percent.
-      highest: the highest value instead of the last.
+      name: the column's name in metrics.csv.
+      label: a description with the unit.
+      form: the format of the numbers.
+      scale: a factor for the values, such as 100 for percent.
+      highest: whether to show the highest value instead of the last.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Column:
     highest: bool = False
 
     def of(self, run: FinishedRun, epoch: float) -> float:
-        """Returns a run's value up to this epoch, nan where it has none."""
+        """Returns a run's value as of this epoch, NaN if it has none."""
         epochs, values = run.curve(self.name)
         values = self.scale * values[epochs <= epoch * (1 + 1e-6)]
         return float(values.max() if self.highest else values[-1]) if len(values) else math.nan
@@ -49,15 +49,15 @@ class Experiment:
     """How a program's arms are compared.
 
     Attributes:
-      title: of figures and tables.
-      curve: what is drawn by epoch.
-      columns: of the table. The first is the measure by which a rate is chosen.
-      paper: the paper's result of each arm.
-      labels: of arms whose names in words will not do.
-      limits: of the paper's figure, ((x), (y)), for runs of its preset.
-      gradual: whether the curve moves in one direction, so that it matters when it reaches a level.
-      error: columns of metrics.csv with the standard error of the measure in a single run, and the
-        number of what it is over, which is named third.
+      title: the title of figures and tables.
+      curve: the column that is drawn by epoch.
+      columns: the columns of the table. The first is the measure that selects the best rate.
+      paper: the paper's result for each arm.
+      labels: the labels of arms whose names are not descriptive enough.
+      limits: the axis limits of the paper's figure, ((x), (y)), for runs of the paper's preset.
+      gradual: whether the measure improves steadily; the table then shows when it reaches a level.
+      error: for a single run, the columns of metrics.csv with the measure's standard error and the
+        sample size, and what the sample consists of ("games").
     """
 
     title: str
@@ -71,9 +71,9 @@ class Experiment:
 
 
 class Arm:
-    """The runs of one arm and preset: those of each learning rate, and those of the best rate.
+    """The runs of one arm and preset: those at each learning rate, and those at the best rate.
 
-    The best rate has the best last value of the measure with the first seed.
+    The best rate has the best measure with the first seed, at the last epoch that all rates reach.
     """
 
     def __init__(self, experiment: Experiment, runs: list[FinishedRun]):
@@ -95,7 +95,7 @@ class Arm:
             self.epoch = min(map(self.ends, self.runs))
 
     def first(self, rate: float) -> FinishedRun | None:
-        """Returns the run of a rate with the first seed."""
+        """Returns the first seed's run at a rate, None if there is none."""
         return next((r for r in self.rates.get(rate, []) if r.config.seed == self.seed), None)
 
     def ends(self, run: FinishedRun) -> float:
@@ -104,14 +104,14 @@ class Arm:
         return float(epochs[-1]) if len(epochs) and run.outcome != "diverged" else 0.0
 
     def value(self, column: Column) -> str:
-        """Returns the mean of a column over the seeds, and its standard error."""
+        """Returns the mean of a column over the seeds and its standard error, as text."""
         mean, error = mean_and_error([column.of(run, self.epoch) for run in self.runs])
         if len(self.runs) == 1 and column == self.measure and self.experiment.error:
             error = Column(self.experiment.error[0], "").of(self.runs[0], self.epoch)
         return with_error(mean, error, column.form)
 
     def unit(self) -> str:
-        """Returns what the standard errors are over, and how many."""
+        """Returns what the standard errors are taken over: "3 seeds" or "30 games, 1 seed"."""
         if len(self.runs) > 1 or not self.experiment.error:
             return f"{len(self.runs)} seed" + ("s" if len(self.runs) > 1 else "")
         _, count, over = self.experiment.error
@@ -119,7 +119,7 @@ class Arm:
         return f"{number:.0f} {over}, 1 seed" if number > 0 else "1 seed"
 
     def curve(self, column: Column) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns epochs, the mean over the seeds as far as all reach, and its standard error."""
+        """Returns epochs, the mean over the seeds up to the shortest run, and its error."""
         error = self.experiment.error[0] if self.experiment.error else ""
         curves = [run.curve(column.name, error) for run in self.runs]
         length = min(len(epochs) for epochs, *_ in curves)
@@ -128,13 +128,13 @@ class Arm:
 
 
 class Comparison:
-    """Figures and tables of an experiment's arms: by learning rate, and by epoch at the best.
+    """Figures and tables of an experiment's arms: by learning rate, and by epoch at the best rate.
 
     Args:
-      experiment: what is compared.
-      runs: of one program.
-      output: gets NAME-rates and NAME-curves, figures, and NAME and NAME-rates, tables.
-      name: NAME, unless the output has one.
+      experiment: the experiment.
+      runs: the runs, all of one program.
+      output: receives the figures NAME-curves and NAME-rates, and the tables NAME and NAME-rates.
+      name: NAME, unless the output has a name.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class Comparison:
             raise UserError(f"none of the {experiment.title} runs has finished an epoch yet")
 
     def draw(self) -> None:
-        """Draws the figures and makes the tables."""
+        """Draws the figures and creates the tables."""
         self.draw_curves()
         self.table()
         if any(len(arm.rates) > 1 for arm in self.arms):
@@ -160,7 +160,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """The title of figures and tables, with the preset unless that is the paper's."""
+        """The title of figures and tables, with the preset if all runs share it, except "paper"."""
         if self.presets == ["paper"] or len(self.presets) > 1:
             return self.experiment.title
         return f"{self.experiment.title} [{preset_name(self.presets[0])}]"
@@ -171,7 +171,7 @@ class Comparison:
         return name + (f" [{preset_name(arm.preset)}]" if len(self.presets) > 1 else "")
 
     def style(self, arm: Arm) -> dict[str, Any]:
-        """Returns the color, of the arm, and the line, of the preset."""
+        """Returns the arm's color and label, and the preset's line style."""
         lines = ["-", "--", ":", "-."]
         return {
             "color": self.colors[arm.name],
@@ -180,7 +180,7 @@ class Comparison:
         }
 
     def draw_curves(self) -> None:
-        """Draws each arm at its best rate, the mean of its seeds and the standard error."""
+        """Draws each arm at its best rate: the mean over the seeds and its standard error."""
         import matplotlib.ticker
 
         column = self.experiment.curve
@@ -198,12 +198,12 @@ class Comparison:
                 axes.set(xlim=self.experiment.limits[0], ylim=self.experiment.limits[1])
 
     def draw_rates(self) -> None:
-        """Draws the measure in the last epoch by learning rate; a cross is a diverged run."""
+        """Draws the measure in the last epoch by learning rate; crosses mark diverged runs."""
         column = self.experiment.columns[0]
         with self.output.figure(
             f"{self.name}-rates", self.title, "learning rate", column.label
         ) as axes:
-            # Errors differ by factors, bounds and scores by differences.
+            # Errors are compared by their ratio, bounds and scores by their difference.
             errors = self.arms[0].config.LOWER_IS_BETTER
             axes.set(xscale="log", yscale="log" if errors else "linear")
             rates = sorted({rate for arm in self.arms for rate in arm.rates})
@@ -214,7 +214,7 @@ class Comparison:
                 for rate, runs in arm.rates.items():
                     ended = [run for run in runs if arm.ends(run)]
                     values = [column.of(run, arm.ends(run)) for run in ended]
-                    # Where all diverged the line has a gap.
+                    # NaN leaves a gap in the line if all runs diverged.
                     points.append((rate, *(mean_and_error(values) if ended else (math.nan,) * 2)))
                     if len(ended) < len(runs):
                         height = 0.97 if errors else 0.03
@@ -226,11 +226,11 @@ class Comparison:
                     )
 
     def table(self) -> None:
-        """Makes the table of each arm at its best rate."""
+        """Creates the table of all arms, each at its best rate."""
         columns, rows = list(self.experiment.columns), []
         arms = [arm for arm in self.arms if arm.runs]
         sign = -1 if arms[0].config.LOWER_IS_BETTER else 1
-        # How soon each has what the last of them has at the end.
+        # The final value of the worst arm: the table lists when each arm reaches it.
         level = min(sign * arm.curve(columns[0])[1][-1] for arm in arms)
         for arm in arms:
             values = [arm.value(column) for column in columns]
@@ -248,7 +248,7 @@ class Comparison:
         self.output.table(self.name, self.title, ["", *heads], rows, self.notes())
 
     def rates_table(self) -> None:
-        """Makes the table of the measure in the last epoch, by arm and rate, with one seed."""
+        """Creates the table of the first seed's measure in the last epoch, by arm and rate."""
         column, rows = self.experiment.columns[0], []
         rates = sorted({rate for arm in self.arms for rate in arm.rates})
         for arm in self.arms:
@@ -268,7 +268,7 @@ class Comparison:
         self.output.table(f"{self.name}-rates", self.title, columns, rows, self.notes())
 
     def notes(self) -> str:
-        """Returns what to say below a table."""
+        """Returns the presets and caveats to show below a table."""
         presets = {run.config.PRESETS[run.config.preset].about for run in self.runs}
         caveats = {run.caveats for run in self.runs if run.caveats}
         return "; ".join(sorted(presets) + sorted(caveats))
@@ -284,5 +284,5 @@ def first_reached(x: np.ndarray, y: np.ndarray, level: float) -> float:
 
 
 def preset_name(name: str) -> str:
-    """Returns the name of a run's preset in words."""
+    """Returns a run's preset in words."""
     return options.shorten(name) if "changed: " in name else f"{name} preset"

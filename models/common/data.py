@@ -1,4 +1,4 @@
-"""Image data sets by TFDS as uint8 arrays, and a cache for what is computed from them."""
+"""Image data sets from TFDS as uint8 arrays, and a cache for results computed from them."""
 
 import contextlib
 import dataclasses
@@ -14,12 +14,12 @@ import numpy as np
 
 from models.common.errors import UserError, first_line, nearest
 
-# Where TFDS downloads each from.
+# The sites that TFDS downloads from.
 SOURCES = {
     "cifar10": "https://www.cs.toronto.edu/~kriz/",
     "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
 }
-# The same shape, and no files needed.
+# Stand-ins with the same shapes, which need no files.
 SYNTHETIC = tuple(f"synthetic_{name}" for name in SOURCES)
 NAMES = (*SOURCES, *SYNTHETIC)
 
@@ -31,7 +31,7 @@ class Images:
     Attributes:
       train_images, test_images: uint8 [examples, height, width, channels].
       train_labels, test_labels: int64 [examples].
-      caveat: what to say beside every result obtained on it; "" for the original data.
+      caveat: a caveat shown with every result on these images; "" for the original data.
     """
 
     train_images: np.ndarray
@@ -46,15 +46,15 @@ def load(name: str, data_dir: str = "") -> Images:
 
     Args:
       name: the data set.
-      data_dir: its folder, in TFDS's layout; default $TFWN_DATA_DIR, else TFDS's own. A missing
+      data_dir: a folder in TFDS's layout; default: $TFWN_DATA_DIR, else TFDS's own. A missing
         data set is downloaded to it.
 
     Raises:
-      UserError: an unknown name; data that are damaged, or missing and not to be downloaded.
+      UserError: unknown name, damaged data, or missing data that cannot be downloaded.
     """
     if name not in NAMES:
         known = ", ".join(NAMES)
-        raise UserError(f"data set {name!r}: unknown; there are {known}" + nearest(name, NAMES))
+        raise UserError(f"data set {name!r}: unknown; choose from {known}" + nearest(name, NAMES))
     if name in SYNTHETIC:
         return _synthetic(name)
     import tensorflow_datasets as tfds
@@ -62,8 +62,8 @@ def load(name: str, data_dir: str = "") -> Images:
     directory = os.path.expanduser(data_dir or os.environ.get("TFWN_DATA_DIR", "")) or None
     where = directory or tfds.core.constants.DATA_DIR
     remedy = (
-        f"`tfds build {name} --data_dir {where}` where there is a network, name the folder that "
-        f"holds it by --data-dir, or do without: --preset smoke (--dataset synthetic_{name})"
+        f"`tfds build {name} --data_dir {where}` with network access, give the folder that holds "
+        f"it as --data-dir, or do without: --preset smoke (--dataset synthetic_{name})"
     )
     if data_dir and not os.path.isdir(where):
         raise UserError(f"--data-dir {data_dir}: there is no such folder; run {remedy}")
@@ -92,47 +92,47 @@ def load(name: str, data_dir: str = "") -> Images:
 
 
 def binarize(*parts: np.ndarray, seed: int = 0) -> list[np.ndarray]:
-    """Returns uint8 images as 0 or 1: each pixel 1 with the probability of its gray value.
+    """Returns images binarized at random: a pixel x becomes 1 with probability x / 255, else 0.
 
     Args:
-      parts: uint8 [examples, ...]; 255 is always 1, 0 never.
-      seed: seeds the draw, which goes through the parts in order.
+      parts: arrays of images, uint8 [examples, ...].
+      seed: the seed of the random numbers, which are drawn for the arrays in order.
     """
     random = np.random.default_rng(seed)
-    # Integers, because floats would need 200 MB.
+    # Draws integers because floats would need 200 MB.
     return [(random.integers(0, 255, x.shape, np.uint8) < x).view(np.uint8) for x in parts]
 
 
 def steps_per_epoch(batch_size: int, examples: int) -> int:
-    """Returns the number of whole batches, of which there must be one."""
+    """Returns the number of whole batches; raises UserError if there is none."""
     if batch_size > examples:
-        raise UserError(f"--batch-size {batch_size} is more than the {examples} training images")
+        raise UserError(f"--batch-size {batch_size} must not exceed the {examples} training images")
     return examples // batch_size
 
 
 def order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    """Returns the order of the training images in an epoch, counted from 0."""
+    """Returns the permutation of the training images for an epoch, counted from 0."""
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
 def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarray]]) -> dict:
-    """Returns make(), {name: array}, a function of `source` that is cached in the user's folder.
+    """Returns make(), {name: array} computed from `source`, cached in the user's cache folder.
 
-    The folder is $XDG_CACHE_HOME/tfwn (~/.cache/tfwn); a digest of `source` is part of the file's
-    name. A damaged file is made again. If the folder cannot be written, nothing is cached.
+    The folder is $XDG_CACHE_HOME/tfwn, or ~/.cache/tfwn. The file's name contains a digest of
+    `source`. A damaged file is replaced. If the folder is not writable, nothing is cached.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tfwn"
     digest = hashlib.blake2b(source.tobytes(), digest_size=12).hexdigest()
     path = folder / f"{name}-{digest}.npz"
     try:
-        # NumPy would leave a damaged file open.
+        # np.load(path) would leave a damaged file open.
         with open(path, "rb") as archive, np.load(archive) as arrays:
             return dict(arrays)
-    except Exception:  # Missing, cut short or not an archive: zipfile and NumPy raise many kinds.
+    except Exception:  # Missing or damaged, for which zipfile and NumPy raise many types.
         result = make()
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        # Two processes may be here at once: each writes its own file, the last one stays.
+        # Several processes may do this at once: each writes its own file, and the last one wins.
         handle, temporary = tempfile.mkstemp(suffix=".npz", dir=folder)
         with os.fdopen(handle, "wb") as file:
             np.savez(file, allow_pickle=False, **result)
@@ -141,14 +141,13 @@ def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarra
 
 
 def _reach(url: str) -> None:
-    """Raises if a server cannot be reached, because TFDS would try for many minutes."""
-    # Any answer will do.
-    with contextlib.suppress(urllib.error.HTTPError):
+    """Raises an error if a server cannot be reached; TFDS would keep trying for many minutes."""
+    with contextlib.suppress(urllib.error.HTTPError):  # Any response will do.
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=15).close()
 
 
 def _synthetic(name: str, train: int = 1000, test: int = 200) -> Images:
-    """Returns images that a loss can fall on: noisy copies of ten pictures, or discs for MNIST."""
+    """Returns images that can be learned: noisy copies of ten pictures, or discs for MNIST."""
     random = np.random.default_rng(0)
     count = train + test
     if name == "synthetic_mnist":
@@ -168,7 +167,7 @@ def _synthetic(name: str, train: int = 1000, test: int = 200) -> Images:
 
 
 def _caveat(builder) -> str:
-    """Returns what is wrong with the images: TFDS stores PNG, but some copies are lossy JPEG."""
+    """Returns a caveat if the images are lossy JPEG instead of TFDS's PNG, else ""."""
     import tensorflow_datasets as tfds
 
     raw = builder.as_dataset(

@@ -1,11 +1,11 @@
-"""The exception for all that a user can correct: printed in one line, without a traceback."""
+"""Errors that the user can correct, printed in one line without a traceback."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake or a failure of the machine in one line: what, the actual value, the remedy."""
+    """A user's mistake or a machine failure: one line with the cause, the value and the fix."""
 
 
 class NotFinite(UserError):
@@ -13,13 +13,13 @@ class NotFinite(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's text, to quote it in another."""
+    """Returns the first line of an error's message, to be quoted in another message."""
     text = getattr(error, "message", None) or getattr(error, "strerror", None) or str(error)
     return (str(text).splitlines() or [type(error).__name__])[0][:160]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns "; did you mean NAME?" for the name most like a word, "" if none is."""
+    """Returns "; did you mean NAME?" for the known name closest to a word, "" if none is close."""
     names = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), names, 1, cutoff=0.7)
     return f"; did you mean {names[close[0]]}?" if close else ""

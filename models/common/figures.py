@@ -1,6 +1,6 @@
-"""Figures and tables of finished runs: reading runs, refusing to mix them, and the output.
+"""Figures and tables of runs: reading runs, checking that they are comparable, and the output.
 
-A program has its figures in models/PROGRAM/figures.py: draw(runs, output).
+Each program defines its figures in models/PROGRAM/figures.py, in draw(runs, output).
 """
 
 import collections
@@ -21,12 +21,12 @@ from models.common.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A run folder: its Config, metrics.csv by column, and what to say beside its results.
+    """The content of a run folder: the Config, metrics.csv by column, and caveats on the results.
 
     Attributes:
-      arm: the name of its arm; its parameterization if its values are no arm's.
-      preset: flags that change a preset, other than the arm and the rate, make another preset of
-        it: "cpu, changed: width 4, epochs 1".
+      arm: the name of its arm, or its parameterization if it belongs to no arm.
+      preset: the preset's name. Options that change it, except for the arm and the rate, make it a
+        different preset: "cpu, changed: width 4, epochs 1".
     """
 
     path: Path
@@ -40,18 +40,18 @@ class FinishedRun:
 
     @property
     def known(self) -> bool:
-        """Whether its values are those of an arm."""
+        """Whether the run belongs to an arm."""
         return self.arm in self.config.ARMS
 
     def curve(self, y: str, *others: str) -> tuple[np.ndarray, ...]:
-        """Returns `epoch` and columns of metrics.csv, without rows in which epoch or y is blank."""
+        """Returns the columns `epoch`, y and others, without rows in which epoch or y is blank."""
         missing = [math.nan] * len(self.metrics.get("step", ()))
         columns = np.array([self.metrics.get(name, missing) for name in ("epoch", y, *others)])
         return tuple(columns[:, np.isfinite(columns[:2]).all(axis=0)])
 
 
 def find_runs(paths: Sequence[str | Path], output: "Output") -> list[FinishedRun]:
-    """Returns the runs in the folders, each of which is a run or holds some."""
+    """Returns the runs in `paths`, which are run folders or folders that contain runs."""
     found = {}
     for path in map(Path, paths):
         configs = sorted(path.rglob("config.json"))
@@ -60,10 +60,10 @@ def find_runs(paths: Sequence[str | Path], output: "Output") -> list[FinishedRun
             if not path.is_dir():
                 raise UserError(f"{path}: there is no such folder")
             if not folders:
-                raise UserError(f"{path}: no run there (no config.json and metrics.csv, nor below)")
+                raise UserError(f"{path}: no run there (no config.json with metrics.csv found)")
         for folder in folders:
             with output.attempt():
-                found[folder.resolve()] = read_run(folder)  # Once, if two of `paths` hold it.
+                found[folder.resolve()] = read_run(folder)  # Once, even if two paths hold it.
     return list(found.values())
 
 
@@ -74,7 +74,7 @@ def read_run(folder: Path) -> FinishedRun:
     try:
         config_class = importlib.import_module(f"models.{program}.config").Config
     except ModuleNotFoundError:
-        raise UserError(f"{folder}: no figures for the program {program!r}") from None
+        raise UserError(f"{folder}: no figures for the program {program!r}; omit it") from None
     config = run_folder.load_config(folder, config_class)
     kinds = {arm["parameterization"] for arm in config.ARMS.values()}
     if config.parameterization not in kinds:
@@ -97,7 +97,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def group(runs: Sequence[FinishedRun], key: Any) -> dict[Any, list[FinishedRun]]:
-    """Returns the runs by key(run)."""
+    """Returns the runs grouped by key(run)."""
     groups: dict[Any, list[FinishedRun]] = collections.defaultdict(list)
     for run in runs:
         groups[key(run)].append(run)
@@ -105,29 +105,29 @@ def group(runs: Sequence[FinishedRun], key: Any) -> dict[Any, list[FinishedRun]]
 
 
 def refuse_mixed(runs: Sequence[FinishedRun], field: str, what: str) -> None:
-    """Refuses to compare runs of which a field of the Config has several values."""
+    """Raises UserError if the runs differ in this field of the Config."""
     values = {getattr(run.config, field): run.path for run in runs}
     if len(values) > 1:
         shown = " and some ".join(map(str, sorted(values)))
         raise UserError(
-            f"some {what} have {options.flag_of(field)} {shown}: their results are not "
-            "comparable; draw them apart"
+            f"some {what} have {options.flag_of(field)} {shown}, so their results are not "
+            "comparable; draw them separately"
         )
 
 
 def check_presets(runs: Sequence[FinishedRun], label: bool) -> None:
-    """Refuses to draw runs of different presets together, unless they are labeled."""
+    """Raises UserError if the runs have different presets, unless they are to be labeled."""
     presets = {run.preset: run.path for run in runs}
     if len(presets) > 1 and not label:
         named = (f"{path} is --preset {options.shorten(n)}" for n, path in presets.items())
         raise UserError(
-            f"{'; '.join(named)}. Scaled runs and the paper's are not comparable. Draw them apart, "
-            "or give --label-presets to label each line and row"
+            f"{'; '.join(named)}. Runs of different presets are not comparable. Draw them "
+            "separately, or give --label-presets to label each line and row"
         )
 
 
 def check_same_settings(seeds: Sequence[FinishedRun]) -> None:
-    """Refuses to average runs that differ in more than the seed, or have the same seed."""
+    """Raises UserError if runs to be averaged differ in more than the seed, or share a seed."""
     first, by_seed = seeds[0], dict[int, Path]()
     for run in seeds:
         names = first.config.differences().keys() | run.config.differences().keys()
@@ -137,7 +137,7 @@ def check_same_settings(seeds: Sequence[FinishedRun]) -> None:
                 raise UserError(
                     f"{first.path} has {options.flag_of(name)} {options.show(values[0])} and "
                     f"{run.path} {options.show(values[1])}: they are not seeds of one experiment. "
-                    "Draw them apart"
+                    "Draw them separately"
                 )
         other = by_seed.setdefault(run.config.seed, run.path)
         if other != run.path:
@@ -148,7 +148,7 @@ def check_same_settings(seeds: Sequence[FinishedRun]) -> None:
 
 
 def mean_and_error(values: Sequence[Any] | np.ndarray) -> tuple[Any, Any]:
-    """Returns the mean over the first axis and its standard error (nan for one value)."""
+    """Returns the mean over the first axis and its standard error (NaN for one value)."""
     values = np.asarray(values, float)
     count = len(values)
     error = values.std(axis=0, ddof=1) / math.sqrt(count) if count > 1 else values[0] * math.nan
@@ -156,19 +156,19 @@ def mean_and_error(values: Sequence[Any] | np.ndarray) -> tuple[Any, Any]:
 
 
 def with_error(mean: float, error: float, form: str = ".2f") -> str:
-    """Returns "8.46 ± 0.05", or the mean alone where the error is nan; "" if that is."""
+    """Returns "8.46 ± 0.05", the mean alone if the error is NaN, or "" if the mean is NaN."""
     if math.isnan(mean):
         return ""
     return f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {error:{form}}")
 
 
 class Output:
-    """Writes figures as PNG files, and collects tables.
+    """Writes figures as PNG files and collects tables.
 
     Args:
-      folder: of the figures.
-      label_presets: label several presets instead of refusing them.
-      name: of all figures and tables, if they are of one experiment.
+      folder: the folder for the figures.
+      label_presets: whether to label different presets instead of refusing to mix them.
+      name: the experiment's name, which replaces the program's in the names of the output.
     """
 
     def __init__(self, folder: Path, label_presets: bool = False, name: str = ""):
@@ -183,7 +183,7 @@ class Output:
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Keeps a UserError in `errors`, so that the other figures are drawn."""
+        """Collects a UserError in `errors`, so that the other figures are still drawn."""
         try:
             yield
         except UserError as error:
@@ -191,7 +191,7 @@ class Output:
 
     @contextlib.contextmanager
     def figure(self, name: str, title: str, x: str, y: str) -> Iterator[Any]:
-        """Gives matplotlib's axes, and writes NAME.png."""
+        """Yields matplotlib axes and writes NAME.png on exit."""
         import matplotlib.figure
 
         figure = matplotlib.figure.Figure(figsize=(6.5, 5.5), dpi=100, layout="constrained")
@@ -208,9 +208,9 @@ class Output:
         self, name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]],
         notes: str = "",
     ) -> None:  # fmt: skip
-        """Keeps a table as Markdown."""
+        """Adds a table, as Markdown, to `tables`."""
         if name in self.tables:
-            raise UserError(f"{name}: the runs are of several experiments; draw them apart")
+            raise UserError(f"{name}: the runs belong to several experiments; draw them separately")
         lines = [["", *columns, ""], ["", *["---"] * len(columns), ""]]
         lines += [["", *row, ""] for row in rows]
         text = "\n".join(" | ".join(line).strip() for line in lines)

@@ -1,4 +1,4 @@
-"""Layers of tfwn as a program's Config asks for them."""
+"""tfwn's layers, configured for a program's network."""
 
 import functools
 import itertools
@@ -11,9 +11,9 @@ import tfwn
 
 
 class ConstantG(tf.Module):
-    """w = g v: v is trained, and g, which data-dependent initialization sets, is constant.
+    """w = g v with a trainable v and a constant g, which is set by data-dependent initialization.
 
-    It takes the place of a layer's weight in the normal parameterization.
+    It replaces a layer's weight in the normal parameterization.
     """
 
     def __init__(self, weight: tfwn.Weight):
@@ -35,7 +35,7 @@ class ConstantG(tf.Module):
         return self.g * self.weight.get_g()
 
     def set_g(self, g) -> None:
-        """Sets g so that ||w|| has this value."""
+        """Sets the constant g so that ||w|| equals the argument."""
         norm = self.weight.get_g()
         self.g.assign(tf.math.divide_no_nan(tf.reshape(g, norm.shape), norm))
 
@@ -57,17 +57,17 @@ class _Conv2D(_WithConstantG, tfwn.Conv2D):
 
 
 class Layers:
-    """Makes a network's layers.
+    """Creates the layers of a network.
 
-    Each layer has an attribute `init_scale`: the standard deviation that data-dependent
-    initialization gives to its pre-activations.
+    Each layer has an attribute `init_scale`, the standard deviation of its pre-activations after
+    data-dependent initialization.
 
     Args:
       parameterization: "normal" or "weight_norm".
-      initializer: returns v's initializer for the n-th layer, n counted from 0.
-      compute_dtype: of inputs and products.
-      dtype: of the variables.
-      frozen_g: w = g v with a constant g, in the normal parameterization.
+      initializer: a function that returns v's initializer for a layer's index, counted from 0.
+      compute_dtype: the dtype of inputs and products.
+      dtype: the dtype of the variables.
+      frozen_g: whether the normal parameterization is w = g v with a constant g.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class Layers:
         self._initializers = map(initializer, itertools.count())
 
     def dense(self, units: int, *, init_scale: float = 1.0, **choices: Any) -> tfwn.Dense:
-        """Returns a fully connected layer; `choices` are tfwn.Dense's."""
+        """Returns a fully connected layer; `choices` are passed to tfwn.Dense."""
         return self._make(self._kinds[0], init_scale, units, choices)
 
     def conv(
         self, filters: int, kernel: int = 3, strides: int = 1, *, init_scale: float = 1.0,
         padding: str = "same", **choices: Any,
     ) -> tfwn.Conv2D:  # fmt: skip
-        """Returns a convolution; `choices` are tfwn.Conv2D's."""
+        """Returns a convolution; `choices` are passed to tfwn.Conv2D."""
         choices |= {"kernel_size": kernel, "strides": strides, "padding": padding}
         return self._make(self._kinds[1], init_scale, filters, choices)
 
@@ -108,9 +108,9 @@ class Layers:
 
 
 def initial(config: Any) -> Callable[[int], Any]:
-    """Returns the initializers of section 3, v ~ N(0, 0.05), or Glorot's for `config.frozen_g`.
+    """Returns the initializers of section 3, v ~ N(0, 0.05), or Glorot's if `config.frozen_g`.
 
-    The paper's code has Glorot's in its normal parameterization, where g is constant.
+    The paper's code uses Glorot's in its normal parameterization, where g is constant.
     """
     if config.frozen_g:
         return lambda index: tf.keras.initializers.GlorotUniform(1000 * config.seed + index)
@@ -118,7 +118,7 @@ def initial(config: Any) -> Callable[[int], Any]:
 
 
 def normal(seed: int) -> Callable[[int], Any]:
-    """Returns the initializers of section 3: v ~ N(0, 0.05), drawn for each layer anew."""
+    """Returns the initializers of section 3: v ~ N(0, 0.05), independent for each layer."""
     return lambda index: functools.partial(
         tf.random.stateless_normal, seed=[seed, index], stddev=0.05
     )

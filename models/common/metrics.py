@@ -1,4 +1,4 @@
-"""metrics.csv of a run, cut back to the checkpoint when the run is resumed."""
+"""A run's metrics.csv, which is truncated to the checkpoint when the run is resumed."""
 
 import csv
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class Metrics:
-    """Rows of numbers by step, blank where a row lacks a column.
+    """Writes rows of numbers by step, with blanks where a row lacks a column.
 
     Args:
       folder: the run folder.
@@ -28,7 +28,7 @@ class Metrics:
 
     @property
     def rows(self) -> int:
-        """Rows written so far, the resumed ones included."""
+        """The number of rows so far, including those from before a resume."""
         return len(self._rows)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -57,7 +57,7 @@ class Metrics:
 
 
 def read(path: str | Path) -> dict[str, list[float]]:
-    """Returns metrics.csv (or that of a run folder) as {column: values}, nan where blank."""
+    """Returns a metrics.csv (or a run folder's) as {column: values}, with NaN for blanks."""
     path = Path(path)
     rows = _read(path / "metrics.csv" if path.is_dir() else path)
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -65,7 +65,7 @@ def read(path: str | Path) -> dict[str, list[float]]:
 
 
 def last(path: str | Path, column: str) -> float:
-    """Returns the last value in a column, nan if there is none."""
+    """Returns the last value in a column, NaN if there is none."""
     values = [value for value in read(path).get(column, []) if not math.isnan(value)]
     return values[-1] if values else math.nan
 
@@ -74,7 +74,7 @@ def _read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        # A row cut short by a crash lacks columns; it is newer than any checkpoint.
+        # A crash may cut the last row short. It is newer than any checkpoint: resuming drops it.
         return [
             {name: value for name, value in row.items() if name and value}
             for row in csv.DictReader(file)

@@ -1,4 +1,4 @@
-"""Adamax as in the paper's codes: without Keras' bias correction."""
+"""Adamax as in the paper's code: without Keras' bias correction."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ class Adamax(tf.keras.optimizers.Optimizer):
       beta_1: decay of the momentum m.
       beta_2: decay of the infinity norm u.
       epsilon: eps.
-      epsilon_in_max: u <- max(beta_2 u, |grad| + eps) and p <- p - lr m / u instead.
+      epsilon_in_max: use u <- max(beta_2 u, |grad| + eps) and p <- p - lr m / u instead.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Adamax(tf.keras.optimizers.Optimizer):
         self.epsilon_in_max = epsilon_in_max
 
     def build(self, variables: Any) -> None:
-        """Makes m and u, zero, for each variable."""
+        """Creates m and u for each variable, initially zero."""
         super().build(variables)
         self.m = self.add_optimizer_variables(variables, "m")
         self.u = self.add_optimizer_variables(variables, "u")
@@ -41,8 +41,8 @@ class Adamax(tf.keras.optimizers.Optimizer):
         beta_2, epsilon = self.beta_2, self.epsilon
         if self.epsilon_in_max:
             u.assign(tf.maximum(beta_2 * u, tf.abs(gradient) + epsilon))
-            beta_2, epsilon = 1.0, 0.0  # u is final: the operation below leaves it as it is.
-        # One pass over memory. A first power of 0 turns its bias correction off.
+            beta_2, epsilon = 1.0, 0.0  # The op below then leaves u unchanged.
+        # This op needs one pass over memory; beta1_power=0 turns its bias correction off.
         tf.raw_ops.ResourceApplyAdaMax(
             var=variable.handle, m=m.handle, v=u.handle, beta1_power=0.0, lr=learning_rate,
             beta1=self.beta_1, beta2=beta_2, epsilon=epsilon, grad=gradient,

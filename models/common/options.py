@@ -1,4 +1,4 @@
-"""Options as dataclasses: what every program's Config has, what a field may hold, and presets."""
+"""Options as dataclasses: the fields that all programs share, ranges of values, and presets."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from models.common.errors import UserError, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The limits of a number, in Annotated[int, Range(1)]; a number without has Range()."""
+    """Bounds of a numeric option, as in Annotated[int, Range(1)]. By default it is nonnegative."""
 
     low: float = 0
     high: float = math.inf
@@ -19,12 +19,12 @@ class Range:
 
 Count = Annotated[int, Range(1)]
 Fraction = Annotated[float, Range(0, 1)]
-Seed = Annotated[int, Range(0, 2**32 - 1)]  # The seeds that NumPy takes.
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # The seeds that NumPy accepts.
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Named values for some of a Config's fields; the other fields keep the paper's."""
+    """A named set of values for some Config fields; the others keep the paper's values."""
 
     about: str
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -38,14 +38,14 @@ def option(
     memory: bool = False,
     was: str = "",
 ) -> Any:
-    """A field of a Config that is more than its default.
+    """Declares a Config field with metadata besides its default.
 
     Args:
       default: the paper's value.
-      resume: whether a resumed run may change it: with --accept-changes, always, or never.
-      named: results name its value anyway, so changing it does not make another preset.
-      memory: lowering it saves memory; named when memory runs out.
-      was: its earlier name, which command lines and config.json may still use.
+      resume: when a resumed run may change it: "ask" (with --accept-changes), "free" or "never".
+      named: results always show its value, so changing it does not count as a different preset.
+      memory: lowering it saves memory, so an out-of-memory error suggests it.
+      was: its former name, which is still accepted on the command line and in config.json.
     """
     metadata = {"resume": resume, "named": named, "memory": memory, "was": was}
     return dataclasses.field(default=default, metadata=metadata)
@@ -53,44 +53,44 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The options that every program has; a program's Config inherits them and adds its own.
+    """The options of every program; each program's Config inherits them and adds its own.
 
-    The defaults of a program's Config are the paper's values. The comment at the end of a field's
-    line is its help text.
+    The defaults in a program's Config are the paper's values. The comment at the end of a field's
+    line, or above it, is its help text.
     """
 
-    preset: str = option("paper", resume="never")  # A named set of values, see above.
+    preset: str = option("paper", resume="never")  # A set of values, listed above.
     seed: Seed = 0  # Seeds everything: weights, data order, noise, environments.
     out: str = option("runs/{program}-{preset}-{seed}", resume="free")  # The run folder.
-    resume: bool = option(False, resume="free")  # Continue the run in --out, with its options.
-    accept_changes: bool = option(False, resume="free")  # Resume with changed hyper-parameters.
-    data_dir: str = option("", resume="free")  # Data sets, in TFDS's layout ($TFWN_DATA_DIR).
+    resume: bool = option(False, resume="free")  # Continue the run in --out with its options.
+    accept_changes: bool = option(False, resume="free")  # Let --resume change hyper-parameters.
+    data_dir: str = option("", resume="free")  # TFDS's data folder (if empty: $TFWN_DATA_DIR).
     mixed_precision: Literal["none", "bfloat16"] = "none"  # Compute type; weights stay float32.
     jit_compile: bool = False  # Compile the training step with XLA.
     strategy: Literal["none", "mirrored", "multi_worker"] = "none"  # Replicas (tf.distribute).
     checkpoint_every: float = option(300.0, resume="free")  # Seconds between checkpoints.
-    keep: Count = option(2, resume="free")  # Checkpoints kept, besides the best one.
+    keep: Count = option(2, resume="free")  # Checkpoints to keep, besides the best one.
     deterministic: bool = False  # Use TensorFlow's deterministic ops.
 
     PRESETS: ClassVar[dict[str, Preset]] = {"paper": Preset("the paper's values")}
 
     @classmethod
     def of_preset(cls, name: str, **values: Any) -> Any:
-        """Returns the Config of a preset, with these values instead of the preset's."""
+        """Returns a preset's Config, with some of its values replaced by `values`."""
         return cls(**{**cls.PRESETS[name].values, "preset": name, **values})
 
     def check(self) -> None:
-        """Raises UserError for values that do not go together; Configs add to it."""
+        """Raises UserError for values that conflict; subclasses add their own checks."""
         if self.jit_compile and self.strategy != "none":
             raise UserError(
-                f"--jit-compile does not work with --strategy {self.strategy}: leave one out"
+                f"--jit-compile does not work with --strategy {self.strategy}: omit one of them"
             )
 
     def differences(self, preset: Preset | None = None) -> dict[str, tuple[Any, Any]]:
-        """Returns {hyper-parameter: (the paper's or preset's value, this one's)} where they differ.
+        """Returns {name: (reference value, own value)} for the hyper-parameters that differ.
 
         Args:
-          preset: the preset to compare with, instead of the paper.
+          preset: the reference; default: the paper's values.
         """
         shared = {field.name for field in dataclasses.fields(RunConfig)} - {"mixed_precision"}
         found = {}
@@ -102,10 +102,10 @@ class RunConfig:
         return found
 
     def changes(self, besides: Collection[str] = ()) -> str:
-        """Returns what differs from the preset, "changed: width 4, no-whiten", or "".
+        """Returns the differences from the preset, as "changed: width 4, no-whiten", or "".
 
         Args:
-          besides: fields that are left out.
+          besides: fields to ignore.
         """
         named = {"parameterization", "dataset", "game"}
         named |= {f.name for f in dataclasses.fields(self) if f.metadata.get("named")}
@@ -122,7 +122,7 @@ class RunConfig:
         return f"changed: {', '.join(words)}" if words else ""
 
     def note(self, *caveats: str) -> str:
-        """Returns what to add to this run's results, " (...)": what is scaled, and the caveats."""
+        """Returns a note to append to this run's results: " (preset; changes; caveats)", or ""."""
         scaled = self.PRESETS[self.preset].about if self.preset != "paper" else ""
         text = "; ".join(part for part in (scaled, shorten(self.changes()), *caveats) if part)
         return text and f" ({text})"
@@ -130,50 +130,50 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig(RunConfig):
-    """The options of a program whose experiment compares arms, which its Config names in ARMS."""
+    """The options of a program that compares arms, which its Config lists in ARMS."""
 
-    # Train every arm at each of --learning-rates, and at the best of them with more seeds.
+    # Train every arm at each of --learning-rates, then at its best rate with more seeds.
     sweep: bool = option(False, resume="free")
-    arms: tuple[str, ...] = option((), resume="free")  # The arms of the sweep (none: all).
+    arms: tuple[str, ...] = option((), resume="free")  # The arms of the sweep; if empty, all.
     learning_rates: tuple[float, ...] = option((), resume="free")  # The rates of the sweep.
-    # The seeds of the sweep: the first at every rate, the others at each arm's best rate.
+    # The seeds of the sweep: the first for every rate, the others for each arm's best rate.
     seeds: tuple[Seed, ...] = option((0, 1, 2), resume="free")
-    jobs: Count = option(1, resume="free")  # Runs of the sweep at once, which share the cores.
+    jobs: Count = option(1, resume="free")  # Number of runs at a time; they share the cores.
     learning_rate: float | None = None  # The step size.
 
-    ARMS: ClassVar[dict[str, dict[str, Any]]] = {}  # The values of fields that make each arm.
-    MEASURE: ClassVar[str] = ""  # The column of metrics.csv by whose last value a rate is chosen.
+    ARMS: ClassVar[dict[str, dict[str, Any]]] = {}  # The field values that define each arm.
+    MEASURE: ClassVar[str] = ""  # The metrics.csv column whose last value selects the rate.
     LOWER_IS_BETTER: ClassVar[bool] = False
 
     @property
     def last_epoch(self) -> float:
-        """The value of the column `epoch` in the last row of a finished run."""
+        """The last value in the column `epoch` of a finished run."""
         raise NotImplementedError
 
     @classmethod
     def arm_fields(cls) -> set[str]:
-        """Returns the fields in which arms differ."""
+        """Returns the names of the fields that define the arms."""
         return {field for values in cls.ARMS.values() for field in values}
 
     @property
     def rate(self) -> float:
-        """The learning rate; programs say what None means."""
+        """The learning rate; programs override this to define what None means."""
         return self.learning_rate or 0.0
 
     @property
     def arm(self) -> str:
-        """The name of the arm whose values these are, "" if none has them."""
+        """The name of the arm that these values belong to, "" if there is none."""
         for name, values in self.ARMS.items():
             if all(getattr(self, field) == value for field, value in values.items()):
                 return name
         return ""
 
     def check(self) -> None:
-        """Raises UserError for values that do not go together; Configs add to it."""
+        """Raises UserError for values that conflict; subclasses add their own checks."""
         super().check()
         if unknown := [name for name in self.arms if name not in self.ARMS]:
             raise UserError(
-                f"--arms {unknown[0]}: unknown; the arms are {', '.join(self.ARMS)}"
+                f"--arms {unknown[0]}: unknown arm; choose from {', '.join(self.ARMS)}"
                 + nearest(unknown[0], self.ARMS)
             )
         for name in ("learning_rates", "seeds"):
@@ -181,7 +181,7 @@ class SweepConfig(RunConfig):
                 raise UserError(f"{flag_of(name)} takes at least one number")
         if self.sweep and self.strategy == "multi_worker":
             raise UserError(
-                "--sweep is for one machine: with --strategy multi_worker start single runs"
+                "--sweep is for one machine: with --strategy multi_worker, start each run yourself"
             )
         if getattr(self, "frozen_g", False):
             kind = getattr(self, "parameterization", "normal")
@@ -192,7 +192,7 @@ class SweepConfig(RunConfig):
 
 
 def shorten(text: str) -> str:
-    """Returns a text that ends in `changes`, of which only the first two are kept."""
+    """Returns a text with a list at its end, "changed: ...", cut to "changed: a, b and 3 more"."""
     before, mark, changes = text.partition("changed: ")
     parts = changes.split(", ")
     more = f" and {len(parts) - 2} more" if len(parts) > 2 else ""
@@ -210,7 +210,7 @@ def show(value: Any) -> str:
 
 
 def flags(config: RunConfig, default: RunConfig) -> list[str]:
-    """Returns the command line that makes `config` of `default`."""
+    """Returns the command-line arguments that turn `default` into `config`."""
     words = []
     for field in dataclasses.fields(config):
         value, flag = getattr(config, field.name), flag_of(field.name)
@@ -229,7 +229,7 @@ def flag_of(name: str) -> str:
 
 
 def check_ranges(options: Any) -> None:
-    """Raises UserError for a number of an options object that is out of its Range."""
+    """Raises UserError if a number in an options dataclass is outside its Range."""
     hints = typing.get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)

@@ -1,4 +1,4 @@
-"""Pictures."""
+"""Grids of images, and PNG files."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ from models.common.errors import UserError
 
 
 def tile(images, columns: int = 10, gap: int = 1) -> np.ndarray:
-    """Returns pictures in rows, with black between them, uint8 [height, width, ...].
+    """Returns images in a grid with black gaps, uint8 [height, width, ...].
 
     Args:
       images: floats in [0, 1] or uint8, [count, height, width] or [count, height, width, 3].
-      columns: pictures per row.
-      gap: pixels between pictures.
+      columns: images per row.
+      gap: pixels between images.
     """
     images = np.asarray(images)
     if images.dtype != np.uint8:
@@ -26,7 +26,7 @@ def tile(images, columns: int = 10, gap: int = 1) -> np.ndarray:
 
 
 def png(picture: np.ndarray, scale: int = 1) -> bytes:
-    """Returns a picture, uint8 [height, width] or [height, width, 3], enlarged and encoded."""
+    """Returns an image, uint8 [height, width] or [height, width, 3], enlarged, encoded as PNG."""
     import tensorflow as tf
 
     large = picture.repeat(scale, 0).repeat(scale, 1)
@@ -34,7 +34,7 @@ def png(picture: np.ndarray, scale: int = 1) -> bytes:
 
 
 def write(path: str | Path, png: bytes) -> None:
-    """Writes the picture that --out names, making its folder, and prints where."""
+    """Writes an image to the path of --out, creates its folder if needed, and prints the path."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(png)

@@ -1,4 +1,4 @@
-"""The progress of long work: a live line in a terminal, an occasional plain one elsewhere."""
+"""Progress display: a live line in a terminal, an occasional plain line elsewhere."""
 
 import collections
 import contextlib
@@ -11,23 +11,23 @@ import rich.console
 import rich.progress
 from rich.markup import escape
 
-PLAIN_EVERY = 30.0  # Seconds between lines where the output is not a terminal.
+PLAIN_EVERY = 30.0  # Seconds between lines if the output is not a terminal.
 _BAR = 18  # Columns of the spinner, the bar, the percentage and the gaps around them.
 
 
 class Progress:
     """Shows step, rate, time left, values and epoch; a context manager.
 
-    The rate is a median over quarters of a second, so that pauses, as for an evaluation, do not
-    count; neither do they in the time left.
+    The rate is a median over intervals of at least 0.25 s, so pauses, such as an evaluation, affect
+    neither the rate nor the time left.
 
     Args:
       total: the last step.
       start: the first step.
-      warm_up: the rate is measured from this step on.
-      unit: what the rate counts ("images", ...).
-      per_step: units in a step.
-      steps_per_epoch: to show the epoch.
+      warm_up: the step after which the rate is measured.
+      unit: the unit of the rate ("images", ...).
+      per_step: units per step.
+      steps_per_epoch: if given, the epoch is shown.
       console: where to print.
       delay: seconds before a terminal shows anything.
     """
@@ -52,7 +52,7 @@ class Progress:
         self._shown_from = time.monotonic() + delay
         self._printed = time.monotonic() - PLAIN_EVERY / 2
         self._bar = rich.progress.Progress(
-            rich.progress.SpinnerColumn(),  # It turns while an evaluation holds up the steps.
+            rich.progress.SpinnerColumn(),  # Spins even while an evaluation holds up the steps.
             rich.progress.BarColumn(bar_width=10),
             rich.progress.TaskProgressColumn(),
             rich.progress.TextColumn("{task.fields[text]}"),
@@ -72,16 +72,16 @@ class Progress:
 
     @property
     def rate(self) -> float | None:
-        """Steps per second, None while it is not known."""
+        """Steps per second; None before the first measurement."""
         return 1 / statistics.median(self._paces) if self._paces else None
 
     def show(self, **values: Any) -> None:
-        """Sets values on the line, the latest first; None removes one."""
+        """Sets values on the line, the latest first; None removes a value."""
         values |= {n: v for n, v in self._values.items() if n not in values}
         self._values = {n: v for n, v in values.items() if v is not None}
 
     def update(self, step: int) -> None:
-        """Moves to a step."""
+        """Advances to a step."""
         now = time.monotonic()
         if self._since is None:
             if step > self._warm_up:  # The first step, which compiles, does not count.
@@ -93,7 +93,7 @@ class Progress:
         self.refresh()
 
     def refresh(self) -> None:
-        """Shows the line."""
+        """Redraws the line."""
         now = time.monotonic()
         if self._console.is_terminal:
             text = escape(self.line(self._step, self._console.width - _BAR))
@@ -130,7 +130,7 @@ class Progress:
 
 @contextlib.contextmanager
 def evaluation() -> Iterator[Callable[[int, int], None]]:
-    """Gives report(done, total), which shows the progress of a command that takes long."""
+    """Yields report(done, total), which shows the progress of a command that takes a while."""
     with contextlib.ExitStack() as stack:
         lines: list[Progress] = []
 

@@ -1,4 +1,4 @@
-"""One run of a program: its folder, state, metrics and loops, whose bodies are the program's."""
+"""A training run: its folder, state and metrics, and the loops around the program's steps."""
 
 import contextlib
 import functools
@@ -19,19 +19,19 @@ from models.common.errors import NotFinite
 
 
 class Run:
-    """Opens the run folder of a Config; a context manager.
+    """A run in the folder that its Config names; a context manager.
 
     Args:
       config: the Config.
-      title: what is run, printed at once.
-      caveats: what to say beside its results; kept in config.json.
+      title: a description of the run, printed at the start.
+      caveats: limitations, which are shown with the results and stored in config.json.
 
     Attributes:
       config, path: the Config and the run folder.
-      strategy: build model and optimizer under strategy.scope(), step by strategy.run().
+      strategy: create the model and optimizer under strategy.scope(); step with strategy.run().
       dtype: the compute type (`--mixed-precision`).
       chief: whether this process writes the run folder.
-      step: completed steps.
+      step: the number of completed steps.
       best: the best score so far (see keep_best), None before the first.
     """
 
@@ -44,12 +44,12 @@ class Run:
         self._folder = run_folder.RunFolder(config) if self.chief else None
         self.step = 0
         self.best: float | None = None
-        self._done = ""  # What to say at the end.
-        self._saved: dict[str, Any] | None = None  # What the last checkpoint says.
+        self._done = ""  # The message at the end.
+        self._saved: dict[str, Any] | None = None  # The last checkpoint's metadata.
         self._metrics: metrics.Metrics | None = None
         self._tensorboard: tensorboard.TensorBoard | None = None
         self._progress: progress.Progress | None = None
-        self._open = contextlib.ExitStack()  # From the first step on: signals, the progress line.
+        self._open = contextlib.ExitStack()  # Signal handlers and progress, from the first step.
         if title:
             self.say(f"{title}, preset {config.preset}{config.note(*caveats)}")
 
@@ -67,7 +67,7 @@ class Run:
             self._folder.close()
         if error is None and self._done:
             self.say(f"{self._done}; the run is in {self.path}")
-        if error is None and self._stop is not None:  # It came too late to stop this run.
+        if error is None and self._stop is not None:  # The signal came too late.
             sys.exit(128 + self._stop)
 
     def begin(
@@ -76,12 +76,12 @@ class Run:
         extras: Mapping[str, checkpoints.Stateful] | None = None,
         sums: int = 0,
     ) -> int:
-        """Names the run's whole state, restores it when resuming, and returns the step.
+        """Registers the run's whole state, restores it when resuming, and returns the step.
 
         Args:
-          trackables: modules, optimizers (built), variables, tf.random.Generators, by name.
-          extras: other state, by name: objects with state_dict() and load_state_dict(state).
-          sums: how many numbers Epoch.add takes.
+          trackables: modules, built optimizers, variables and tf.random.Generators, by name.
+          extras: other state by name, as objects with state_dict() and load_state_dict(state).
+          sums: the length of the vectors that are passed to Epoch.add.
         """
         if sums:
             self._totals = tf.Variable(tf.zeros([sums], tf.float64), name="totals")
@@ -91,7 +91,7 @@ class Run:
         )
         rows = 0
         if self.config.resume:
-            # A checkpoint holds the optimizer's learning rate, which may have been changed since.
+            # A checkpoint restores the old learning rate, but --accept-changes may set a new one.
             found: list[Any] = [getattr(t, "learning_rate", None) for t in trackables.values()]
             rates = [(r, tf.convert_to_tensor(r)) for r in found if hasattr(r, "assign")]
             state = self._checkpoints.restore()
@@ -121,20 +121,20 @@ class Run:
         per_step: float = 1,
         steps_per_epoch: int | None = None,
     ) -> Iterator[int]:
-        """Yields the number of completed steps until `total`, while the program trains.
+        """Yields the number of completed steps until it reaches `total`.
 
-        Between the bodies it saves (every `--checkpoint-every` seconds, every `save_every`
-        steps, at the end, and before leaving on SIGTERM or Ctrl-C) and shows progress. It still
-        does when the steps are over, for a last evaluation.
+        Between iterations it shows progress and saves checkpoints: every `--checkpoint-every`
+        seconds, every `save_every` steps, at the end, and before exiting on SIGTERM or Ctrl-C.
+        Signals stay handled after the last step, so that a final evaluation can be stopped safely.
 
         Args:
-          total: the last step.
-          stride: the steps that one body makes.
-          save_every: the most steps between checkpoints.
-          warm_up: the rate is measured from this step on.
-          unit: what the rate counts.
-          per_step: units in a step.
-          steps_per_epoch: to show the epoch.
+          total: the number of steps of the whole run.
+          stride: steps per iteration.
+          save_every: the maximum number of steps between checkpoints.
+          warm_up: the step after which the rate is measured.
+          unit: the unit of the displayed rate.
+          per_step: units per step.
+          steps_per_epoch: if given, the epoch is displayed.
         """
         saved_at, saved_step = time.monotonic(), self.step
         self._open.enter_context(self._signals())
@@ -161,15 +161,15 @@ class Run:
         self._done = f"{self.step:,} {unit if per_step == 1 else 'steps'} done"
 
     def epochs(self, count: int, per_epoch: int, batch_size: int) -> Iterator["Epoch"]:
-        """Yields epochs, which yield their steps; see Epoch.
+        """Yields epochs, each of which yields its steps; see Epoch.
 
-        What comes after an epoch's steps changes no state: a run that is resumed there does it
-        again, in an epoch without steps.
+        Code after an epoch's steps must not change the state, because it runs again if the run is
+        resumed there. The epoch has no steps then.
 
         Args:
           count: the number of epochs.
-          per_epoch: steps in an epoch.
-          batch_size: examples in a step.
+          per_epoch: steps per epoch.
+          batch_size: examples per step.
         """
         steps = self.steps(
             count * per_epoch, unit="images", per_step=batch_size, steps_per_epoch=per_epoch
@@ -180,19 +180,19 @@ class Run:
             nonlocal ahead
             while ahead is not None and ahead < end:
                 yield ahead
-                ahead = next(steps, None)  # Saves, also after the last step of an epoch.
+                ahead = next(steps, None)  # May save, even after an epoch's last step.
 
         for number in range(max(-(-self.step // per_epoch) - 1, 0), count):
             here = until((number + 1) * per_epoch)
             yield Epoch(number, here, per_epoch, batch_size, self._totals)
 
     def save(self) -> None:
-        """Saves a checkpoint of the present state."""
+        """Saves a checkpoint of the current state."""
         self._saved = {"step": self.step, **self._metadata()}
         self._checkpoints.save(self.step, self._metadata())
 
     def keep_best(self, score: float) -> bool:
-        """Saves checkpoints/best (without the extras) when `score` is the highest so far."""
+        """Saves checkpoints/best, without extras, and returns True if the score is a new best."""
         if not math.isfinite(score) or (self.best is not None and score <= self.best):
             return False
         self.best = float(score)
@@ -200,10 +200,10 @@ class Run:
         return True
 
     def log(self, step: int | None = None, **values: Any) -> None:
-        """Adds a row to metrics.csv and TensorBoard, None as a blank.
+        """Adds a row to metrics.csv and TensorBoard; values that are None stay blank.
 
         Raises:
-          NotFinite: a value named loss is not finite.
+          NotFinite: a value with "loss" in its name is not finite.
         """
         step = self.step if step is None else step
         numbers = {name: float(value) for name, value in values.items() if value is not None}
@@ -213,7 +213,7 @@ class Run:
             self._tensorboard.write(step, numbers)
 
     def image(self, name: str, png: bytes) -> None:
-        """Adds an encoded image to samples/ and TensorBoard."""
+        """Adds a PNG image to samples/ and TensorBoard."""
         if self._tensorboard:
             folder = self.path / "samples"
             folder.mkdir(exist_ok=True)
@@ -221,10 +221,10 @@ class Run:
             self._tensorboard.image(self.step, name, png)
 
     def show(self, **values: Any) -> None:
-        """Sets values on the progress line, which waits for them: not at every step.
+        """Sets values on the progress line; waits for tensors, so do not call it at every step.
 
         Raises:
-          NotFinite: a value named loss is not finite.
+          NotFinite: a value with "loss" in its name is not finite.
         """
         self._refuse_nan(self.step, values)
         if self._progress:
@@ -241,13 +241,14 @@ class Run:
 
     @property
     def rate(self) -> float | None:
-        """Steps per second, pauses left out; None while it is not known."""
+        """Steps per second without pauses; None before the first measurement."""
         return self._progress.rate if self._progress else None
 
     def evaluating(self, done: int, total: int) -> None:
-        """Shows the progress of an evaluation; saves and leaves when SIGTERM or Ctrl-C has come.
+        """Shows the progress of an evaluation; saves and exits after SIGTERM or Ctrl-C.
 
-        To be called now and then in an evaluation, which must leave the state alone.
+        Call it now and then in an evaluation, which must not change the state. In a cluster it does
+        not exit, because all workers must exit at the same step.
         """
         if self._progress:
             self._progress.show(evaluated=f"{done / total:.0%}")
@@ -268,14 +269,14 @@ class Run:
     def _leave(self) -> None:
         if self._saved != {"step": self.step, **self._metadata()}:
             self.save()
-        self.say(f"stopped at step {self.step:,}, saved; continue: --resume --out {self.path}")
+        self.say(f"stopped at step {self.step:,}, saved; continue with --resume --out {self.path}")
         sys.exit(128 + (self._stop or signal.SIGTERM))
 
     def _metadata(self) -> dict[str, Any]:
         return {"rows": self._metrics.rows if self._metrics else 0, "best": self.best}
 
     def _agree(self, due: bool, stride: int) -> tuple[bool, bool]:
-        """Makes all workers of a cluster save, and leave, at the same step."""
+        """Returns whether to save and whether to exit, the same for all workers of a cluster."""
         leave = self._stop is not None
         if self.config.strategy != "multi_worker":
             return due, leave
@@ -294,7 +295,7 @@ class Run:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Makes SIGTERM and Ctrl-C ask for a stop; a second one stops at once."""
+        """Turns SIGTERM and Ctrl-C into a request to stop; a second one exits immediately."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -303,7 +304,7 @@ class Run:
             if self._stop is not None:
                 raise KeyboardInterrupt
             self._stop = signal.Signals(number)
-            self.say(f"{self._stop.name}: saving, then leaving (once more to leave at once)")
+            self.say(f"{self._stop.name}: saving, then exiting (repeat to exit immediately)")
 
         before = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -317,9 +318,9 @@ class Epoch:
     """One pass over the training examples; iterating over it yields its steps.
 
     Attributes:
-      number: counted from 0.
-      slice: the present step's part of the epoch's examples.
-      seconds: how long its steps take, once they are over; None if a resumed run has made none.
+      number: the epoch, counted from 0.
+      slice: the positions of the current step's batch in the epoch's permutation of the examples.
+      seconds: the duration of all its steps, extrapolated after a resume; None if none were left.
     """
 
     def __init__(
@@ -343,7 +344,7 @@ class Epoch:
             self.seconds = (time.monotonic() - began) / count * self._per_epoch
 
     def add(self, sums: tf.Tensor) -> None:
-        """Adds a step's sums over the batch to the epoch's totals."""
+        """Adds a step's sums over its batch to the epoch's totals."""
         self._totals.assign_add(tf.cast(sums, tf.float64))
 
     @property

@@ -1,4 +1,4 @@
-"""A run's folder: config.json, its lock, and the hyper-parameters that resuming may change."""
+"""The run folder: config.json, the lock, and which hyper-parameters --resume may change."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from models.common.errors import UserError
 
 
 class RunFolder:
-    """The folder of a run, new or resumed, locked until it is closed."""
+    """The folder of a new or resumed run, locked until close()."""
 
     def __init__(self, config: options.RunConfig):
         self.path = Path(config.out)
@@ -45,7 +45,7 @@ class RunFolder:
         self._lock.flush()
 
     def close(self) -> None:
-        """Releases the lock; removes a folder in which no run has begun."""
+        """Releases the lock, and removes the folder if no run has begun in it."""
         if not (self.path / "config.json").exists():
             (self.path / "lock").unlink()
             for folder in self._made:
@@ -79,7 +79,7 @@ class RunFolder:
         write_atomically(path, json.dumps(content, indent=2) + "\n")
 
     def write_diverged(self, error: str) -> None:
-        """Notes in config.json that the run has diverged; resuming it removes the note."""
+        """Records in config.json that the run diverged; resuming it removes the record."""
         path = self.path / "config.json"
         if path.exists():
             content = json.loads(path.read_text()) | {"diverged": error}
@@ -87,29 +87,29 @@ class RunFolder:
 
 
 def outcome(config: options.SweepConfig) -> Literal["finished", "diverged", ""]:
-    """Returns how the run in `config.out` ended, "" if it has not ended or not begun."""
+    """Returns how the run in `config.out` ended, "" if it has not ended or does not exist."""
     folder = Path(config.out)
     if not (folder / "config.json").exists():
         return ""
     if load(folder).get("diverged"):
         return "diverged"
-    # The last epoch is logged after its checkpoint is saved. A fraction has 8 digits in the file.
+    # The last epoch is logged after the last checkpoint. The file rounds fractions to 8 digits.
     return "finished" if metrics.last(folder, "epoch") > config.last_epoch - 1e-6 else ""
 
 
 def check(config: options.RunConfig) -> None:
-    """Raises UserError where --out holds a run and --resume is missing, or the reverse."""
+    """Raises UserError if --out holds a run but --resume is missing, or the other way around."""
     if config.resume:
         load(config.out)
     elif (Path(config.out) / "config.json").exists():
         raise UserError(
-            f"--out {config.out} holds a run already: continue it with --resume, "
+            f"--out {config.out} already holds a run: continue it with --resume, "
             "or name another folder"
         )
 
 
 def program_of(cls: type) -> str:
-    """Returns the program that a Config is of: its package, or its module where that is all."""
+    """Returns the program that a Config belongs to: its module's name without ".config"."""
     spec = getattr(sys.modules[cls.__module__], "__spec__", None)
     return (spec.name if spec else cls.__module__).removesuffix(".config")
 
@@ -126,12 +126,12 @@ def load(path: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise UserError(f"{file}: damaged ({error})") from None
     if not (isinstance(content, dict) and {"program", "config"} <= content.keys()):
-        raise UserError(f"{path}: not a run folder (its config.json is of something else)")
+        raise UserError(f"{path}: not a run folder (its config.json was not written by a run)")
     return content
 
 
 def load_config(path: str | Path, config_class: type[options.RunConfig]) -> Any:
-    """Returns the Config of a run; a field that is newer than the run keeps its default."""
+    """Returns a run's Config; fields that are newer than the run keep their defaults."""
     content = load(path)
     if content["program"] != program_of(config_class):
         raise UserError(
@@ -148,7 +148,7 @@ def load_config(path: str | Path, config_class: type[options.RunConfig]) -> Any:
 
 
 def changes(saved: options.RunConfig, config: options.RunConfig) -> dict[str, str]:
-    """Returns {hyper-parameter: "--steps was 1 and is now 2"}, without those that are free."""
+    """Returns {field: "--steps was 1 and is now 2"} for changed fields that are not "free"."""
     found = {}
     for field in dataclasses.fields(config):
         before, now = getattr(saved, field.name), getattr(config, field.name)
@@ -159,23 +159,23 @@ def changes(saved: options.RunConfig, config: options.RunConfig) -> dict[str, st
 
 
 def refuse_changes(saved: options.RunConfig, config: options.RunConfig) -> None:
-    """Raises UserError where a run would be resumed with hyper-parameters it may not have."""
+    """Raises UserError if a run would be resumed with changes that are not allowed."""
     changed = changes(saved, config)
     roles = {field.name: field.metadata.get("resume") for field in dataclasses.fields(config)}
     if never := [text for name, text in changed.items() if roles[name] == "never"]:
         raise UserError(
-            f"--resume: {', '.join(never)}, which a run keeps; leave the option out, or start a "
-            "new run"
+            f"--resume: {', '.join(never)}, which cannot change within a run; omit the option, or "
+            "start a new run"
         )
     if changed and not config.accept_changes:
         raise UserError(
-            f"--resume: {', '.join(changed.values())}; leave the option out to continue as before, "
+            f"--resume: {', '.join(changed.values())}; omit the option to continue as before, "
             "or give --accept-changes to continue with the new value"
         )
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's content so that a crash leaves the old content or the new."""
+    """Replaces a file's content so that a crash leaves either the old or the new content."""
     temporary = path.with_name(path.name + ".new")
     with open(temporary, "w") as file:
         file.write(text)
@@ -185,7 +185,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what decides a run's numbers."""
+    """Returns the versions of the software that a run's numbers depend on."""
     from importlib import metadata
 
     found = {"python": platform.python_version()}
@@ -196,7 +196,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Returns the commit of the source tree and whether it has changes; {} outside git."""
+    """Returns the source tree's commit and whether it has uncommitted changes; {} outside git."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]

@@ -13,9 +13,9 @@ from models.common.errors import UserError
 
 
 def configure(config: options.RunConfig) -> tf.distribute.Strategy:
-    """Seeds everything and returns the strategy to build the model under.
+    """Seeds everything and returns the strategy under which to build the model.
 
-    For `--strategy none` this is tf.distribute's default strategy, so programs need no other case.
+    With `--strategy none` it is tf.distribute's default strategy, so programs need no special case.
     """
     for gpu in tf.config.list_physical_devices("GPU"):
         tf.config.experimental.set_memory_growth(gpu, True)
@@ -34,7 +34,7 @@ def configure(config: options.RunConfig) -> tf.distribute.Strategy:
     return strategy
 
 
-# Two strategies in one process, as in a sweep, would confuse their collectives.
+# Cached because the collectives of two strategies in one process would interfere.
 _mirrored = functools.cache(tf.distribute.MirroredStrategy)
 
 
@@ -44,7 +44,7 @@ def compute_dtype(config: options.RunConfig) -> tf.DType:
 
 
 def is_chief(config: options.RunConfig) -> bool:
-    """Returns whether this process writes the run folder: the only one, or a cluster's first."""
+    """Returns whether this process writes the run folder: it is the only one, or the chief."""
     if config.strategy != "multi_worker":
         return True
     task = _cluster().get("task", {})
@@ -53,10 +53,10 @@ def is_chief(config: options.RunConfig) -> bool:
 
 
 def generator(seed: int, *purpose: int) -> np.random.Generator:
-    """Returns NumPy's generator for a purpose, a function of the seed and these numbers.
+    """Returns a NumPy generator that depends only on the seed and the numbers in `purpose`.
 
-    A data order, `generator(seed, epoch).permutation(n)`, needs no saving: a resumed run
-    computes it again.
+    A permutation, such as `generator(seed, epoch).permutation(n)`, need not be saved, because a
+    resumed run can compute it again.
     """
     return np.random.default_rng([seed, *purpose])
 
@@ -74,7 +74,7 @@ def _check_cluster() -> None:
     workers = content.get("cluster", {}).get(task.get("type"), [])
     if not 0 <= task.get("index", -1) < len(workers):
         raise UserError(
-            "--strategy multi_worker needs TF_CONFIG, in each process with its own index: "
+            "--strategy multi_worker needs TF_CONFIG, with a different index in each process: "
             '{"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker", "index": 0}}'
             + (f", got {json.dumps(content)}" if content else "")
         )

@@ -1,7 +1,7 @@
 """The paper's protocol: each arm at each learning rate, then at its best rate with more seeds.
 
-Each run is a process and has a folder, OUT/ARM-RATE-SEED, which tells how the run ended. So the
-same command continues a sweep that was stopped or killed.
+Each run is a process with its own folder, OUT/ARM-RATE-SEED, which records how the run ended.
+Therefore the same command continues a sweep that was stopped or killed.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ _GRID = ("arms", "learning_rates", "seeds", "jobs")
 
 
 def run(config: SweepConfig) -> None:
-    """Makes the runs of `config.arms`, `learning_rates` and `seeds`, `config.jobs` at once.
+    """Trains all `config.arms`, `learning_rates` and `seeds`, `config.jobs` runs at a time.
 
-    A run that diverges is a result and is not tried again. After any other failure the other runs
-    go on, unless the run failed before it began: the others would fail in the same way.
+    A run that diverges is a result and is not retried. After any other failure the other runs
+    go on, unless the failed run never began, because then they would fail in the same way.
     """
     sweep = Sweep(config)
     sweep.refuse_changes()
@@ -43,7 +43,7 @@ def run(config: SweepConfig) -> None:
 
 
 class Sweep:
-    """The runs of a sweep. `config` is their template, and each is known by its own Config."""
+    """The runs of a sweep. `config` is their template; each run is identified by its own Config."""
 
     def __init__(self, config: SweepConfig):
         self.config, self.root = config, Path(config.out)
@@ -70,7 +70,7 @@ class Sweep:
         return [self.one(arm, rate, self.seeds[0]) for rate in self.rates]
 
     def best(self, arm: str) -> SweepConfig | None:
-        """Returns the best of an arm's first runs, None until they have all ended."""
+        """Returns an arm's best first-seed run, None before all have ended or if all diverged."""
         runs = self.first(arm)
         if not all(map(run_folder.outcome, runs)):
             return None
@@ -83,7 +83,7 @@ class Sweep:
         return metrics.last(one.out, self.config.MEASURE)
 
     def wanted(self) -> list[SweepConfig]:
-        """Returns the runs, as far as the best rates are known."""
+        """Returns the runs to make; an arm's other seeds follow once its best rate is known."""
         runs = [one for arm in self.arms for one in self.first(arm)]
         for arm in self.arms:
             if best := self.best(arm):
@@ -91,7 +91,7 @@ class Sweep:
         return runs
 
     def refuse_changes(self) -> None:
-        """Raises UserError if the folder has runs with other hyper-parameters than this sweep's."""
+        """Raises UserError if the folder holds runs whose hyper-parameters differ from these."""
         varied = {"seed", "learning_rate", *self.config.arm_fields()}
         for file in sorted(self.root.glob("*/config.json")):
             saved = run_folder.load_config(file.parent, type(self.config))
@@ -99,13 +99,13 @@ class Sweep:
             others = [text for name, text in changed.items() if name not in varied]
             if others and not self.config.accept_changes:
                 raise UserError(
-                    f"--sweep: in {file.parent} {', '.join(others)}; repeat the options of before, "
+                    f"--sweep: in {file.parent}: {', '.join(others)}; repeat the earlier options, "
                     "name another --out, or give --accept-changes to continue with the new value "
                     "in the runs that are not finished"
                 )
 
     def make_runs(self) -> None:
-        """Starts runs and waits for them until none is left."""
+        """Starts the runs and waits until all of them have ended."""
         live = rich.live.Live(console=self._console, auto_refresh=False, transient=True)
         with live:
             while True:
@@ -152,8 +152,8 @@ class Sweep:
                 env=(shares if self.config.jobs > 1 else {})
                 | os.environ
                 | {"PYTHONPATH": os.pathsep.join(search)},
-                start_new_session=True,  # Ctrl-C is for the sweep, which passes it on.
-                # If the sweep is killed, its runs are asked to save and leave.
+                start_new_session=True,  # Ctrl-C reaches the sweep, which ends its runs.
+                # If the sweep is killed, SIGTERM makes its runs save and exit.
                 preexec_fn=lambda: _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
             )
         self._running[one] = process, time.monotonic()
@@ -166,7 +166,7 @@ class Sweep:
         elif outcome == "diverged":
             text = f"diverged: {run_folder.load(one.out)['diverged']}"
         else:
-            text = self._failed[one] = f"failed ({process.returncode}): {_last_line(one)}"
+            text = self._failed[one] = f"failed (status {process.returncode}): {_last_line(one)}"
             if not (Path(one.out) / "config.json").exists():
                 raise UserError(f"{Path(one.out).name} {text}")
         done = [run_folder.outcome(other) for other in self.wanted() if other not in self._running]
@@ -179,7 +179,7 @@ class Sweep:
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
-        """Ends the runs, which save, when the sweep ends before them, as by Ctrl-C or SIGTERM."""
+        """Makes the runs save and exit if the sweep ends first, as after Ctrl-C or SIGTERM."""
 
         def terminate(number: int, _: Any) -> None:
             raise SystemExit(128 + number)
@@ -191,7 +191,7 @@ class Sweep:
             for process, _ in self._running.values():
                 process.terminate()
             if self._running:
-                print(f"stopping {len(self._running)} runs, which save first", flush=True)
+                print(f"stopping {len(self._running)} runs; they save first", flush=True)
             for process, _ in self._running.values():
                 process.wait()
             signal.signal(signal.SIGTERM, before)
@@ -211,7 +211,7 @@ class Sweep:
         if self._failed:
             names = ", ".join(Path(one.out).name for one in self._failed)
             raise UserError(
-                f"--sweep: {names} failed, see {self.root}/NAME.log; the same command tries again"
+                f"--sweep: {names} failed, see {self.root}/NAME.log; repeat the command to retry"
             )
         wanted = self.wanted()
         diverged = sum(run_folder.outcome(one) == "diverged" for one in wanted)

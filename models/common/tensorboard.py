@@ -1,4 +1,4 @@
-"""A run's numbers and pictures for TensorBoard."""
+"""A run's scalars and images for TensorBoard."""
 
 import time
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ class TensorBoard:
 
     Args:
       folder: the run folder.
-      step: the step resumed from; TensorBoard forgets what came after it.
+      step: the step resumed from; TensorBoard discards what was written for later steps.
     """
 
     def __init__(self, folder: Path, step: int = 0):
@@ -24,16 +24,16 @@ class TensorBoard:
         name = f"events.out.tfevents.{int(time.time())}.{len(list(logs.iterdir())):04d}"
         self._file = tf.io.TFRecordWriter(str(logs / name))
         self._event(file_version="brain.Event:2")
-        # tf.summary's writers cannot say this.
+        # tf.summary's writers cannot write this event.
         self._event(step=step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds numbers."""
+        """Adds scalars."""
         summary = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._event(step=step, summary=Summary(value=summary))
 
     def image(self, step: int, name: str, png: bytes) -> None:
-        """Adds an encoded image."""
+        """Adds a PNG image."""
         picture = Summary.Value(tag=name, image=Summary.Image(encoded_image_string=png))
         self._event(step=step, summary=Summary(value=[picture]))
 

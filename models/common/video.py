@@ -21,7 +21,7 @@ class Video:
 
         self._path = path
         if path.suffix not in (".gif", ".mp4"):
-            raise UserError(f"--out {path}: a video's name ends in .gif or .mp4")
+            raise UserError(f"--out {path}: the name must end in .gif or .mp4")
         try:
             if path.suffix == ".gif":
                 self._writer: Any = imageio.get_writer(
@@ -41,5 +41,5 @@ class Video:
         self._writer.close()
 
     def frame(self, picture: np.ndarray) -> None:
-        """Adds a picture, uint8 [height, width, 3]."""
+        """Adds a frame, uint8 [height, width, 3]."""
         self._writer.append_data(picture)

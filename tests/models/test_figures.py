@@ -222,7 +222,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(run, tmp_path):
     make_run(a, preset="smoke")
     make_run(b, preset="smoke", width=8, seed=1)
     status, err, _ = run(tmp_path / "runs")
-    assert (status, f"{b} is --preset smoke, changed: width 8. Scaled runs" in err) == (2, True)
+    assert (status, f"{b} is --preset smoke, changed: width 8. Runs of" in err) == (2, True)
     text = run(tmp_path / "runs", "--label-presets")[2]
     assert cells(text, "weight norm [smoke preset]")[-1] == "1 seed"
     assert cells(text, "weight norm [smoke, changed: width 8]")[-1] == "1 seed"
@@ -416,7 +416,7 @@ def test_runs_are_kept_by_arm_rate_and_seed_with_relative_paths(checkout, capsys
         figures.main(["runs", "--keep", "new"])
     err = capsys.readouterr().err
     assert "runs/c has not finished" in err
-    assert "runs/d was made from a checkout with uncommitted changes" in err
+    assert "runs/d ran with uncommitted changes" in err
     names = ["weight_norm-0.001-0", "weight_norm-0.003-0"]
     assert sorted(path.name for path in (checkout / "results" / "new").iterdir()) == names
     kept = json.loads((checkout / "results" / "new" / names[0] / "config.json").read_text())
@@ -424,9 +424,9 @@ def test_runs_are_kept_by_arm_rate_and_seed_with_relative_paths(checkout, capsys
     assert kept["sessions"][0]["command"] == "-m x --out runs/a"
     with pytest.raises(SystemExit, match="2"):
         figures.main(["runs", "--keep", "new"])  # The same run again.
-    assert "another run" not in capsys.readouterr().err
+    assert "a different run" not in capsys.readouterr().err
     make_run(checkout / "other" / "a", rate=0.001, out="runs/other")
     metrics.Metrics(checkout / "other" / "a", 4).write(1, {"epoch": 200})
     with pytest.raises(SystemExit, match="2"):
         figures.main(["other", "--keep", "new"])
-    assert "holds another run" in capsys.readouterr().err
+    assert "holds a different run" in capsys.readouterr().err

@@ -160,7 +160,7 @@ def test_other_hyper_parameters_are_refused_unless_accepted(tiny, tmp_path):
     assert finish(tiny(*grid))[0] == 0
     status, out = finish(tiny(*grid, "--epochs", 4))
     assert (status, out.count("\n")) == (2, 1)
-    assert "normal-0.1-0 --epochs was 3 and is now 4" in out
+    assert "normal-0.1-0: --epochs was 3 and is now 4" in out
     assert finish(tiny(*grid, "--epochs", 4, "--accept-changes"))[0] == 0
     assert metrics.read(tmp_path / "sweep" / "normal-0.1-0")["epoch"] == [1, 2, 3, 4]
 
@@ -171,7 +171,7 @@ def test_other_hyper_parameters_are_refused_unless_accepted(tiny, tmp_path):
         (["--arms", "norml"], "did you mean normal?"),
         (["--learning-rates"], "--learning-rates takes at least one number"),
         (["--strategy", "multi_worker"], "--sweep is for one machine"),
-        (["--resume"], "leave it out"),
+        (["--resume"], "omit it"),
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--out", "/proc/sweep"], "--out /proc/sweep: cannot write there"),
         (["--seeds", "0", "1e12"], "--seeds must be from 0 to 4,294,967,295"),
