@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.common import run_folder
+from models.common import files
 from models.common.errors import UserError
 from models.common.figures import FinishedRun, Output, check_presets, find_runs, group
 
@@ -121,7 +121,7 @@ def keep(paths: Sequence[str], folder: Path) -> list[str]:
             target.mkdir(parents=True, exist_ok=True)
             if run.path.resolve() != target.resolve():
                 shutil.copy(run.path / "metrics.csv", target)
-            run_folder.write_atomically(config, text)
+            files.write_atomically(config, text)
             print(f"{target}: {run.outcome}")
     return output.errors
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from models.common import metrics, options, run_folder
+from models.common import files, metrics, options, run_folder
 from models.common.errors import UserError
 
 
@@ -176,10 +176,8 @@ class Output:
         self.tables: dict[str, str] = {}
         self.figures: list[Path] = []
         self.errors: list[str] = []
-        try:
+        with files.writing(folder, "folder"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot write there ({error.strerror})") from None
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
@@ -200,7 +198,8 @@ class Output:
         yield axes
         figure.legend(loc="outside lower center", frameon=False, fontsize="small")
         path = self.folder / f"{name}.png"
-        figure.savefig(path)
+        with files.writing(path):
+            figure.savefig(path)
         self.figures.append(path)
         print(f"wrote {path}")
 

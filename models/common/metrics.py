@@ -1,11 +1,13 @@
 """A run's metrics.csv, which is truncated to the checkpoint when the run is resumed."""
 
 import csv
+import io
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from models.common import files
 
 
 class Metrics:
@@ -46,14 +48,11 @@ class Metrics:
                 csv.DictWriter(file, self.columns, restval="").writerow(row)
 
     def _rewrite(self) -> None:
-        temporary = self.path.with_name("metrics.csv.new")
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            writer.writeheader()
-            writer.writerows(self._rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, restval="")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        files.write_atomically(self.path, text.getvalue())
 
 
 def read(path: str | Path) -> dict[str, list[float]]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from models.common.errors import UserError
+from models.common import files
 
 
 def tile(images, columns: int = 10, gap: int = 1) -> np.ndarray:
@@ -35,11 +35,7 @@ def png(picture: np.ndarray, scale: int = 1) -> bytes:
 
 def write(path: str | Path, png: bytes) -> None:
     """Writes an image to the path of --out, creates its folder if needed, and prints the path."""
-    try:
+    with files.writing(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(png)
-    except OSError as error:
-        raise UserError(
-            f"--out {path}: cannot write there ({error.strerror}); name another file"
-        ) from None
     print(f"wrote {path}")

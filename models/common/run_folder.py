@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from models.common import metrics, options
+from models.common import files, metrics, options
 from models.common.errors import UserError
 
 
@@ -24,13 +24,9 @@ class RunFolder:
         self.path = Path(config.out)
         check(config)
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        try:
+        with files.writing(self.path, "folder"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "a+")  # noqa: SIM115 closed by close()
-        except OSError as error:
-            raise UserError(
-                f"--out {self.path}: cannot write there ({error.strerror}); name another folder"
-            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -76,14 +72,14 @@ class RunFolder:
             "caveats": caveats,
             "sessions": history,
         }
-        write_atomically(path, json.dumps(content, indent=2) + "\n")
+        files.write_atomically(path, json.dumps(content, indent=2) + "\n")
 
     def write_diverged(self, error: str) -> None:
         """Records in config.json that the run diverged; resuming it removes the record."""
         path = self.path / "config.json"
         if path.exists():
             content = json.loads(path.read_text()) | {"diverged": error}
-            write_atomically(path, json.dumps(content, indent=2) + "\n")
+            files.write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def outcome(config: options.SweepConfig) -> Literal["finished", "diverged", ""]:
@@ -172,16 +168,6 @@ def refuse_changes(saved: options.RunConfig, config: options.RunConfig) -> None:
             f"--resume: {', '.join(changed.values())}; omit the option to continue as before, "
             "or give --accept-changes to continue with the new value"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file's content so that a crash leaves either the old or the new content."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def versions() -> dict[str, str]:

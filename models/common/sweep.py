@@ -20,7 +20,7 @@ import rich.console
 import rich.live
 import rich.text
 
-from models.common import metrics, run_folder
+from models.common import files, metrics, run_folder
 from models.common.errors import UserError
 from models.common.options import SweepConfig, flags, show
 from models.common.progress import duration
@@ -136,13 +136,9 @@ class Sweep:
         threads = max(1, len(os.sched_getaffinity(0)) // self.config.jobs)
         shares = {"TF_NUM_INTRAOP_THREADS": f"{threads}", "OMP_NUM_THREADS": f"{threads}"}
         search = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        try:
+        with files.writing(self.root, "folder"):
             self.root.mkdir(parents=True, exist_ok=True)
             log = open(f"{one.out}.log", "a")  # noqa: SIM115 closed below
-        except OSError as error:
-            raise UserError(
-                f"--out {self.root}: cannot write there ({error.strerror}); name another folder"
-            ) from None
         with log:
             process = subprocess.Popen(
                 [sys.executable, "-m", run_folder.program_of(type(one)), *words],

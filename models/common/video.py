@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from models.common import files
 from models.common.errors import UserError
 
 
@@ -23,16 +24,13 @@ class Video:
         if path.suffix not in (".gif", ".mp4"):
             raise UserError(f"--out {path}: the name must end in .gif or .mp4")
         try:
+            choices: dict[str, Any] = {"fps": rate, "macro_block_size": 2}
             if path.suffix == ".gif":
-                self._writer: Any = imageio.get_writer(
-                    path, duration=1000 / rate, loop=0, subrectangles=True
-                )
-            else:
-                self._writer = imageio.get_writer(path, fps=rate, macro_block_size=2)
+                choices = {"duration": 1000 / rate, "loop": 0, "subrectangles": True}
+            with files.writing(path):
+                self._writer = imageio.get_writer(path, **choices)
         except (ImportError, ValueError):
             raise UserError(f"--out {path}: .mp4 needs: pip install imageio-ffmpeg") from None
-        except OSError as error:
-            raise UserError(f"--out {path}: cannot write there ({error.strerror})") from None
 
     def __enter__(self) -> "Video":
         return self
