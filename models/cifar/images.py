@@ -1,4 +1,4 @@
-"""ZCA whitening, the first row of table A, and the data set."""
+"""The data set and its ZCA whitening, the first row of table A."""
 
 import dataclasses
 
@@ -10,11 +10,13 @@ from models.common import data
 
 
 def zca(images: np.ndarray, epsilon: float) -> dict[str, np.ndarray]:
-    """ZCA whitening: (x - mean) W has covariance I, W = U diag((s + epsilon)^-1/2) U'.
+    """Returns mean and w of ZCA whitening: (x - mean) w has covariance I.
+
+    w = U diag((s + epsilon)^-1/2) U' for the covariance U diag(s) U' of the images.
 
     Args:
       images: float32 [examples, ...].
-      epsilon: added to the eigenvalues s of the covariance U diag(s) U'.
+      epsilon: added to the eigenvalues s.
     """
     x = images.reshape(len(images), -1).astype(np.float64)
     mean = x.mean(axis=0)
@@ -34,7 +36,7 @@ def load(config: Config, data_dir: str = "") -> data.Images:
         whitening = data.cached(name, raw.train_images, lambda: zca(train, config.zca_epsilon))
         mean, w = (whitening[key].astype(np.float32) for key in ("mean", "w"))
         for images in (train, test):
-            # Once for the whole run, in place: a step on a CPU would notice the product.
+            # Once and in place, because in every step the product would cost time on a CPU.
             for part in np.array_split(images.reshape(len(images), -1), -(-len(images) // 5000)):
                 part[:] = tf.matmul(part - mean, w)
     return dataclasses.replace(raw, train_images=train, test_images=test)
