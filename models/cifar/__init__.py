@@ -19,7 +19,7 @@ Choices that the paper leaves open, and where its released code ("the code") dif
     Keras' Adam, which adds it outside. Both correct the bias with the current beta_1.
  3. In the code, the normal parameterization is w = g v with Glorot initialization of v and a
     constant g, which the data-dependent initialization sets (--frozen-g). By default, w itself is
-    trained, and all five parameterizations start as the same function: w = g v / ||v||.
+    trained, and all five parameterizations start as one function, from the same v.
  4. The data-dependent initialization uses the first 500 images of the first epoch, with noise and
     dropout, as in the code.
 """

@@ -6,10 +6,10 @@ import tensorflow as tf
 
 
 class BatchNormalization(tf.Module):
-    """Computes gamma (t - mu[t]) / sqrt(var[t] + epsilon) + beta; running moments when testing.
+    """Computes gamma (t - mu[t]) / sqrt(var[t] + epsilon) + beta.
 
-    The running variance averages the unbiased batch variances, var[t] n / (n - 1) for n values
-    per unit, as in the paper's code.
+    Outside training, mu and var are running moments. The running variance averages the unbiased
+    batch variances, var[t] n / (n - 1) for n values per unit, as in the paper's code.
 
     Args:
       units: size of the last axis.

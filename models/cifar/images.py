@@ -10,13 +10,11 @@ from models.common import data
 
 
 def zca(images: np.ndarray, epsilon: float) -> dict[str, np.ndarray]:
-    """Returns mean and w of ZCA whitening: (x - mean) w has covariance I.
-
-    w = U diag((s + epsilon)^-1/2) U' for the covariance U diag(s) U' of the images.
+    """Returns ZCA's mean and w = U diag((s + epsilon)^-1/2) U': (x - mean) w has covariance I.
 
     Args:
       images: float32 [examples, ...].
-      epsilon: added to the eigenvalues s.
+      epsilon: added to the eigenvalues s of the covariance U diag(s) U'.
     """
     x = images.reshape(len(images), -1).astype(np.float64)
     mean = x.mean(axis=0)
@@ -36,7 +34,7 @@ def load(config: Config, data_dir: str = "") -> data.Images:
         whitening = data.cached(name, raw.train_images, lambda: zca(train, config.zca_epsilon))
         mean, w = (whitening[key].astype(np.float32) for key in ("mean", "w"))
         for images in (train, test):
-            # Once and in place, because in every step the product would cost time on a CPU.
+            # Once and in place: repeating the product in every step would be slow on a CPU.
             for part in np.array_split(images.reshape(len(images), -1), -(-len(images) // 5000)):
                 part[:] = tf.matmul(part - mean, w)
     return dataclasses.replace(raw, train_images=train, test_images=test)

@@ -21,17 +21,16 @@ Deviations from the paper, and choices where it is silent:
     old. Either way, all schedules count actions.
  2. The paper adapts the code "deep_q_rl", which differs from Nature in details. `--variant
     deep_q_rl` plays and learns like that code (see Config) except for its initial weights (He's,
-    uniform; biases 0.1), its random first 4 actions in a test, and the new game that it starts in
+    uniform; biases 0.1), its random first 4 actions in a test, and the new game that it starts at
     each epoch.
  3. The batch for data-dependent initialization is drawn from the replay memory after the warm-up.
     The paper specifies neither its source nor whether the output layer is initialized too
     (`--init-output none` leaves that layer out). In the paper's code, the normal parameterization
-    is w = g v with Glorot initialization of v and a constant g, which the data-dependent
-    initialization sets (`--frozen-g`).
+    is w = g v with Glorot's v and a constant g set by this initialization (`--frozen-g`).
  4. With several games, a test plays them in parallel and drops those unfinished at the end; the
     paper's code drops only one.
  5. Frames are scaled bilinearly, as in deep_q_rl. `--preset nature` averages areas, as Nature's
-    code does, but differs from it in two details: in that code, losing a life in training cuts
-    the action short, and play resumes after 1 to 30 no-ops with a new frame stack; and its first
-    convolution pads the input by 1.
+    code does, but differs from it in two details: in that code, a lost life in training cuts the
+    action short, and play resumes after 1 to 30 no-ops with a new frame stack; and the first
+    convolution pads its input by 1.
 """

@@ -24,7 +24,7 @@ CPU = {
     "num_envs": 8, "batch_size": 32, "filters": (16, 32, 32), "hidden": 256,
     "steps": 500_000, "replay": 100_000, "learning_starts": 10_000, "target_every": 2_000,
     "epsilon": 0.05, "epsilon_steps": 100_000, "test_every": 50_000, "held_out": 800,
-    "learning_rate": 3e-4,  # At 1e-4, the normal parameterization needs more steps than that.
+    "learning_rate": 3e-4,  # At 1e-4, the normal parameterization needs more steps than these.
     "init_output": 0.01,  # A large initial Q would fade by only 1 % per copy to the target network.
     "protocol": "nature",  # The paper's would leave out long games with so few steps.
 }  # fmt: skip
@@ -69,7 +69,7 @@ class Config(SweepConfig):
     filters: tuple[Count, ...] = option((32, 64, 64), resume="never")  # Filters per convolution.
     hidden: Count = option(512, resume="never")  # Units of the hidden dense layer.
     data_dependent_init: bool = True  # Use the data-dependent initialization of section 3.
-    # Use the normal parameterization of the paper's code: w = g v with a constant g.
+    # With --parameterization normal: w = g v with a constant g, as in the paper's code.
     frozen_g: bool = option(False, resume="never")
     # Initial standard deviation of Q (none: the output layer is not initialized from data).
     init_output: Annotated[float, Range(1e-6)] | None = 1.0
@@ -77,7 +77,7 @@ class Config(SweepConfig):
     test_every: Count = 250_000  # Steps per epoch, which ends with a test.
     # Tests: --test-steps actions (paper), or 30 games of at most 5 minutes (nature).
     protocol: Literal["paper", "nature"] = option("paper", named=True, was="test")
-    test_steps: Count = option(125_000, named=True)  # Actions per test under --protocol paper.
+    test_steps: Count = option(125_000, named=True)  # Actions per test with --protocol paper.
     test_epsilon: Fraction = 0.05  # Probability of a random action in evaluation.
     held_out: Count = 3200  # Number of held-out states whose mean maximum Q is logged.
     # Scaling of frames to 84 x 84: bilinear as in deep_q_rl, or area averages as in Nature's code.
@@ -114,7 +114,7 @@ class Config(SweepConfig):
             "scaled: a quarter of the network, at most 500,000 steps, an hour on a laptop", CPU
         ),
         "demo": Preset(
-            "scaled: the first half of `cpu`, on Breakout; minutes; plays like a beginner",
+            "scaled: the first half of `cpu`, on Breakout; takes minutes, plays like a beginner",
             CPU | {"game": "Breakout", "steps": 250_000},
         ),
         "smoke": Preset(
@@ -177,8 +177,8 @@ class Evaluate:
     checkpoint: Positional[str]  # A run folder (its best network is used), or a checkpoint inside.
     # nature: 30 games of at most 5 minutes; paper: --test-steps actions, games of any length.
     protocol: Literal["nature", "paper"] = "nature"
-    test_steps: Count | None = None  # Actions under --protocol paper (none: as in the run).
-    games: Count | None = None  # Number of games, if not the protocol's.
+    test_steps: Count | None = None  # Actions with --protocol paper (none: as in the run).
+    games: Count | None = None  # Number of games (none: the protocol's).
     epsilon: Fraction = 0.05  # Probability of a random action.
     num_envs: Count = 8  # Games played in parallel.
     seed: Seed = 1  # Seeds games and actions.

@@ -20,8 +20,8 @@ def make_game(config: Config, testing: bool = False, show: bool = False) -> gymn
 
     Args:
       config: the game and how it is played.
-      testing: apply the protocol's time limit, and no no-ops after a lost life.
-      show: allow calls of render().
+      testing: apply the protocol's time limit, and skip the no-ops after a lost life.
+      show: allow render().
     """
     limit = 18_000 if testing and config.protocol == "nature" else 0
     noops = 2 if config.variant == "deep_q_rl" else 0
@@ -47,7 +47,7 @@ def make_game(config: Config, testing: bool = False, show: bool = False) -> gymn
         )
     except UserError:
         raise
-    except Exception as error:  # Gymnasium and the environments' modules raise many kinds.
+    except Exception as error:  # Gymnasium and environments raise errors of many kinds.
         raise UserError(f"--game {config.game}: cannot be made ({first_line(error)})") from error
     return Atari(
         env,

@@ -3,7 +3,7 @@
     python -m models.draw --parameterization weight_norm --data-dir DATA
     python -m models.draw sample runs/draw-paper-weight_norm-0
 
-Bounds on the test log-likelihood in nats, for comparison (the paper has figure 4 only):
+Bounds on the test log-likelihood in nats, for comparison (the paper only has figure 4):
 
     Theano implementation, normal, 100 epochs, reported by its author    -90.5
     DRAW's paper (arXiv 1502.04623, table 2), with attention             -80.97
@@ -12,7 +12,7 @@ The paper starts from that Theano implementation of DRAW ("the code"). Choices t
 open, and where the code differs from DRAW's paper:
 
  1. The paper mentions neither the number of glimpses nor attention. The default follows the code's
-    example with attention: windows of 2x2 and 5x5, 64 glimpses. The code's own default reads whole
+    attention example: windows of 2x2 and 5x5, 64 glimpses. The code's own default reads whole
     images in 10 glimpses (--preset no-attention).
  2. As in the code, MNIST is binarized. Here that is done once, from a seed: each pixel is 1 with a
     probability equal to its gray value. Training uses the first 50,000 images of the file, in the

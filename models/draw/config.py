@@ -24,7 +24,7 @@ class Config(SweepConfig):
     attention: bool = True  # Read and write through attention windows, not whole images.
     read_size: FilterCount = 2  # Filters per axis of the read window.
     write_size: FilterCount = 5  # Filters per axis of the write window.
-    glimpses: Count = option(64, memory=True)  # Time steps, T.
+    glimpses: Count = option(64, memory=True)  # Number of glimpses (time steps), T.
     encoder_units: Count = 256  # Units of the encoder's LSTM.
     decoder_units: Count = 256  # Units of the decoder's LSTM.
     latent_units: Count = 100  # Dimension of z at each glimpse.
@@ -56,8 +56,7 @@ class Config(SweepConfig):
             {"glimpses": 16, "epochs": 5, "learning_rate": 1e-3, "initial_stddev": 0.05},
         ),
         "smoke": Preset(
-            "a quick check that it runs, in under a minute; its numbers and pictures "
-            "mean nothing",
+            "a quick check that it runs, in under a minute; its numbers and pictures mean nothing",
             {
                 "dataset": "synthetic_mnist",
                 "train_images": 1000,
@@ -88,7 +87,7 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Samples images: a grid of them, and a GIF of how they are drawn, with the attention."""
+    """Writes a grid of samples, and a GIF of how they are drawn, with the attention window."""
 
     checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
     out: str = ""  # The folder to write to (default: samples in the run folder).

@@ -20,8 +20,8 @@ class Config(SweepConfig):
     learning_rate: float = 0.1  # Learning rate of SGD, which has no momentum.
     # Learning rates tried by --sweep.
     learning_rates: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), resume="free")
-    examples: Count = option(5000, memory=True)  # Images from whose gradients C is estimated.
-    samples: Count = 16  # Units of each hidden layer for which C is computed.
+    examples: Count = option(5000, memory=True)  # Images used to estimate C.
+    samples: Count = 16  # Units per hidden layer for which C is computed.
 
     ARMS: ClassVar[dict[str, dict[str, Any]]] = {
         "normal": {"parameterization": "normal"},

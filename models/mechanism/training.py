@@ -43,7 +43,7 @@ class Network(tf.Module):
 
 
 class Measures(tf.Module):
-    """Tracks each unit's norm by the formula sqrt(1 + c^2) and the formula's error in one step."""
+    """Tracks each unit's norm as predicted by sqrt(1 + c^2), and the largest error of a step."""
 
     def __init__(self, network: Network):
         super().__init__()
@@ -84,7 +84,7 @@ def angles(before, after) -> tf.Tensor:
 
 
 def make_step(network: Network, optimizer, measures: Measures):
-    """Returns step(images, labels) -> [loss, mean angle by which w turned, degrees], float64."""
+    """Returns step(images, labels), which returns [loss, mean turn of w in degrees], float64."""
 
     @tf.function
     def step(images, labels):

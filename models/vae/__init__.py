@@ -7,7 +7,7 @@
 Bound on the test images with averaged weights, read off the axes of figure 3:
 
     MNIST       -88 to -84 nats between epochs 50 and 300
-    CIFAR-10    8000 to 10000 in 450 epochs: log-density in nats of pixels in [0, 1], which is
+    CIFAR-10    8000 to 10000 over 450 epochs: log-density in nats of pixels in [0, 1], i.e.
                 3072 ln 2 (8 - b) for b bits/dim; 8000 is b = 4.24, 9500 is 3.54, 10000 is 3.30
 
 The paper specifies the optimizer and the shape of the MNIST encoder. Its "auto-regressive
@@ -25,18 +25,17 @@ whose CIFAR-10 code is public ("the code"). Deviations, and choices where the pa
  4. Data-dependent initialization (section 3) uses 200 images and gives pre-activations a standard
     deviation of 1, or 0.1 in layers that output the parameters of a distribution. On CIFAR-10 it
     is 1 in the flows and 0.1 elsewhere, as in the code. A unit with a constant output keeps its g;
-    the code then skips the whole layer. Both parameterizations start as one function, g v / ||v||.
+    the code then skips the whole layer. Both parameterizations start with the same w = g v / ||v||.
  5. g itself is trained (section 2); the code trains log(g) / 3.
  6. The batch size is 100; the code uses 16.
  7. Convolutions pad with zeros; the code also adds an input channel that is 1 in the padding.
  8. In a flow, a hidden unit sees all units of the previous layer whose degree is at most its own;
     in the code, the i-th unit sees the first i units.
- 9. Upsampling uses a convolution to four times the channels and depth-to-space in place of a
+ 9. Upsampling is a convolution to four times the channels followed by depth-to-space, not a
     transposed convolution of stride 2.
 10. Adamax follows the code: no bias correction, and epsilon inside the maximum.
-11. In the code, the normal parameterization is w = g v with Glorot initialization of v and a
-    constant g, which the data-dependent initialization sets (--frozen-g). By default, w itself is
-    trained.
-12. At step t, the parameter average decays by min(1 - 1 / n, (1 + t) / (10 + t)), where n is the
-    number of steps in 10 epochs, so that the average is useful in short runs too.
+11. In the code, the normal parameterization is w = g v with Glorot's v and a constant g set by the
+    data-dependent initialization (--frozen-g). By default, w itself is trained.
+12. At step t, the decay of the parameter average is min(1 - 1 / n, (1 + t) / (10 + t)), where n is
+    the number of steps in 10 epochs. This makes the average useful in short runs too.
 """

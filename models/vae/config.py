@@ -56,7 +56,7 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
     # Data set, which determines the model. Synthetic data needs no files.
     dataset: Literal["mnist", "cifar10", "synthetic_mnist", "synthetic_cifar10"] = "mnist"
     parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Used in every layer.
-    # Use the normal parameterization of the paper's code: w = g v with a constant g.
+    # With --parameterization normal: w = g v with a constant g, as in the paper's code.
     frozen_g: bool = False
     free_bits: float | None = None  # Free nats per latent map (none: MNIST 0, CIFAR-10 0.25).
     data_dependent_init: bool = True  # Use the data-dependent initialization of section 3.

@@ -39,7 +39,7 @@ def bounds(
 
     log_likelihood is the importance-weighted bound, the mean of log mean_k p(x, z_k) / q(z_k|x).
     All k share one x, even with dynamic binarization. Every call uses the same random numbers and
-    reports progress by report(done, total).
+    reports its progress to report(done, total).
     """
     parts, batch = [], 500
     starts = range(0, len(images), batch)

@@ -21,10 +21,9 @@ def make_optimizer(config: Config, variables) -> Adamax:
 
 
 def make_train_step(config: Config, strategy, network, averaged, optimizer, per_epoch: int):
-    """Returns train_step(images, step); it takes the whole batch on every replica.
+    """Returns train_step(images, step), with the whole batch on every replica and steps from 0.
 
-    Steps count from 0. The result is float32 [3], sums over the images of the loss, the bound and
-    log q(z|x) - log p(z).
+    It returns float32 [3]: sums over the images of the loss, the bound and log q(z|x) - log p(z).
     """
 
     def train_step(images, step):
