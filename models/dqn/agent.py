@@ -164,7 +164,7 @@ class FrameStack:
         self.newest = np.zeros((count, *FRAME_SHAPE), np.uint8)
 
     def push(self, frames: np.ndarray, begins: np.ndarray | None = None) -> None:
-        """Adds one frame per game; `begins`, bool [games], marks the first frame of a game."""
+        """Adds one frame per game; `begins`, bool [games], marks games whose first it is."""
         self._pixels >>= 8  # Moving single bytes takes ten times as long.
         if begins is not None:
             self._pixels[begins] = 0

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from models.common.errors import UserError, first_line, nearest
 from models.common.options import Count, Fraction, Preset, Range, Seed, SweepConfig, flag_of, option
 
-# Maximum test scores, figure 6; nature and random play: Mnih et al. 2015, extended data table 2.
+# Maximum test scores (figure 6). nature, random: Mnih et al. 2015, extended data table 2.
 PAPER = {
     "Breakout": {"normal": 410, "weight_norm": 403, "nature": 401, "random": 1.7},
     "Enduro": {"normal": 1_250, "weight_norm": 1_448, "nature": 302, "random": 0.0},
@@ -222,7 +222,7 @@ def check_game(game: str) -> None:
 
 
 def rom_of(game: str) -> str | None:
-    """Returns the name of an Atari game's ROM, such as space_invaders, None for other games."""
+    """Returns the name of an Atari game's ROM, such as space_invaders, or None for others."""
     return rom_names().get(_plain(_stem(game)))
 
 

@@ -267,7 +267,7 @@ class Image(gymnasium.Wrapper):
 
 
 def luminance(rgb: np.ndarray) -> np.ndarray:
-    """Returns 0.299 R + 0.587 G + 0.114 B, rounded, of uint8 [..., 3]."""
+    """Returns 0.299 R + 0.587 G + 0.114 B, rounded, for uint8 [..., 3]."""
     wide = rgb.astype(np.uint32)
     total = wide[..., 0] * 299 + wide[..., 1] * 587 + wide[..., 2] * 114
     return ((total + 500) // 1000).astype(np.uint8)
@@ -299,7 +299,7 @@ def _both_taps(shape: tuple[int, int], scaling: str) -> tuple[list, list, Any]:
 def _taps(source: int, area: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns each target pixel's source pixels and their integer weights, both [taps, 84]."""
     if area:
-        # In units of 1/84 source pixel, target pixel i reaches from i source to (i + 1) source.
+        # In units of 1/84 source pixel, target pixel i spans i * source to (i + 1) * source.
         begin = np.arange(SIZE) * source
         pixels = begin // SIZE + np.arange(-(-source // SIZE) + 1)[:, None]
         ends = np.minimum((pixels + 1) * SIZE, begin + source)
@@ -307,7 +307,7 @@ def _taps(source: int, area: bool) -> tuple[np.ndarray, np.ndarray]:
         used = weights.any(1)
         pixels, weights = pixels[used], weights[used]
     else:
-        # The center of target pixel i lies at source pixel ((2 i + 1) source - 84) / (2 84).
+        # The center of target pixel i is at source pixel ((2 i + 1) * source - 84) / (2 * 84).
         at, rest = np.divmod((2 * np.arange(SIZE) + 1) * source - SIZE, 2 * SIZE)
         pixels, weights = np.array([at, at + 1]), np.array([2 * SIZE - rest, rest])
     return np.clip(pixels, 0, source - 1), weights // math.gcd(*map(int, weights.ravel()))

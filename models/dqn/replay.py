@@ -343,7 +343,7 @@ def _make_file(path: Path, needed: int) -> None:
             file.truncate(_HEADER + needed)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write the replay memory there ({error.strerror})"
+            f"{path}: cannot write the replay memory there ({error.strerror}); name another file"
         ) from None
 
 

@@ -23,6 +23,5 @@ open, and where the code differs from DRAW's paper:
     parameterizations start as the same function.
  5. There is no --frozen-g. Without data-dependent initialization, a constant g would stay 1, so
     the normal parameterization of the paper's code does not differ from the one here.
- 6. All LSTM biases, including the forget gate's, and all states are initialized to 0, as in the
-    code.
+ 6. All LSTM biases, including the forget gate's, and all initial states are 0, as in the code.
 """

@@ -12,7 +12,7 @@ from models.draw.network import Network, window
 
 
 def sample_noise(config: Config, seed: int = 0, count: int = 100) -> tf.Tensor:
-    """Returns the z of `count` images, [T, count, latent_units]."""
+    """Returns z for `count` images, [T, count, latent_units]."""
     shape = [config.glimpses, count, config.latent_units]
     return tf.random.stateless_normal(shape, [seed, 0], alg="philox")
 

@@ -74,7 +74,7 @@ class MnistVAE(tf.Module):
         return tf.reduce_sum(log_px, [1, 2, 3]), log_q - log_normal(z, 0.0, 0.0)
 
     def encode(self, x, seed):
-        """Returns a draw z from q(z|x), and log q(z|x), both float32 [batch, latents]."""
+        """Draws z from q(z|x); returns z and log q(z|x), both float32 [batch, latents]."""
         mu, log_sigma, context = self.moments(x)
         noise = replicas.normal_like(mu, seed)
         z = mu + tf.exp(log_sigma) * noise
