@@ -1,4 +1,4 @@
-"""Batch normalization (Ioffe and Szegedy 2015), which the paper compares with."""
+"""Batch normalization (Ioffe and Szegedy 2015), one of the paper's baselines."""
 
 import functools
 
@@ -6,16 +6,16 @@ import tensorflow as tf
 
 
 class BatchNormalization(tf.Module):
-    """gamma (t - mu[t]) / sqrt(var[t] + epsilon) + beta; running moments at test time.
+    """Computes gamma (t - mu[t]) / sqrt(var[t] + epsilon) + beta.
 
-    The running variance is of the batches' unbiased ones, var[t] n / (n - 1) for n values of a
-    unit, as in the paper's code.
+    Outside training, mu and var are running moments. The running variance averages the unbiased
+    batch variances, var[t] n / (n - 1) for n values per unit, as in the paper's code.
 
     Args:
       units: size of the last axis.
-      momentum: m <- momentum * m + (1 - momentum) * now, of the running moments.
+      momentum: decay of the running moments, m <- momentum * m + (1 - momentum) * m_batch.
       epsilon: added to the variance.
-      synchronized: take the moments over the batches of all replicas, which have equal shares.
+      synchronized: compute the moments over all replicas, whose batches must have equal sizes.
     """
 
     def __init__(self, units: int, momentum: float, epsilon: float, synchronized: bool = True):
@@ -26,7 +26,7 @@ class BatchNormalization(tf.Module):
         running = functools.partial(
             tf.Variable,
             trainable=False,
-            # Each replica keeps its own; a read across replicas, as by a checkpoint, averages.
+            # Each replica updates its own copy; a read across replicas (a checkpoint) averages.
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.MEAN,
         )
@@ -34,7 +34,7 @@ class BatchNormalization(tf.Module):
         self.moving_variance = running(tf.ones([units]), name="moving_variance")
 
     def __call__(self, t, training: bool) -> tf.Tensor:
-        """Returns the normalized t, of t's type; the moments are float32."""
+        """Returns t normalized, in t's dtype; the moments are float32."""
         if not training:
             return self._scale_and_shift(t, self.moving_mean, self.moving_variance)
         if self.synchronized and tf.distribute.get_replica_context().num_replicas_in_sync > 1:
@@ -60,7 +60,7 @@ class BatchNormalization(tf.Module):
         return t * tf.cast(scale, t.dtype) + tf.cast(self.beta - mean * scale, t.dtype)
 
     def _fused(self, t):
-        # The raw op, because TensorFlow's wrapper raises an epsilon below 1e-5 to that.
+        # The raw op, because TensorFlow's wrapper raises a smaller epsilon to 1e-5.
         normalized, mean, unbiased, *_ = tf.raw_ops.FusedBatchNormV3(
             x=t if t.shape.rank == 4 else t[:, None, None, :],
             scale=self.gamma,

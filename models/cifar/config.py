@@ -23,32 +23,32 @@ class Config(SweepConfig):
 
     # The run folder.
     out: str = option("runs/cifar-{preset}-{parameterization}-{seed}", resume="free")
-    # How every layer's weights are parameterized, the output layer's included.
+    # Weight parameterization of every layer, including the output layer.
     parameterization: Literal[
         "normal", "batch_norm", "weight_norm", "weight_norm_mean_only_bn", "mean_only_bn"
     ] = "weight_norm"
-    dataset: Literal["cifar10", "synthetic_cifar10"] = "cifar10"  # synthetic: needs no files.
-    whiten: bool = True  # ZCA whitening.
-    zca_epsilon: float = 1e-5  # Added to the eigenvalues in ZCA.
-    width: Count = option(96, memory=True)  # Channels of convolutions 1 to 3; then twice as many.
-    noise: float = 0.15  # Standard deviation of the Gaussian noise on the whitened images.
+    dataset: Literal["cifar10", "synthetic_cifar10"] = "cifar10"  # Synthetic data needs no files.
+    whiten: bool = True  # Apply ZCA whitening.
+    zca_epsilon: float = 1e-5  # Added to the eigenvalues in ZCA whitening.
+    width: Count = option(96, memory=True)  # Channels of convolutions 1 to 3; twice that later.
+    noise: float = 0.15  # Standard deviation of the Gaussian noise added to whitened images.
     dropout: Fraction = 0.5  # Rate of both dropout layers.
     leak: float = 0.1  # Slope of the leaky ReLU below zero.
-    init_examples: Count = 500  # Images of the data-dependent initialization.
-    # Normal parameterization as in the paper's released code: w = g v with a constant g.
+    init_examples: Count = 500  # Images used for data-dependent initialization.
+    # Use the normal parameterization of the paper's code: w = g v with a constant g.
     frozen_g: bool = False
-    bn_momentum: Fraction = 0.9  # Decay of the running moments of (mean-only) batch norm.
+    bn_momentum: Fraction = 0.9  # Decay of the running moments in (mean-only) batch norm.
     bn_epsilon: float = 1e-6  # Added to the variance in batch norm.
-    synchronized: bool = True  # Take batch moments over all replicas, not over each one.
+    synchronized: bool = True  # Compute batch moments over all replicas, not per replica.
     epochs: Count = 200  # Passes over the training images.
     batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
-    # Adam's learning rate in the first half of the epochs (none: .0003 for normal, else .003).
+    # Adam's learning rate in the first half of the epochs (none: 0.0003 for normal, else 0.003).
     learning_rate: float | None = option(None, named=True)
-    # The learning rates of the sweep.
+    # Learning rates tried by --sweep.
     learning_rates: tuple[float, ...] = option((0.0003, 0.001, 0.003, 0.01), resume="free")
     beta_1: Fraction = 0.9  # Adam's momentum in the first half of the epochs.
     beta_1_late: Fraction = 0.5  # Adam's momentum in the second half.
-    beta_2: Fraction = 0.999  # Adam's decay of the squared gradient.
+    beta_2: Fraction = 0.999  # Decay of Adam's average of squared gradients.
     epsilon: float = 1e-8  # Adam's epsilon.
     # Add Adam's epsilon inside the square root, as the paper's released code does.
     epsilon_inside_root: bool = False
@@ -73,7 +73,7 @@ class Config(SweepConfig):
             {"width": 24, "epochs": 8},
         ),
         "smoke": Preset(
-            "only to see that it runs, in less than a minute; its numbers mean nothing",
+            "a quick check that it runs, in under a minute; its numbers mean nothing",
             {
                 "dataset": "synthetic_cifar10",
                 "whiten": False,
@@ -85,12 +85,12 @@ class Config(SweepConfig):
     }
 
     def check(self) -> None:
-        """Refuses what cannot work."""
+        """Raises UserError if options conflict."""
         super().check()
         if self.jit_compile and self.deterministic:
             raise UserError(
                 "--jit-compile does not work with --deterministic: XLA has no deterministic "
-                "gradient of max pooling; leave one out"
+                "gradient for max pooling; omit one of the two"
             )
 
     @property
@@ -110,5 +110,5 @@ class Config(SweepConfig):
 class Evaluate:
     """Prints the test error of a checkpoint."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
-    data_dir: str = ""  # Where the data sets are; default: where the run found them.
+    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
+    data_dir: str = ""  # Folder of the data sets (default: as in the run).

@@ -10,7 +10,7 @@ EXPERIMENT = Experiment(
     "CIFAR-10",
     TRAIN,
     (TEST, TRAIN),
-    # The paper's normal parameterization is its code's, with a constant g.
+    # The paper's normal arm is that of its code, where g is constant.
     {**PAPER, "normal_frozen_g": PAPER["normal"]},
     limits=((0, 200), (0, 10)),
 )

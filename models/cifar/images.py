@@ -1,4 +1,4 @@
-"""ZCA whitening, the first row of table A, and the data set."""
+"""The data set and its ZCA whitening, the first row of table A."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from models.common import data
 
 
 def zca(images: np.ndarray, epsilon: float) -> dict[str, np.ndarray]:
-    """ZCA whitening: (x - mean) W has covariance I, W = U diag((s + epsilon)^-1/2) U'.
+    """Returns ZCA's mean and w = U diag((s + epsilon)^-1/2) U': (x - mean) w has covariance I.
 
     Args:
       images: float32 [examples, ...].
@@ -34,7 +34,7 @@ def load(config: Config, data_dir: str = "") -> data.Images:
         whitening = data.cached(name, raw.train_images, lambda: zca(train, config.zca_epsilon))
         mean, w = (whitening[key].astype(np.float32) for key in ("mean", "w"))
         for images in (train, test):
-            # Once for the whole run, in place: a step on a CPU would notice the product.
+            # Once and in place: repeating the product in every step would be slow on a CPU.
             for part in np.array_split(images.reshape(len(images), -1), -(-len(images) // 5000)):
                 part[:] = tf.matmul(part - mean, w)
     return dataclasses.replace(raw, train_images=train, test_images=test)

@@ -1,4 +1,4 @@
-"""The network: table A, row by row, and its initialization."""
+"""The network of table A, row by row, and its initialization."""
 
 import functools
 from typing import Any
@@ -13,28 +13,28 @@ from models.common import layers, replicas
 
 
 class GaussianNoise(tf.Module):
-    """x + stddev * noise in training."""
+    """Adds Gaussian noise in training: x + stddev * noise."""
 
     def __init__(self, stddev):
         super().__init__()
         self.stddev = stddev
 
     def __call__(self, x, training, seed):
-        """Returns x with noise."""
+        """Returns x, with noise in training."""
         if not training:
             return x
         return x + tf.cast(self.stddev * replicas.normal_like(x, seed), x.dtype)
 
 
 class Dropout(tf.Module):
-    """In training zero with probability `rate`, else x / (1 - rate)."""
+    """In training, zeroes elements with probability `rate` and divides the rest by 1 - rate."""
 
     def __init__(self, rate):
         super().__init__()
         self.rate = rate
 
     def __call__(self, x, training, seed):
-        """Returns x with units dropped."""
+        """Returns x, with elements dropped in training."""
         if not training:
             return x
         kept = replicas.uniform_like(x, seed) >= self.rate
@@ -42,7 +42,7 @@ class Dropout(tf.Module):
 
 
 class Pool(tf.Module):
-    """2x2 max pooling with stride 2, or the global average."""
+    """2x2 max pooling with stride 2, or global average pooling."""
 
     def __init__(self, kind):
         super().__init__()
@@ -56,10 +56,10 @@ class Pool(tf.Module):
 
 
 def leaky_relu(t, slope):
-    """max(t, slope * t), whose gradient needs the output alone.
+    """Returns max(t, slope * t), with a gradient computed from the output alone.
 
-    So t is not kept, and TensorFlow fuses convolution, b and this. Its own gradient reads t, which
-    makes Grappler report "remapper failed".
+    TensorFlow can then discard t and fuse the activation with the convolution and b. The built-in
+    gradient reads t, which makes Grappler report "remapper failed".
     """
 
     @tf.custom_gradient
@@ -71,7 +71,7 @@ def leaky_relu(t, slope):
 
 
 class Layer(tf.Module):
-    """act(w x + b) in the parameterization of the Config."""
+    """Computes act(w x + b), with w parameterized as the Config says."""
 
     def __init__(self, config, make, units, kernel=None, padding="same", activation=True):
         super().__init__()
@@ -103,7 +103,7 @@ class Layer(tf.Module):
 
 
 class Network(tf.Module):
-    """Table A. `rows` holds its rows after ZCA whitening, by the paper's names, in its order."""
+    """Table A. `rows` lists its rows after ZCA whitening, with the paper's names."""
 
     def __init__(self, config: Config, dtype=tf.float32):
         super().__init__()
@@ -135,8 +135,8 @@ class Network(tf.Module):
 
         Args:
           images: float32 [examples, 32, 32, 3], whitened.
-          training: with noise, dropout and batch moments.
-          seed: int64 [2], of noise and dropout; required in training.
+          training: use noise, dropout and batch moments.
+          seed: int64 [2], seeds noise and dropout; required in training.
         """
         x = tf.cast(images, self.dtype)
         for index, (_, row) in enumerate(self.rows):
@@ -145,12 +145,12 @@ class Network(tf.Module):
 
 
 def initialize(config: Config, network: Network, images: np.ndarray) -> None:
-    """The initialization of section 3: all parameterizations start as the same function.
+    """Applies the initialization of section 3, so all parameterizations start as one function.
 
-    Batch norm needs none: with gamma = 1 and beta = 0 it normalizes v's outputs itself.
+    Batch norm needs none, because with gamma = 1 and beta = 0 it normalizes v's outputs itself.
     """
     if config.parameterization == "batch_norm":
         return
     seed = tf.constant([config.seed, 0], tf.int64)
-    # Every replica sees the whole batch, so they agree.
+    # Every replica sees the whole batch, so all compute the same values.
     tfwn.data_dependent_init(lambda x: network(x, training=True, seed=seed), tf.constant(images))

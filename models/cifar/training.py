@@ -1,4 +1,4 @@
-"""Optimizer, training step, training and evaluation of section 5.1."""
+"""Optimizer, training step, training loop and evaluation of section 5.1."""
 
 import tensorflow as tf
 
@@ -10,10 +10,10 @@ from models.common.run import Run
 
 
 class EpsilonInsideRoot(tf.keras.optimizers.Adam):
-    """Adam with w -= lr * m^ / sqrt(v^ + epsilon), deviation 2."""
+    """Adam with w -= lr * m^ / sqrt(v^ + epsilon): item 2 in models/cifar/__init__.py."""
 
     def update_step(self, gradient, variable, learning_rate):
-        """One variable's step."""
+        """Updates one variable."""
         index = self._get_variable_index(variable)
         m, v = self._momentums[index], self._velocities[index]
         self.assign_add(m, (1 - self.beta_1) * (gradient - m))
@@ -25,7 +25,7 @@ class EpsilonInsideRoot(tf.keras.optimizers.Adam):
 
 
 def make_optimizer(config: Config, variables) -> tf.keras.optimizers.Adam:
-    """Returns the Adam of section 5.1; its beta_1 is a variable, switched with the slots kept."""
+    """Returns section 5.1's Adam. beta_1 is a variable, so changing it keeps the moments."""
     kind = EpsilonInsideRoot if config.epsilon_inside_root else tf.keras.optimizers.Adam
     adam = kind(schedule(config, 0)[0], beta_2=config.beta_2, epsilon=config.epsilon)
     adam.beta_1 = tf.Variable(config.beta_1, trainable=False, name="beta_1")
@@ -43,7 +43,7 @@ def schedule(config: Config, epoch: int) -> tuple[float, float]:
 def make_steps(config: Config, strategy, network: Network, optimizer=None):
     """Returns (train_step, evaluate_step); both take the whole batch on every replica.
 
-    train_step(images, labels, seed) and evaluate_step(images, labels) return float32 [2]: the sum
+    train_step(images, labels, seed) and evaluate_step(images, labels) return float32 [2], the sum
     of the losses and the number of errors.
     """
 
@@ -69,7 +69,7 @@ def make_steps(config: Config, strategy, network: Network, optimizer=None):
 
 
 def error_rate(evaluate_step, images: data.Images, report=lambda done, total: None) -> float:
-    """Returns the test error with running moments, in [0, 1]."""
+    """Returns the test error, in [0, 1], computed with running moments."""
     errors, batch = 0.0, 500
     for start in range(0, len(images.test_labels), batch):
         report(start, len(images.test_labels))
@@ -80,13 +80,13 @@ def error_rate(evaluate_step, images: data.Images, report=lambda done, total: No
 
 def train(config: Config) -> None:
     """Trains one network."""
-    images = load(config)  # Before there is a run, because they may be missing.
+    images = load(config)  # Before a run folder exists, because the data may be missing.
     examples = len(images.train_labels)
     per_epoch = data.steps_per_epoch(config.batch_size, examples)
     with Run(config, config.parameterization, images.caveat) as run:
         with run.strategy.scope():
             network = Network(config, run.dtype)
-            network(images.test_images[:1])  # Makes the variables.
+            network(images.test_images[:1])  # Creates the variables.
             optimizer = make_optimizer(config, network.trainable_variables)
         first = data.order(config.seed, 0, examples)[: config.init_examples]
         initialize(config, network, images.train_images[first])

@@ -15,7 +15,7 @@ from models.dqn.vector import Games, Steps
 
 
 class Network(tf.Module):
-    """Q-values, float32 [batch, actions], of states, uint8 [batch, 84, 84, 4] or in [0, 1]."""
+    """Maps states [batch, 84, 84, 4], uint8 or in [0, 1], to Q-values, float32 [batch, actions]."""
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class Network(tf.Module):
 class Learner(tf.Module):
     """The online network, the target network, the optimizer and the update.
 
-    The target network and the one that acts hold effective weights in the compute type: w is
-    computed when they are copied, not when they are used.
+    The target and the acting network store effective weights in the compute dtype, so w is
+    computed once per copy and not at every use.
     """
 
     def __init__(self, config: Config, actions: int, dtype: tf.DType):
@@ -87,13 +87,13 @@ class Learner(tf.Module):
         self.acting = Network(config, actions, dtype, dtype)
         self.optimizer = make_optimizer(config, self.online.trainable_variables)
         self.initialized = tf.Variable(False, trainable=False)
-        # Sums since the last row of metrics: loss and Q of each transition, and their number.
+        # Sums since the last row of metrics: the transitions' losses, their Q, and their number.
         self.sums = tf.Variable(tf.zeros(3), trainable=False)
         self.act = tf.function(self.acting.__call__)
         self.update = tf.function(self._update, jit_compile=config.jit_compile)
 
     def initialize(self, states: np.ndarray) -> None:
-        """Data-dependent initialization (section 3) from a batch of states, once."""
+        """Applies data-dependent initialization (section 3) with a batch of states, once."""
         if self._config.data_dependent_init:
             tfwn.data_dependent_init(
                 self.online.hidden if self._config.init_output is None else self.online,
@@ -105,7 +105,7 @@ class Learner(tf.Module):
         self.initialized.assign(True)
 
     def copy_to_target(self) -> None:
-        """Makes the target network equal to the online network."""
+        """Copies the online network to the target network."""
         self.target.copy_from(self.online)
 
     def loss(self, batch: Batch) -> tuple[tf.Tensor, tf.Tensor]:
@@ -116,13 +116,13 @@ class Learner(tf.Module):
         goal = batch.rewards + self._config.discount * not_terminal * q_tp1
         q_t = tf.gather(self.online(s_t), batch.actions, batch_dims=1)
         error = tf.stop_gradient(goal) - q_t
-        # The derivative is the error clipped to [-1, 1].
+        # The derivative with respect to the error is the error clipped to [-1, 1].
         clipped = tf.clip_by_value(error, -1.0, 1.0)
         huber = clipped * error - 0.5 * tf.square(clipped)
         return tf.reduce_sum(huber), tf.reduce_sum(q_t)
 
     def _update(self, batches: tuple[Batch, ...]) -> None:
-        """Makes one update per batch, then copies the weights to the acting network."""
+        """Performs one update per batch, then copies the weights to the acting network."""
         variables = self.online.trainable_variables
         for batch in batches:
             with tf.GradientTape() as tape:
@@ -135,13 +135,13 @@ class Learner(tf.Module):
 
 @tf.function(jit_compile=True)  # Unfused, this takes a tenth of an update's time.
 def both_states(frames: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns (s_t, s_tp1), [batch, 84, 84, 4] in [0, 1], of frames, uint8 [batch, 5, 84, 84]."""
+    """Returns (s_t, s_tp1), [batch, 84, 84, 4] in [0, 1], from frames, uint8 [batch, 5, 84, 84]."""
     x = tf.cast(tf.transpose(frames, [0, 2, 3, 1]), dtype) / 255
     return x[..., :-1], x[..., 1:]
 
 
 def make_optimizer(config: Config, variables: Any) -> tf.keras.optimizers.Optimizer:
-    """Returns the optimizer, with its variables."""
+    """Returns the optimizer, with its variables created."""
     if config.optimizer == "adamax":
         optimizer = optimizers.Adamax(config.rate, beta_1=0.5, epsilon=1e-6)  # The paper's code.
     else:  # Nature's.
@@ -155,7 +155,7 @@ class FrameStack:
 
     Attributes:
       frames: uint8 [games, 84, 84, 4], the newest last.
-      newest: uint8 [games, 84, 84]: the newest.
+      newest: uint8 [games, 84, 84], the newest frame of each game.
     """
 
     def __init__(self, count: int):
@@ -164,15 +164,15 @@ class FrameStack:
         self.newest = np.zeros((count, *FRAME_SHAPE), np.uint8)
 
     def push(self, frames: np.ndarray, begins: np.ndarray | None = None) -> None:
-        """Adds one frame per game; `begins`, bool [games], marks first frames of a game."""
-        self._pixels >>= 8  # Moving bytes takes ten times as long.
+        """Adds one frame per game; `begins`, bool [games], marks games whose first it is."""
+        self._pixels >>= 8  # Moving single bytes takes ten times as long.
         if begins is not None:
             self._pixels[begins] = 0
         self.newest[:] = frames
         self._pixels |= self.newest.astype("<u4") << 24
 
     def restore(self, frames: np.ndarray) -> None:
-        """Takes over all frames of another stack."""
+        """Replaces all frames with those of another stack."""
         self.frames[:] = frames
         self.newest[:] = frames[..., -1]
 
@@ -212,7 +212,7 @@ class Actor:
         return actions
 
     def remember(self, actions: np.ndarray, after: Steps) -> None:
-        """Stores the outcomes of actions; a lost life is terminal, though the game goes on."""
+        """Stores the outcomes of actions; a lost life is terminal, although the game continues."""
         dead = after.over | after.life_lost
         fresh = after.over | after.cut
         last = dead | after.cut if self._config.variant == "deep_q_rl" else fresh
@@ -234,7 +234,7 @@ class Actor:
         return after // every - step // every
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns everything that future actions depend on, the games' states included."""
+        """Returns everything that future actions depend on, including the games' states."""
         return {
             "generator": self.generator.bit_generator.state,
             "games": self.games.state_dict(),
@@ -245,7 +245,7 @@ class Actor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a saved state, after that of the replay memory."""
+        """Restores a saved state; the replay memory must be restored first."""
         self.generator.bit_generator.state = state["generator"]
         self.anew = self.games.load_state_dict(state["games"])
         frames = state["frames"]

@@ -13,7 +13,7 @@ from tyro.conf import Positional
 from models.common.errors import UserError, first_line, nearest
 from models.common.options import Count, Fraction, Preset, Range, Seed, SweepConfig, flag_of, option
 
-# Maximum test scores, figure 6; nature and random play: Mnih et al. 2015, extended data table 2.
+# Maximum test scores (figure 6). nature, random: Mnih et al. 2015, extended data table 2.
 PAPER = {
     "Breakout": {"normal": 410, "weight_norm": 403, "nature": 401, "random": 1.7},
     "Enduro": {"normal": 1_250, "weight_norm": 1_448, "nature": 302, "random": 0.0},
@@ -24,9 +24,9 @@ CPU = {
     "num_envs": 8, "batch_size": 32, "filters": (16, 32, 32), "hidden": 256,
     "steps": 500_000, "replay": 100_000, "learning_starts": 10_000, "target_every": 2_000,
     "epsilon": 0.05, "epsilon_steps": 100_000, "test_every": 50_000, "held_out": 800,
-    "learning_rate": 3e-4,  # At 1e-4 the normal parameterization needs more steps than these.
-    "init_output": 0.01,  # Each copy to the target network removes 1 % of the initial Q only.
-    "protocol": "nature",  # The paper's would leave out long games in so few steps.
+    "learning_rate": 3e-4,  # At 1e-4, the normal parameterization needs more steps than these.
+    "init_output": 0.01,  # A large initial Q would fade by only 1 % per copy to the target network.
+    "protocol": "nature",  # The paper's would leave out long games with so few steps.
 }  # fmt: skip
 SMOKE = {
     "num_envs": 4, "batch_size": 8, "filters": (4, 4, 4), "hidden": 16, "init_batch": 64,
@@ -41,58 +41,58 @@ NATURE = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(SweepConfig):
-    """The hyper-parameters of section 5.4; a step is an action of the agent, 4 frames of a game."""
+    """The hyper-parameters of section 5.4; a step is one action of the agent, 4 game frames."""
 
     # The run folder.
     out: str = option("runs/dqn-{game}-{preset}-{parameterization}-{seed}", resume="free")
-    # An Atari game, as SpaceInvaders or ALE/SpaceInvaders-v5, or an environment of gymnasium with
-    # discrete actions and images, as MODULE:NAME-v0.
+    # An Atari game, such as SpaceInvaders or ALE/SpaceInvaders-v5, or a gymnasium environment with
+    # discrete actions and images, given as MODULE:NAME-v0.
     game: str = option("SpaceInvaders", resume="never")
-    # How every layer's weights are parameterized.
+    # Weight parameterization of every layer.
     parameterization: Literal["weight_norm", "normal"] = option("weight_norm", resume="never")
-    # Compute type; weights stay float32.
+    # Compute dtype; weights stay float32.
     mixed_precision: Literal["none", "bfloat16"] = option("none", resume="never")
-    steps: Count = 50_000_000  # Actions of the agent, each of 4 frames; the paper: 200 epochs.
+    steps: Count = 50_000_000  # Agent actions of 4 frames each (the paper's 200 epochs).
     replay: Count = option(1_000_000, memory=True)  # Transitions in the replay memory.
     learning_starts: Count = 50_000  # Random steps before the first update.
     update_every: Count = 4  # Steps per update.
     batch_size: Count = option(64, memory=True)  # Transitions per update (Nature: 32).
-    learning_rate: float | None = None  # None: 3e-4 for weight_norm, 1e-4 for normal.
-    # The learning rates of the sweep.
+    learning_rate: float | None = None  # Step size (none: 3e-4 for weight_norm, 1e-4 for normal).
+    # Learning rates tried by --sweep.
     learning_rates: tuple[float, ...] = option((1e-4, 3e-4, 1e-3), resume="free")
-    # rmsprop: centered, with Nature's decays.
+    # rmsprop is the centered variant, with Nature's decay rates.
     optimizer: Literal["adamax", "rmsprop"] = option("adamax", resume="never")
-    discount: Fraction = 0.99  # Discount factor for the value one step later.
-    target_every: Count = 10_000  # Steps between copies of the online to the target network.
+    discount: Fraction = 0.99  # Discount factor per step.
+    target_every: Count = 10_000  # Steps between updates of the target network.
     epsilon: Fraction = 0.1  # Final probability of a random action.
     epsilon_steps: Count = 1_000_000  # Steps after the warm-up over which epsilon decays from 1.
-    filters: tuple[Count, ...] = option((32, 64, 64), resume="never")  # Convolution filters.
+    filters: tuple[Count, ...] = option((32, 64, 64), resume="never")  # Filters per convolution.
     hidden: Count = option(512, resume="never")  # Units of the hidden dense layer.
-    data_dependent_init: bool = True  # Section 3; both parameterizations start as one function.
-    # The paper's code's normal parameterization: w = g v, and g, which this sets, stays constant.
+    data_dependent_init: bool = True  # Use the data-dependent initialization of section 3.
+    # With --parameterization normal: w = g v with a constant g, as in the paper's code.
     frozen_g: bool = option(False, resume="never")
     # Initial standard deviation of Q (none: the output layer is not initialized from data).
     init_output: Annotated[float, Range(1e-6)] | None = 1.0
     init_batch: Count = 512  # States in the initialization batch.
-    test_every: Count = 250_000  # Steps per epoch.
-    # Evaluation: test_steps actions, or 30 games of at most 5 minutes.
+    test_every: Count = 250_000  # Steps per epoch, which ends with a test.
+    # Tests: --test-steps actions (paper), or 30 games of at most 5 minutes (nature).
     protocol: Literal["paper", "nature"] = option("paper", named=True, was="test")
-    test_steps: Count = option(125_000, named=True)  # Actions of --protocol paper.
+    test_steps: Count = option(125_000, named=True)  # Actions per test with --protocol paper.
     test_epsilon: Fraction = 0.05  # Probability of a random action in evaluation.
-    held_out: Count = 3200  # States whose mean maximal Q is logged.
-    # How frames are scaled to 84 x 84: as in deep_q_rl, or averaging areas, as in Nature's code.
+    held_out: Count = 3200  # Number of held-out states whose mean maximum Q is logged.
+    # Scaling of frames to 84 x 84: bilinear as in deep_q_rl, or area averages as in Nature's code.
     scaling: Literal["bilinear", "area"] = option("bilinear", resume="never")
-    # Games side by side. 1: Nature's order. 8 or more: faster, in a process for each core, but the
-    # weights behind an action may be two updates old.
+    # Games played in parallel. 1: acts and learns in Nature's order. 8 or more: faster, with one
+    # process per core, but actions are chosen with weights up to two updates old.
     num_envs: Count = option(1, resume="never")
-    # deep_q_rl: two more no-ops when a game or life begins, the first 4 actions of a life random,
-    # updates counted from its beginning, no state that spans two lives.
+    # deep_q_rl: two extra no-ops at the start of a game or life, 4 random actions at the start of a
+    # life, updates counted from the start of a life, no states that span two lives.
     variant: Literal["nature", "deep_q_rl"] = "nature"
-    replay_file: str = option("", resume="free")  # Keep the replay memory here instead of in RAM.
-    save_replay: bool = option(True, named=True)  # Save it with checkpoints, for exact resuming.
+    replay_file: str = option("", resume="free")  # Keep the replay memory in this file, not in RAM.
+    save_replay: bool = option(True, named=True)  # Save the replay memory, so resuming is exact.
     log_every: Count = option(1_000, named=True)  # Steps between rows of metrics.csv.
 
-    # Initialization and parameterization; "one" and "hundredth" are the initial Q's deviation.
+    # INIT-PARAMETERIZATION; "one" and "hundredth" are the standard deviation of the initial Q.
     ARMS: ClassVar[dict[str, dict[str, Any]]] = {
         f"{init}-{kind}": {
             "parameterization": kind, "frozen_g": False,
@@ -105,7 +105,7 @@ class Config(SweepConfig):
     MEASURE: ClassVar[str] = "test_score"
 
     PRESETS: ClassVar[dict[str, Preset]] = {
-        "paper": Preset("every number of the paper: 50M steps, 8 GiB, days on a GPU"),
+        "paper": Preset("the paper's values: 50M steps, 8 GiB of memory, days on a GPU"),
         "nature": Preset(
             "Mnih et al. 2015: RMSProp, minibatches of 32, their initialization and protocol",
             NATURE,
@@ -114,11 +114,11 @@ class Config(SweepConfig):
             "scaled: a quarter of the network, at most 500,000 steps, an hour on a laptop", CPU
         ),
         "demo": Preset(
-            "scaled: the first half of `cpu` on Breakout: minutes, a beginner's play",
+            "scaled: the first half of `cpu`, on Breakout; takes minutes, plays like a beginner",
             CPU | {"game": "Breakout", "steps": 250_000},
         ),
         "smoke": Preset(
-            "only to see that it runs, in less than a minute; its scores mean nothing", SMOKE
+            "a quick check that it runs, in under a minute; its scores mean nothing", SMOKE
         ),
     }
 
@@ -128,12 +128,12 @@ class Config(SweepConfig):
 
     @property
     def last_epoch(self) -> float:
-        """The number of epochs, perhaps a fraction."""
+        """The number of epochs, which may be fractional."""
         return self.steps / self.test_every
 
     @property
     def title(self) -> str:
-        """The game and the parameterization, for people."""
+        """The game and the parameterization, as a title."""
         return f"{self.game}, {self.parameterization.replace('_', ' ')}"
 
     @property
@@ -144,7 +144,7 @@ class Config(SweepConfig):
         return self.learning_rate
 
     def check(self) -> None:
-        """Raises UserError for values that do not go together."""
+        """Raises UserError if options conflict."""
         super().check()
         check_game(self.game)
         if self.strategy != "none":
@@ -174,17 +174,17 @@ class Config(SweepConfig):
 class Evaluate:
     """Plays full games with a trained network and prints their scores."""
 
-    checkpoint: Positional[str]  # A run folder (its best network is used), or a checkpoint in one.
+    checkpoint: Positional[str]  # A run folder (its best network is used), or a checkpoint inside.
     # nature: 30 games of at most 5 minutes; paper: --test-steps actions, games of any length.
     protocol: Literal["nature", "paper"] = "nature"
-    test_steps: Count | None = None  # Actions of --protocol paper (none: the run's).
-    games: Count | None = None  # Number of games, instead of the protocol's.
+    test_steps: Count | None = None  # Actions with --protocol paper (none: as in the run).
+    games: Count | None = None  # Number of games (none: the protocol's).
     epsilon: Fraction = 0.05  # Probability of a random action.
-    num_envs: Count = 8  # Games played side by side.
+    num_envs: Count = 8  # Games played in parallel.
     seed: Seed = 1  # Seeds games and actions.
 
     def check(self) -> None:
-        """Raises UserError for options that do not go together."""
+        """Raises UserError if options conflict."""
         if self.test_steps and (self.protocol != "paper" or self.games):
             raise UserError("--test-steps needs --protocol paper without --games")
 
@@ -193,7 +193,7 @@ class Evaluate:
 class Watch:
     """Plays one game with a trained network and records a video of it."""
 
-    checkpoint: Positional[str]  # A run folder (its best network is used), or a checkpoint in one.
+    checkpoint: Positional[str]  # A run folder (its best network is used), or a checkpoint inside.
     out: str = ""  # The video, .gif or .mp4 (default: game.gif in the run folder).
     seconds: Annotated[float, Range(1)] = 60.0  # Maximum length of the video.
     epsilon: Fraction = 0.05  # Probability of a random action.
@@ -213,7 +213,7 @@ def check_game(game: str) -> None:
         if module:
             importlib.import_module(module)
         gymnasium.spec(name)
-    except Exception as error:  # Of gymnasium, or of the module that is named.
+    except Exception as error:  # Raised by gymnasium or by the module.
         similar = nearest(_stem(game), map(_camel, roms.values()))
         raise UserError(
             f"--game {game}: not one of ale-py's {len(roms)} games"
@@ -222,7 +222,7 @@ def check_game(game: str) -> None:
 
 
 def rom_of(game: str) -> str | None:
-    """Returns the name of an Atari game's ROM, such as space_invaders, None for other games."""
+    """Returns the name of an Atari game's ROM, such as space_invaders, or None for others."""
     return rom_names().get(_plain(_stem(game)))
 
 
@@ -235,7 +235,7 @@ def rom_names() -> dict[str, str]:
 
 
 def _stem(game: str) -> str:
-    """Returns an id of gymnasium without what DQN decides itself."""
+    """Returns a gymnasium id without its namespace, frame skip and version."""
     return re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v[045]$", "", game)
 
 

@@ -17,7 +17,7 @@ INITS = {
 
 
 def learning_curve(run: Path, config: Config) -> Path:
-    """Draws score and Q over the steps of a run; returns the file.
+    """Plots a run's score and Q by step, and returns the file.
 
     Error bars are the standard error over the games of an evaluation.
     """

@@ -16,12 +16,12 @@ SKIP = 4  # Frames for which an action is repeated.
 
 
 def make_game(config: Config, testing: bool = False, show: bool = False) -> gymnasium.Env:
-    """Returns a game that begins and ends as the Config's variant and protocol ask.
+    """Returns a game that starts and ends as the Config's variant and protocol require.
 
     Args:
-      config: says which game and how it is played.
-      testing: with the protocol's limit of a game's length, and without no-ops after a life.
-      show: render() will be called.
+      config: the game and how it is played.
+      testing: apply the protocol's time limit, and skip the no-ops after a lost life.
+      show: allow render().
     """
     limit = 18_000 if testing and config.protocol == "nature" else 0
     noops = 2 if config.variant == "deep_q_rl" else 0
@@ -29,7 +29,7 @@ def make_game(config: Config, testing: bool = False, show: bool = False) -> gymn
     try:
         if rom is None:
             mode = "rgb_array" if show else None
-            # Image keeps the limit of an episode, because TimeLimit cannot be saved.
+            # Image enforces the episode limit, because TimeLimit's count cannot be saved.
             env = gymnasium.make(config.game, render_mode=mode, max_episode_steps=-1)
             spec = gymnasium.spec(config.game.rpartition(":")[2])
             limits = filter(None, (limit // SKIP, spec.max_episode_steps))
@@ -47,7 +47,7 @@ def make_game(config: Config, testing: bool = False, show: bool = False) -> gymn
         )
     except UserError:
         raise
-    except Exception as error:  # Of many kinds: what gymnasium or the environment's module raises.
+    except Exception as error:  # Gymnasium and environments raise errors of many kinds.
         raise UserError(f"--game {config.game}: cannot be made ({first_line(error)})") from error
     return Atari(
         env,
@@ -59,19 +59,19 @@ def make_game(config: Config, testing: bool = False, show: bool = False) -> gymn
 
 
 class Atari(gymnasium.Wrapper):
-    """An Atari game: minimal action set, a reset only when the game is over.
+    """An Atari game with the minimal action set, reset only when the game is over.
 
     An observation is the luminance of the maximum of the last two screens, scaled to 84 x 84. The
-    emulator is driven directly: gymnasium's AtariEnv.step copies an RGB screen in each frame, which
-    takes a third of the time of emulating it.
+    emulator is driven directly, because gymnasium's AtariEnv.step copies an RGB screen in every
+    frame, which takes a third as long as emulating the frame.
 
     Args:
       env: an AtariEnv, without sticky actions.
       scaling: see `scale`.
-      noop_max: a game starts with 1 to `noop_max` frames of no-op; 0 for none.
+      noop_max: a game starts with 1 to `noop_max` no-op frames; 0 for none.
       max_frames: maximum length of a game in frames of 1/60 s, after which it is truncated; 0 for
         no limit.
-      start_noops, life_noops: extra frames of no-op when a game starts, and after a lost life.
+      start_noops, life_noops: extra no-op frames at the start of a game and after a lost life.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class Atari(gymnasium.Wrapper):
         self._screens = Screens(self._ale)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict]:
-        """Starts a game; a seed decides its number of no-ops and of those to come."""
+        """Starts a game; a seed determines the no-ops of this and of the following games."""
         if seed is not None:
             self._generator = np.random.default_rng([seed, 1])
         self.env.reset(seed=seed, options=options)
         noops = self._generator.integers(1, self._noop_max + 1) if self._noop_max else 0
         self._screens.grab()
-        self._screens.grab()  # Without the last screen of the game before.
+        self._screens.grab()  # Again, to drop the last screen of the previous game.
         for _ in range(noops + self._start_noops):
             self._ale.act(0)
             self._screens.grab()
@@ -109,7 +109,7 @@ class Atari(gymnasium.Wrapper):
         return self._observe(), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Plays an action for 4 frames; info has life_lost=True when a life was lost."""
+        """Plays an action for 4 frames; info contains life_lost=True if a life was lost."""
         lives, reward, code = self._ale.lives(), 0, self._actions[action]
         for passed in range(SKIP):
             reward += self._ale.act(code)
@@ -127,11 +127,11 @@ class Atari(gymnasium.Wrapper):
         return self._observe(), float(reward), over, cut and not over, info
 
     def render(self) -> np.ndarray:
-        """Returns what is observed in color and full size, uint8 [height, width, 3]."""
+        """Returns the observed screen in color and full size, uint8 [height, width, 3]."""
         return self._screens.color()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the emulator's state, its random state included, and that of the no-ops."""
+        """Returns the state of the emulator, including its random state, and of the no-ops."""
         return {
             "emulator": self._ale.cloneState(include_rng=True).serialize(),
             "generator": self._generator.bit_generator.state,
@@ -149,24 +149,24 @@ class Atari(gymnasium.Wrapper):
 
 
 class Screens:
-    """An emulator's last two screens as color numbers, and the maximum of the two.
+    """An emulator's last two screens as palette indices, and the maximum of the two.
 
-    Copying color numbers takes a twentieth of the time of copying an RGB screen, and from one
-    screen to the next few change. What a number stands for is learned from an RGB screen when the
-    number is first seen.
+    Copying palette indices takes a twentieth of the time of copying an RGB screen, and few of them
+    change from one screen to the next. The color of an index is read from an RGB screen when the
+    index first appears.
     """
 
     def __init__(self, ale: Any):
         self._ale = ale
         self._newer = ale.getScreen()
         self._older = self._newer.copy()
-        self._changed = np.zeros(0, np.int64)  # Where the two differ.
+        self._changed = np.zeros(0, np.int64)  # Where the two screens differ.
         self._known = np.zeros(256, bool)
         self._colors = np.zeros((256, 3), np.uint8)
         self._learn()
 
     def grab(self) -> None:
-        """Takes the emulator's screen."""
+        """Reads the emulator's screen."""
         self._older, self._newer = self._newer, self._older
         self._ale.getScreen(self._newer)
         self._changed = np.flatnonzero(self._newer != self._older)
@@ -196,14 +196,14 @@ class Screens:
 
 
 class Image(gymnasium.Wrapper):
-    """An environment that is not Atari: the luminance of its images, scaled to 84 x 84.
+    """A non-Atari environment, observed as the luminance of its images scaled to 84 x 84.
 
-    An action is played once: what skips frames is the environment's own business. Its game can be
+    An action is played once; any skipping of frames is left to the environment. A game can be
     saved if the environment has state_dict() and load_state_dict(state).
 
     Args:
-      env: an environment with discrete actions, whose observations are images of type uint8.
-      name: what the user calls it.
+      env: an environment with discrete actions and images of type uint8 as observations.
+      name: the name that the user gave.
       scaling: see `scale`.
       max_steps: maximum length of an episode, after which it is truncated; 0 for no limit.
     """
@@ -244,13 +244,13 @@ class Image(gymnasium.Wrapper):
         return self._observe(image), float(reward), bool(over), bool(cut and not over), {}
 
     def render(self) -> np.ndarray:
-        """Returns the picture of the environment, or else its last observation, in color."""
+        """Returns the rendered environment, or its last observation if it cannot render, in RGB."""
         picture = self.env.render() if self.env.render_mode else self._image
         picture = np.asarray(picture)
         return np.broadcast_to(picture.reshape(*picture.shape[:2], -1), (*picture.shape[:2], 3))
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Returns the environment's state, None if it cannot be saved."""
+        """Returns the environment's state, or None if it cannot be saved."""
         if not all(map(self.env.has_wrapper_attr, ("state_dict", "load_state_dict"))):
             return None
         return {"steps": self._steps, "env": self.env.get_wrapper_attr("state_dict")()}
@@ -267,7 +267,7 @@ class Image(gymnasium.Wrapper):
 
 
 def luminance(rgb: np.ndarray) -> np.ndarray:
-    """Returns 0.299 R + 0.587 G + 0.114 B, rounded, of uint8 [..., 3]."""
+    """Returns 0.299 R + 0.587 G + 0.114 B, rounded, for uint8 [..., 3]."""
     wide = rgb.astype(np.uint32)
     total = wide[..., 0] * 299 + wide[..., 1] * 587 + wide[..., 2] * 114
     return ((total + 500) // 1000).astype(np.uint8)
@@ -277,8 +277,8 @@ def scale(gray: np.ndarray, scaling: str = "bilinear") -> np.ndarray:
     """Returns an image, uint8 [height, width], scaled to uint8 [84, 84] and rounded.
 
     "bilinear" interpolates between pixel centers, without smoothing (OpenCV's INTER_LINEAR), as
-    deep_q_rl does. "area" averages the area of each target pixel, as Nature's code does. All of it
-    is integer arithmetic without matrix products, whose threads would wait for the learner's.
+    deep_q_rl does. "area" averages the area of each target pixel, as Nature's code does. Both use
+    integer arithmetic without matrix products, whose threads would wait for the learner's.
     """
     rows, columns, total = _both_taps(gray.shape, scaling)
     scaled = sum(gray.take(pixels, 0) * weights[:, None] for pixels, weights in rows)
@@ -288,18 +288,18 @@ def scale(gray: np.ndarray, scaling: str = "bilinear") -> np.ndarray:
 
 @functools.cache
 def _both_taps(shape: tuple[int, int], scaling: str) -> tuple[list, list, Any]:
-    """Returns (pixels, weights) of rows and columns, and the sum of the products of weights."""
+    """Returns the (pixels, weights) taps of rows and of columns, and the total weight."""
     axes = [_taps(length, scaling == "area") for length in shape]
     total = math.prod(int(weights.sum(0)[0]) for _, weights in axes)
-    dtype = np.min_scalar_type(256 * total)  # The smallest that is enough, which is the fastest.
+    dtype = np.min_scalar_type(256 * total)  # The smallest dtype that suffices is the fastest.
     rows, columns = ([*zip(pixels, weights.astype(dtype), strict=True)] for pixels, weights in axes)
     return rows, columns, dtype.type(total)
 
 
 def _taps(source: int, area: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the source pixels of each target pixel and their whole weights, [taps, 84] both."""
+    """Returns each target pixel's source pixels and their integer weights, both [taps, 84]."""
     if area:
-        # In units of 1/84 source pixel, target pixel i reaches from i source to (i + 1) source.
+        # In units of 1/84 source pixel, target pixel i spans i * source to (i + 1) * source.
         begin = np.arange(SIZE) * source
         pixels = begin // SIZE + np.arange(-(-source // SIZE) + 1)[:, None]
         ends = np.minimum((pixels + 1) * SIZE, begin + source)
@@ -307,7 +307,7 @@ def _taps(source: int, area: bool) -> tuple[np.ndarray, np.ndarray]:
         used = weights.any(1)
         pixels, weights = pixels[used], weights[used]
     else:
-        # The center of target pixel i lies at source pixel ((2 i + 1) source - 84) / (2 84).
+        # The center of target pixel i is at source pixel ((2 i + 1) * source - 84) / (2 * 84).
         at, rest = np.divmod((2 * np.arange(SIZE) + 1) * source - SIZE, 2 * SIZE)
         pixels, weights = np.array([at, at + 1]), np.array([2 * SIZE - rest, rest])
     return np.clip(pixels, 0, source - 1), weights // math.gcd(*map(int, weights.ravel()))

@@ -1,4 +1,4 @@
-"""Play without learning: the tests after each epoch, and the commands `evaluate` and `watch`."""
+"""Playing without learning: the tests after each epoch, and the commands `evaluate` and `watch`."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from models.dqn.config import Config, Evaluate, Watch
 from models.dqn.games import make_game
 from models.dqn.vector import Games
 
-Act = Callable[[tf.Tensor], tf.Tensor]  # Returns Q-values, float32 [batch, actions], of states.
+Act = Callable[[tf.Tensor], tf.Tensor]  # Maps states to Q-values, float32 [batch, actions].
 
 
 def play_games(
@@ -28,19 +28,19 @@ def play_games(
 ) -> tuple[list[float], list[int]]:
     """Plays full games; returns their scores (not clipped) and lengths.
 
-    "paper": `test_steps` actions with no limit on a game's length. Games that end within them
-    count; if none does, the unfinished ones do.
+    "paper": `test_steps` actions with no limit on a game's length. Only games that end within them
+    count, or the unfinished ones if none ends.
     "nature": 30 games of at most 5 minutes (18,000 frames).
 
     Args:
-      config: says which protocol.
-      act: the network.
-      seed: of games and actions.
-      games: plays this many games instead.
-      report: called with (done, total): actions, or games.
+      config: the protocol and how the game is played.
+      act: the network as a function.
+      seed: seeds games and actions.
+      games: number of games to play instead of following the protocol.
+      report: called with (done, total), counted in actions or in games.
     """
     count = max(config.num_envs, 1)
-    wanted = np.zeros(count, np.int64)  # Games of each environment; none: count actions instead.
+    wanted = np.zeros(count, np.int64)  # Games to play in each environment; all 0: count actions.
     if games or config.protocol == "nature":
         np.add.at(wanted, np.arange(games or 30) % count, 1)
     generator = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ def play_games(
         after = made.step(actions)
         ended = after.over | after.cut
         stack.push(after.frames, ended)
-        # A fixed number of games per environment, else short games would count more often.
+        # A fixed number of games per environment, because otherwise short games would count more.
         counts = (played < wanted)[ended] if wanted.any() else np.ones(ended.sum(), bool)
         scores += [score for score, good in zip(after.scores, counts, strict=True) if good]
         lengths += [length for length, good in zip(after.lengths, counts, strict=True) if good]
@@ -86,7 +86,7 @@ def mean_max_q(act: Act, states: np.ndarray) -> float:
 
 
 def restore(path: str) -> tuple[Config, Act, checkpoints.Found]:
-    """Returns a run's Config, its network as a function, and where it was found."""
+    """Returns a run's Config, its network as a function, and the checkpoint it comes from."""
     found = checkpoints.open_run(path, Config)
     dtype = runtime.compute_dtype(found.config)
     actions = make_game(found.config).action_space.n
@@ -123,7 +123,7 @@ def evaluate(asked: Evaluate) -> None:
 def watch(asked: Watch) -> None:
     """Plays until the game is over and records it, with score and Q-values, as a video.
 
-    gymnasium's RecordVideo needs MoviePy, writes no GIF, and shows the screen alone.
+    gymnasium's RecordVideo needs MoviePy, writes no GIF, and shows only the screen.
     """
     config, act, found = restore(asked.checkpoint)
     out = Path(asked.out or found.folder / "game.gif")

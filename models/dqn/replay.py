@@ -2,11 +2,11 @@
 
 Slot t of an environment holds frame x_t, action a_t, reward r_t and how step t ended. A state is
 the last 4 frames up to x_t, with zeros before the first frame of its game. A transition needs slots
-t - 3 to t + 1 within the window of the `capacity` latest, so it never crosses the ring's seam.
+t - 3 to t + 1 in the window of the `capacity` latest slots, so it never crosses the ring's seam.
 
-On disk the ring has some spare slots. What is written after a checkpoint overwrites slots outside
-that checkpoint's window, so one file serves the last two checkpoints, and a checkpoint itself holds
-small arrays only.
+On disk, the ring has some spare slots. What is written after a checkpoint only overwrites slots
+outside that checkpoint's window. So one file serves the last two checkpoints, and a checkpoint
+itself contains only small arrays.
 """
 
 import concurrent.futures
@@ -21,13 +21,13 @@ import numpy as np
 from models.common.errors import UserError
 from models.dqn.games import FRAME_SHAPE
 
-TERMINAL = 1  # Nothing follows step t: no value is bootstrapped.
+TERMINAL = 1  # Nothing follows step t, so no value is bootstrapped.
 LAST = 2  # Slot t + 1 holds the first frame of another game.
-CUT = 4  # The game was stopped at t: what would have followed is unknown.
+CUT = 4  # The game was stopped at t, so what would have followed is unknown.
 STACK = 4  # Frames in a state.
 FRAME = FRAME_SHAPE[0] * FRAME_SHAPE[1]
 # Bytes before the frames in the file. They hold three numbers: how many slots were ever written,
-# the id of the memory that wrote them, and the id of the memory that it replaced after a loss.
+# the id of the memory that wrote them, and the id of the lost memory that it replaced.
 _HEADER = 4096
 
 
@@ -49,19 +49,19 @@ class Replay:
     """The replay memory of several environments, each with its own ring.
 
     A file belongs to one memory, identified by a random number in its state, and to one process
-    until close(). A memory that is not restored overwrites what the file holds, unless it is `new`.
+    until close(). A memory that is not restored overwrites the file's contents, unless it is `new`.
 
     Args:
-      capacity: transitions, over all environments.
-      environments: their number.
-      file: holds the frames, or a copy of them.
+      capacity: number of transitions, over all environments.
+      environments: number of environments.
+      file: stores the frames, or a copy of them.
       in_memory: True: the frames are in RAM and state_dict() copies the new ones to `file`, if
         there is one. False: they are in `file`, memory-mapped.
       new: refuse a file that already holds a memory.
       spare: slots of the file, over all environments, that can be written after a checkpoint
         without damaging it; twice the steps between saves protect the last two checkpoints.
-      whole_stacks: sample only states whose 4 frames are of one game.
-      seed: of the sampling.
+      whole_stacks: sample only states with 4 frames of the same game.
+      seed: seeds the sampling.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Replay:
         self.file, self._in_memory, self._whole_stacks = file, in_memory, whole_stacks
         self._generator = np.random.default_rng([seed, 2])
         self._written = 0  # Slots ever written, per environment.
-        self._saved = 0  # Those of them that are on disk.
+        self._saved = 0  # How many of them are on disk.
         self._floor = 0  # Slots before this one are lost.
         self._id = 0  # 0 until slots are written to the file.
         self._before = 0  # The id of the memory that this one replaced.
@@ -108,7 +108,7 @@ class Replay:
         self._ends = np.zeros(shape, np.uint8)
 
     def close(self) -> None:
-        """Releases the file; this memory must not be used any more."""
+        """Releases the file; this memory must not be used afterwards."""
         self._thread.shutdown()
         if self.file is not None:
             del self._header
@@ -131,29 +131,29 @@ class Replay:
         self._written += 1
 
     def cut(self, rings: np.ndarray) -> None:
-        """Marks the latest steps of some environments as stopped: another game follows."""
+        """Marks the latest step in some rings as stopped, because another game follows."""
         if self._written:
             self._ends[rings, (self._written - 1) % self._slots] |= CUT | LAST
 
     def sample(self, size: int) -> Batch:
         """Draws transitions uniformly, with replacement."""
-        if self._ahead is not None:  # It is drawn again, after this.
+        if self._ahead is not None:  # What was prepared is drawn again after this sample.
             (drawn, before), self._ahead = self._ahead, None
             drawn.result()
             self._generator.bit_generator.state = before
         return self._sample(size)
 
     def prepare(self, size: int, count: int, convert: Callable[[Batch], Any]) -> None:
-        """Starts drawing what batches() with the same arguments returns, in a thread.
+        """Starts a thread that draws what batches() will return for the same arguments.
 
-        Until then nothing may be added. A state that is saved in between is that of before, and a
-        memory restored from it draws the same again.
+        Until then, add() must not be called. A state saved in between is the one before prepare(),
+        so a memory restored from it draws the same batches again.
         """
         before = self._generator.bit_generator.state
         self._ahead = self._thread.submit(self._draw, size, count, convert), before
 
     def batches(self, size: int, count: int, convert: Callable[[Batch], Any]) -> tuple[Any, ...]:
-        """Draws several samples, each converted."""
+        """Draws `count` batches, each converted by `convert`."""
         if self._ahead is None:
             return self._draw(size, count, convert)
         (drawn, _), self._ahead = self._ahead, None
@@ -170,7 +170,7 @@ class Replay:
         return self.gather(*chosen)
 
     def gather(self, rings: np.ndarray, times: np.ndarray) -> Batch:
-        """Returns the transitions of some rings at some times, counted from the first slot."""
+        """Returns the transitions in these rings at these times, counted from the first slot."""
         slots = (times[:, None] + np.arange(1 - STACK, 2)) % self._slots
         frames = self._frames[rings[:, None], slots]
         frames[:, :STACK][self._foreign(rings, times)] = 0
@@ -206,7 +206,7 @@ class Replay:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores a saved state, without the frames that were overwritten since.
+        """Restores a saved state, except for frames that were overwritten since.
 
         The memory starts empty if there is no file, or the file was removed.
         """
@@ -215,7 +215,7 @@ class Replay:
             return
         ever, owner, before = map(int, self._header)
         if ever == 0 or (before and before == state["id"]):
-            # New, or started from this very state by a process that was killed before it saved.
+            # New, or started from this same state by a process that was killed before it saved.
             self._before = state["id"]
             return
         if owner != state["id"] or ever < state["written"]:
@@ -256,7 +256,7 @@ class Replay:
         return good
 
     def _foreign(self, rings: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Returns which frames of each state are not of its game, bool [batch, 4]."""
+        """Returns which frames of each state are from another game, bool [batch, 4]."""
         before = times[:, None] + np.arange(1 - STACK, 0)
         ends = (self._ends[rings[:, None], before % self._slots] & LAST) != 0
         ends |= before < 0
@@ -276,7 +276,7 @@ class Replay:
         self._saved = self._written
 
     def _pieces(self, begin: int) -> Iterator[tuple[np.ndarray, int]]:
-        """Yields what was written since `begin`, and its offset in the file.
+        """Yields pieces of what was written since slot `begin`, with their offsets in the file.
 
         A piece is contiguous in both rings, which have different lengths.
         """
@@ -302,7 +302,7 @@ def _check_memory(needed: int, capacity: int) -> None:
     if free is not None and needed > free:
         raise UserError(
             f"the replay memory of {capacity:,} frames needs {needed / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free: keep it on disk by --replay-file FILE, "
+            f"{free / 2**30:.1f} GiB are free: keep it on disk with --replay-file FILE, "
             "or lower --replay"
         )
 
@@ -329,8 +329,8 @@ def _make_file(path: Path, needed: int) -> None:
             size = file.seek(0, os.SEEK_END)
             if size not in (0, _HEADER + needed):
                 raise UserError(
-                    f"{path}: holds {size} bytes and not the {_HEADER + needed} of this replay "
-                    "memory; name another file, or remove it"
+                    f"{path}: holds {size} bytes and not the {_HEADER + needed} bytes of this "
+                    "replay memory; name another file, or remove it"
                 )
             stat = os.statvfs(path)
             free = stat.f_bavail * stat.f_frsize + os.fstat(file.fileno()).st_blocks * 512
@@ -338,12 +338,12 @@ def _make_file(path: Path, needed: int) -> None:
                 raise UserError(
                     f"{path}: the replay memory needs {needed / 2**30:.1f} GiB and "
                     f"{free / 2**30:.1f} GiB are free there: lower --replay, or name a file on "
-                    "another disk by --replay-file"
+                    "another disk with --replay-file"
                 )
             file.truncate(_HEADER + needed)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write the replay memory there ({error.strerror})"
+            f"{path}: cannot write the replay memory there ({error.strerror}); name another file"
         ) from None
 
 

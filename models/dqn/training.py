@@ -36,12 +36,12 @@ def train(config: Config) -> None:
             more = f"; --num-envs {cores} would use all {cores} cores" * (cores > len(games))
             run.say(f"{len(games)} games in {games.processes} processes{more}")
         if actor.anew.any():
-            run.say(f"{config.game} cannot save its state: its games begin anew")
+            run.say(f"{config.game} cannot save its state, so its games start over")
         if replay.lost:
             run.say(f"the replay memory lacks its {replay.lost:,} oldest transitions")
         if len(replay) < min(run.step, config.learning_starts) and run.step < config.steps:
             run.say(
-                f"the replay memory holds {len(replay):,} transitions; learning goes on when it "
+                f"the replay memory holds {len(replay):,} transitions; learning resumes when it "
                 f"holds {config.learning_starts:,}"
             )
         held_out = load_held_out(run) if learner.initialized else None
@@ -71,10 +71,10 @@ def train(config: Config) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Makes malloc, in the whole process, reuse the memory of batches.
+    """Makes malloc reuse the memory of batches, in the whole process.
 
-    As a rule it returns megabytes to the system when they are freed, and touching the next batch's
-    new pages takes six times as long as filling it.
+    By default, malloc returns freed megabytes to the system, and touching the next batch's new
+    pages takes six times as long as filling it.
     """
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
     with contextlib.suppress(AttributeError):  # Not glibc.
@@ -104,17 +104,17 @@ def save_every(config: Config) -> int:
 
 
 def load_held_out(run: Run) -> np.ndarray | None:
-    """Returns the held-out states of a run, None if they are lost."""
+    """Returns the held-out states of a run, or None if they are lost."""
     file = run.path / "held_out.npy"
     try:
         return np.load(file)
     except (OSError, ValueError, EOFError):
-        run.say(f"{file} is missing or damaged: other states are held out from here on")
+        run.say(f"{file} is missing or damaged, so new states are held out from now on")
         return None
 
 
 def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
-    """Plays an action in each game and makes the updates that are due."""
+    """Plays an action in each game and performs the updates that are due."""
     actions, after = actor.choose(step), step + config.num_envs
     if config.num_envs == 1:
         # Nature's order: act, observe, remember, learn.
@@ -131,7 +131,7 @@ def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
 
 
 def learn(config: Config, learner: Learner, actor: Actor, step: int) -> None:
-    """Makes the updates that are due after a step, in one call."""
+    """Performs the updates that are due after a step, in one call."""
     if count := due(config, actor, step):
         learner.update(actor.replay.batches(config.batch_size, count, to_tensors))
 
@@ -143,7 +143,7 @@ def due(config: Config, actor: Actor, step: int) -> int:
 
 
 def to_tensors(batch: Batch) -> Batch:
-    """Moves a batch to where it is used."""
+    """Converts a batch to tensors."""
     return Batch(*map(tf.convert_to_tensor, batch))
 
 

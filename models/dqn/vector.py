@@ -1,4 +1,4 @@
-"""Games side by side: in this process, or in a process for each core while the learner learns."""
+"""Games in parallel: in this process, or in one process per core while the learner learns."""
 
 import contextlib
 import functools
@@ -25,33 +25,33 @@ Make = Callable[[], gymnasium.Env]
 class Steps(NamedTuple):
     """The outcomes of all games' actions; valid until the next actions are sent."""
 
-    frames: np.ndarray  # uint8 [games, 84, 84]; after an end the next game's first frame.
+    frames: np.ndarray  # uint8 [games, 84, 84]; the next game's first frame if one ended.
     rewards: np.ndarray  # float32 [games], not clipped.
     life_lost: np.ndarray  # bool [games]
     over: np.ndarray  # bool [games]
-    cut: np.ndarray  # bool [games]: stopped at its maximum length, which is not an end of the task.
+    cut: np.ndarray  # bool [games]: stopped at the maximum length, which does not end the task.
     scores: list[float]  # Of the games that ended.
-    lengths: list[int]  # Their numbers of actions.
+    lengths: list[int]  # Their lengths in actions.
 
 
 class Games:
-    """Several games side by side: send(actions), do other work, recv() the outcomes.
+    """Several games in parallel: send(actions), do other work, recv() the outcomes.
 
-    A game that ends is restarted at once. A seed always gives the same games, in any number of
-    processes. gymnasium's AsyncVectorEnv, with a process and a pickled message for each game, takes
-    a quarter of the games' time to pass messages; here a message is for all games of a process.
+    A game that ends is restarted at once. A seed always produces the same games, in any number of
+    processes. One message serves all games of a process. gymnasium's AsyncVectorEnv has a process
+    and a pickled message for each game, and passing messages takes a quarter of the games' time.
 
     Args:
-      config: says which game, and how it is played.
-      count: the number of games.
-      seed: of all games.
+      config: the game and how it is played.
+      count: number of games.
+      seed: seeds all games.
       testing: see `make_game`.
-      processes: how many, 0 to play in this one; by default one for each core, and none for a
+      processes: number of processes, 0 to play in this one; by default one per core, or 0 for a
         single game.
 
     Attributes:
-      num_actions: the number of actions of the game.
-      processes: how many there are.
+      num_actions: number of actions of the game.
+      processes: number of processes.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Games:
         self._seeds = [(seed * 1009 + index) % 2**31 for index in range(count)]
         self._scores, self._lengths = np.zeros(count), np.zeros(count, np.int64)
         self._pending = False
-        context = multiprocessing.get_context("forkserver")  # A fork would have TensorFlow's locks.
+        context = multiprocessing.get_context("forkserver")  # A fork inherits TensorFlow's locks.
         context.set_forkserver_preload([__name__])
         memory = context.RawArray("B", count * np.dtype(_SLOT).itemsize)
         self._slots = np.frombuffer(memory, _SLOT)
@@ -139,7 +139,7 @@ class Games:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> np.ndarray:
-        """Restores a saved state; returns which games could not be saved and begin anew."""
+        """Restores a saved state; returns which games could not be saved and start over."""
         anew = np.array([game is None for game in state["games"]])
         self._scores[:] = np.where(anew, 0, state["scores"])
         self._lengths[:] = np.where(anew, 0, state["lengths"])
@@ -148,7 +148,7 @@ class Games:
 
     @property
     def frames(self) -> np.ndarray:
-        """The games' present frames, uint8 [games, 84, 84]."""
+        """The games' current frames, uint8 [games, 84, 84]."""
         return self._slots["frame"]
 
     def close(self) -> None:
@@ -157,13 +157,13 @@ class Games:
             group.close()
 
     def _call(self, name: str, values: list[Any] | None = None) -> list[Any]:
-        """Calls a method of all groups, each with its part of the values."""
+        """Calls a method of every group, each with its share of the values."""
         for group, part in zip(self._groups, self._parts, strict=True):
             group.send(name, values and values[part])
         return [group.recv() for group in self._groups]
 
 
-# What a game and its player pass to each other, in memory that all processes share.
+# What a game and its player exchange, in memory shared by all processes.
 _SLOT = [
     ("frame", np.uint8, FRAME_SHAPE),
     ("action", np.int64),
@@ -212,12 +212,12 @@ class _Group:
 
     def restore(self, states: list[Any]) -> None:
         for game, state in zip(self._games.envs, states, strict=True):
-            if state is not None:  # Else it has been reset, and begins anew.
+            if state is not None:  # Otherwise it was reset and starts over.
                 game.get_wrapper_attr("load_state_dict")(state)
 
 
 class _Process:
-    """A group in a process of its own."""
+    """A group in its own process."""
 
     def __init__(self, context: Any, make: Make, memory: Any, part: slice):
         self._part = part
@@ -225,7 +225,7 @@ class _Process:
         self._process = context.Process(target=_work, args=(there, make, memory, part))
         self._process.start()
         there.close()
-        # Also when nobody calls close(), before Python waits for the process at its end.
+        # Runs even if close() is never called, before Python waits for the process at exit.
         self.close = weakref.finalize(self, _end, self._pipe, self._process)
 
     def send(self, name: str, value: Any) -> None:
@@ -247,8 +247,8 @@ class _Process:
             self._process.join(1)
             raise UserError(
                 f"the process that plays games {self._part.start} to {self._part.stop - 1} was "
-                f"killed (exit status {self._process.exitcode}); if memory ran out, lower "
-                "--num-envs; continue with --resume"
+                f"killed (exit status {self._process.exitcode}); continue with --resume, "
+                "or if memory ran out, start again with a lower --num-envs"
             ) from None
 
 
@@ -261,13 +261,13 @@ def _end(pipe: Any, process: Any) -> None:
 
 
 def _work(pipe: Any, make: Make, memory: Any, part: slice) -> None:
-    """Answers calls until the other end is closed or its process is dead."""
+    """Answers calls until the other end is closed or its process has died."""
 
     def answer(error: str | None, result: Any = None) -> None:
-        with contextlib.suppress(ConnectionError):  # The next call is not received either.
-            pipe.send_bytes(pickle.dumps((error, result)))  # send() takes several times as long.
+        with contextlib.suppress(ConnectionError):  # The next receive fails too and ends the loop.
+            pipe.send_bytes(pickle.dumps((error, result)))  # send() takes several times longer.
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # The learner gets them too: it saves, and ends.
+    for number in (signal.SIGINT, signal.SIGTERM):  # The learner handles them: it saves and exits.
         signal.signal(number, signal.SIG_IGN)
     try:
         group = None

@@ -17,26 +17,26 @@ class Config(SweepConfig):
     out: str = option(
         "runs/draw-{preset}-{parameterization}-{seed}", resume="free"
     )  # The run folder.
-    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of each matrix.
-    dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # synthetic: needs no files.
-    train_images: Count = 50_000  # The first images of the file, of 60,000.
-    binarization_seed: int = 0  # Draws the pixels from the gray values, once.
-    attention: bool = True  # Read and write through windows, else whole images.
-    read_size: FilterCount = 2  # Filters of the reading window, in each direction.
-    write_size: FilterCount = 5  # Filters of the writing window, in each direction.
-    glimpses: Count = option(64, memory=True)  # Steps of time, T.
-    encoder_units: Count = 256  # Size of the encoder's LSTM.
-    decoder_units: Count = 256  # Size of the decoder's LSTM.
-    latent_units: Count = 100  # Size of z at each glimpse.
+    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Used for every matrix.
+    dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # Synthetic data needs no files.
+    train_images: Count = 50_000  # Images to train on, the first of the file's 60,000.
+    binarization_seed: int = 0  # Seed for binarizing the gray values, done once.
+    attention: bool = True  # Read and write through attention windows, not whole images.
+    read_size: FilterCount = 2  # Filters per axis of the read window.
+    write_size: FilterCount = 5  # Filters per axis of the write window.
+    glimpses: Count = option(64, memory=True)  # Number of glimpses (time steps), T.
+    encoder_units: Count = 256  # Units of the encoder's LSTM.
+    decoder_units: Count = 256  # Units of the decoder's LSTM.
+    latent_units: Count = 100  # Dimension of z at each glimpse.
     initial_stddev: float = 0.01  # Standard deviation of all initial weights.
     epochs: Count = 100  # Passes over the training images.
     batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
-    learning_rate: float = 3e-4  # Adam's step size.
-    learning_rates: tuple[float, ...] = option((3e-4,), resume="free")  # Those of the sweep.
+    learning_rate: float = 3e-4  # Adam's learning rate.
+    learning_rates: tuple[float, ...] = option((3e-4,), resume="free")  # Rates tried by --sweep.
     beta_1: Fraction = 0.9  # Adam's momentum.
-    beta_2: Fraction = 0.999  # Adam's decay of the squared gradient.
+    beta_2: Fraction = 0.999  # Decay of Adam's average of squared gradients.
     epsilon: float = 1e-8  # Adam's epsilon.
-    clip_norm: float = 10.0  # The largest norm of the gradient of all variables.
+    clip_norm: float = 10.0  # Maximum global norm of the gradient; larger ones are clipped.
 
     ARMS: ClassVar[dict[str, dict[str, Any]]] = {
         "normal": {"parameterization": "normal"},
@@ -45,19 +45,18 @@ class Config(SweepConfig):
     MEASURE: ClassVar[str] = "test_bound"
 
     PRESETS: ClassVar[dict[str, Preset]] = {
-        "paper": Preset("section 5.3 with the code's attention, 64 glimpses"),
+        "paper": Preset("section 5.3 with attention windows of 2x2 and 5x5, 64 glimpses"),
         "no-attention": Preset(
-            "the code's default: whole images, 10 glimpses",
+            "whole images, 10 glimpses: the default of the code that the paper starts from",
             {"attention": False, "glimpses": 10, "learning_rate": 1e-3},
         ),
         "cpu": Preset(
             "16 glimpses, 5 epochs, rate .001, wider init; not comparable with the paper's numbers",
-            # From N(0, .01) the bound stays at the mean image's, -208, for one to five epochs.
+            # With N(0, .01), the bound stays at the mean image's -208 for one to five epochs.
             {"glimpses": 16, "epochs": 5, "learning_rate": 1e-3, "initial_stddev": 0.05},
         ),
         "smoke": Preset(
-            "only to see that it runs, in less than a minute; its numbers and pictures mean "
-            "nothing",
+            "a quick check that it runs, in under a minute; its numbers and pictures mean nothing",
             {
                 "dataset": "synthetic_mnist",
                 "train_images": 1000,
@@ -79,18 +78,18 @@ class Config(SweepConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Prints the bound on the test set of a checkpoint."""
+    """Prints a checkpoint's bound on the test set."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
-    draws: Count = 1  # Draws of the noise for each image.
-    data_dir: str = ""  # Where the data sets are; default: where the run found them.
+    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
+    draws: Count = 1  # Noise samples per image.
+    data_dir: str = ""  # Folder of the data sets (default: as in the run).
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draws images: a grid of them, and a GIF of how they are drawn, with the attention."""
+    """Writes a grid of samples, and a GIF of how they are drawn, with the attention window."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
+    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
     out: str = ""  # The folder to write to (default: samples in the run folder).
     seed: int = 0  # Seeds the samples.
     scale: Count = 4  # Screen pixels per image pixel in the GIF.

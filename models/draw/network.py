@@ -10,15 +10,15 @@ import tfwn
 from models.common import layers
 from models.draw.config import Config
 
-SIDE = 28  # Pixels of a side of the images.
+SIDE = 28  # Height and width of the images, in pixels.
 
 
 class Window(NamedTuple):
     """An attention window: a grid of size x size Gaussian filters on the image.
 
     Attributes:
-      center: of the grid, y and x, in pixels, float32 [batch, 2].
-      delta: pixels from one filter to the next, [batch, 1].
+      center: the grid's center, y and x, in pixels, float32 [batch, 2].
+      delta: distance between neighboring filters in pixels, [batch, 1].
       sigma: standard deviation of the filters in pixels, [batch, 1].
       gamma: intensity, [batch, 1].
     """
@@ -30,24 +30,24 @@ class Window(NamedTuple):
 
 
 def window(parameters: tf.Tensor, size: int, side: int) -> Window:
-    """Returns the window of (g_y, g_x, log delta, log sigma^2, log gamma), [batch, 5].
+    """Returns the window for (g_y, g_x, log delta, log sigma^2, log gamma), [batch, 5].
 
-    center = (g + 1) / 2 * side; delta = (side - 1) / (size - 1) * exp(log delta): with the
-    parameters 0 the grid covers the image.
+    center = (g + 1) / 2 * side; delta = (side - 1) / (size - 1) * exp(log delta). If all
+    parameters are 0, the grid covers the image.
     """
     g, log_delta, log_variance, log_gamma = tf.split(parameters, [2, 1, 1, 1], 1)
-    # Beyond, float32 has no square of a distance and no gradient of 1 / sigma^2. Filters so far
-    # apart or so narrow see no pixel anyway.
+    # Beyond these limits, squared distances and the gradient of 1 / sigma^2 overflow float32.
+    # Filters that far apart or that narrow see no pixel anyway.
     log_delta, log_variance = tf.minimum(log_delta, 40.0), tf.maximum(log_variance, -40.0)
     delta = (side - 1) / (size - 1) * tf.exp(log_delta)
     return Window((g + 1) / 2 * side, delta, tf.exp(log_variance / 2), tf.exp(log_gamma))
 
 
 def filterbanks(window: Window, size: int, side: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns F_y and F_x, both [batch, size, side]: a row is a filter along one axis.
+    """Returns F_y and F_x, both [batch, size, side]; each row is a filter along one axis.
 
     mu_i = center + delta (i - size/2 + 1/2); F_ia = exp(-(a - mu_i)^2 / (2 sigma^2)) divided by
-    its sum over the pixels a = 0, 1, ... plus 1e-4, which makes a filter outside the image 0.
+    its sum over the pixels a = 0, 1, ... plus 1e-4, so that a filter outside the image is 0.
     """
     i = tf.range(size, dtype=tf.float32) - size / 2 + 0.5
     a = tf.range(side, dtype=tf.float32)
@@ -59,12 +59,12 @@ def filterbanks(window: Window, size: int, side: int) -> tuple[tf.Tensor, tf.Ten
 
 
 class Network(tf.Module):
-    """Encoder and decoder LSTM, q(z|x), and the linear maps that read and write.
+    """Encoder and decoder LSTMs, q(z|x), and the linear maps for reading and writing.
 
     Args:
       config: the Config.
-      side: pixels of a side of the images.
-      dtype: of the products and the LSTMs; canvas, windows, q and the bound are float32.
+      side: height and width of the images, in pixels.
+      dtype: of matrix products and LSTMs; canvas, windows, q and the bound are float32.
     """
 
     def __init__(self, config: Config, side: int = SIDE, dtype=tf.float32):
@@ -109,7 +109,7 @@ class Network(tf.Module):
         self.writer = linear(h_dec, 5 + config.write_size**2 if config.attention else pixels)
 
     def weights(self) -> dict:
-        """Returns every w by the name of its layer; all glimpses use the same."""
+        """Returns every w by the name of its layer, computed once for all glimpses."""
         cells = {"encoder": self.encoder, "decoder": self.decoder}
         layers = {"q": self.q, "writer": self.writer}
         if self.reader is not None:
@@ -118,9 +118,9 @@ class Network(tf.Module):
         return named | {name: layer.weight() for name, layer in layers.items()}
 
     def read(self, x, error, h_dec, weights) -> tf.Tensor:
-        """Returns what the encoder sees of x and of the canvas' error, [batch, ...].
+        """Returns what the encoder reads from x and from the error x - sigmoid(c), [batch, ...].
 
-        gamma F_y I F_x' of I = x and of I = x - sigmoid(c), or both as they are.
+        With attention that is gamma F_y I F_x' of both images I, else the two whole images.
         """
         both, size, side = tf.concat([x, error], 2), self.config.read_size, self.side
         if self.reader is None:
@@ -132,9 +132,9 @@ class Network(tf.Module):
         return seen.gamma * tf.reshape(tf.matmul(rows, f_x, transpose_b=True), [-1, 2 * size**2])
 
     def write(self, h_dec, weights) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns what is added to the canvas, [batch, side, side], and the window's parameters.
+        """Returns the update of the canvas, [batch, side, side], and the window's parameters.
 
-        F_y' w F_x / gamma, or a linear map of h_dec.
+        With attention the update is F_y' w F_x / gamma, else a linear map of h_dec.
         """
         linear = tf.cast(self.writer(h_dec, weights["writer"]), tf.float32)
         size, side = self.config.write_size, self.side
@@ -147,12 +147,12 @@ class Network(tf.Module):
         return tf.matmul(f_y, patch @ f_x, transpose_a=True), parameters
 
     def __call__(self, x, u, weights=None) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the cross-entropy of x, [batch], and KL_t, [T, batch]: the bound is -their sum.
+        """Returns the cross-entropy of x, [batch], and KL_t, [T, batch]; the bound is -their sum.
 
         Args:
           x: float32 [batch, side, side], 0 or 1.
           u: float32 [T, batch, latent_units], standard normal noise.
-          weights: `self.weights()`, if the caller has it.
+          weights: `self.weights()`, if already computed.
         """
         weights = self.weights() if weights is None else weights
         steps, _, latent = u.shape

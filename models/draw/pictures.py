@@ -1,4 +1,4 @@
-"""Pictures: samples of the model, and how it draws them."""
+"""Pictures of the model's samples and of how it draws them."""
 
 import itertools
 from pathlib import Path
@@ -12,20 +12,20 @@ from models.draw.network import Network, window
 
 
 def sample_noise(config: Config, seed: int = 0, count: int = 100) -> tf.Tensor:
-    """Returns the z of `count` images, [T, count, latent_units]."""
+    """Returns z for `count` images, [T, count, latent_units]."""
     shape = [config.glimpses, count, config.latent_units]
     return tf.random.stateless_normal(shape, [seed, 0], alg="philox")
 
 
 def with_window(canvas: np.ndarray, parameters, config: Config, scale: int) -> np.ndarray:
-    """Returns a canvas enlarged, the window's frame on it in red, uint8 [height, width, 3].
+    """Returns the enlarged canvas with the window's outline in red, uint8 [height, width, 3].
 
     Args:
       canvas: float in [0, 1] [side, side].
-      parameters: [5] as for `window`, or [0] for no frame.
-      config: has the window's write_size.
-      scale: screen pixels per image pixel. The line is as thick as the filters' sigma, at most an
-        image pixel.
+      parameters: [5] as in `window`, or [0] for no outline.
+      config: provides the window's write_size.
+      scale: screen pixels per image pixel. The outline is as thick as the filters' sigma, but at
+        most one image pixel.
     """
     from PIL import Image, ImageDraw
 
@@ -36,7 +36,7 @@ def with_window(canvas: np.ndarray, parameters, config: Config, scale: int) -> n
         seen = window(tf.constant(parameters[None]), config.write_size, len(canvas))
         y, x = seen.center[0].numpy()
         half = float(seen.delta[0, 0]) * (config.write_size - 1) / 2
-        # A pixel's value is at its middle. A window may be very large, hence the limits.
+        # Pixel values are at pixel centers. A window may be very large, so it is clipped.
         box = np.array([x - half, y - half, x + half, y + half]) + 0.5
         width = int(np.clip(round(float(seen.sigma[0, 0]) * scale), 1, scale))
         corners = tuple(np.clip(box * scale, -side, 2 * side))

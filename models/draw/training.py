@@ -1,4 +1,4 @@
-"""Data, optimizer, training step, training and evaluation of section 5.3."""
+"""Data, optimizer, training step, training loop and evaluation of section 5.3."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ def load(config: Config, data_dir: str = "") -> data.Images:
     if not config.batch_size <= config.train_images <= len(raw.train_images):
         raise UserError(
             f"--train-images must lie between --batch-size {config.batch_size} and the "
-            f"{len(raw.train_images)} of {config.dataset}, got {config.train_images}"
+            f"{len(raw.train_images)} images of {config.dataset}, got {config.train_images}"
         )
     train, test = data.binarize(
         raw.train_images[..., 0], raw.test_images[..., 0], seed=config.binarization_seed
@@ -29,7 +29,7 @@ def load(config: Config, data_dir: str = "") -> data.Images:
 
 
 def noise(config: Config, x, seed) -> tf.Tensor:
-    """Returns u for x, this replica's share of the batch: [T, batch, latent_units]."""
+    """Returns u, [T, batch, latent_units], for x, this replica's share of the batch."""
     batch = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
     u = replicas.normal_like(tf.zeros([batch, config.glimpses, config.latent_units]), seed)
     return tf.transpose(u, [1, 0, 2])
@@ -38,8 +38,8 @@ def noise(config: Config, x, seed) -> tf.Tensor:
 def make_steps(config: Config, strategy, network: Network, optimizer=None):
     """Returns (train_step, evaluate_step); both take the whole batch on every replica.
 
-    Called as step(images, seed), they return float32 [1 + T]: the sums over the images of the
-    cross-entropy and of each KL_t.
+    step(images, seed) returns float32 [1 + T], the sums over the images of the cross-entropy and
+    of each KL_t.
     """
 
     def evaluate_step(x, u):
@@ -54,7 +54,7 @@ def make_steps(config: Config, strategy, network: Network, optimizer=None):
         gradients = tape.gradient(loss, variables)
         replica = tf.distribute.get_replica_context()
         n = replica.num_replicas_in_sync
-        if n > 1:  # Clipped as a whole; the optimizer sums over the replicas.
+        if n > 1:  # Clip the sum over replicas; 1/n, because the optimizer sums again.
             gradients = [g / n for g in replica.all_reduce(tf.distribute.ReduceOp.SUM, gradients)]
         gradients, _ = tf.clip_by_global_norm(gradients, config.clip_norm / n)
         optimizer.apply_gradients(zip(gradients, variables, strict=True))
@@ -66,7 +66,7 @@ def make_steps(config: Config, strategy, network: Network, optimizer=None):
 
         def replica_step(images, seed):
             x = tf.cast(replicas.share(images), tf.float32)
-            return step(x, noise(config, x, seed))  # XLA would draw other noise.
+            return step(x, noise(config, x, seed))  # XLA would draw different noise.
 
         return replicas.summed(strategy, replica_step)
 
@@ -74,7 +74,7 @@ def make_steps(config: Config, strategy, network: Network, optimizer=None):
 
 
 def make_optimizer(config: Config, variables) -> tf.keras.optimizers.Adam:
-    """Returns the Adam of the code."""
+    """Returns Adam as in the code, with its variables created."""
     adam = tf.keras.optimizers.Adam(
         config.learning_rate, config.beta_1, config.beta_2, config.epsilon
     )
@@ -88,10 +88,10 @@ def mean_losses(
     """Returns the images' mean cross-entropy and KL_t, float64 [1 + T], in nats.
 
     Args:
-      config, evaluate_step: of the network.
+      config, evaluate_step: those of the network.
       images: uint8 [examples, side, side].
-      report: called as report(done, total) now and then.
-      draws: draws of the noise for each image, the same in each call.
+      report: called as report(done, total) to show progress.
+      draws: noise samples per image, the same in every call.
     """
     sums, batch = np.zeros(1 + config.glimpses), config.batch_size
     starts = range(0, len(images), batch)
@@ -103,14 +103,14 @@ def mean_losses(
 
 
 def describe(losses: np.ndarray) -> str:
-    """Returns what `mean_losses` found, in words."""
+    """Returns the result of `mean_losses` as text."""
     cross_entropy, kl = losses[0], losses[1:].sum()
     return f"bound {-losses.sum():.2f} nats = -(cross-entropy {cross_entropy:.2f} + KL {kl:.2f})"
 
 
 def train(config: Config) -> None:
     """Trains one network."""
-    images = load(config)  # Before there is a run, because they may be missing.
+    images = load(config)  # Before a run folder exists, because the data may be missing.
     per_epoch = len(images.train_images) // config.batch_size
     with Run(config, config.parameterization, images.caveat) as run:
         with run.strategy.scope():

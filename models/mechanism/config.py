@@ -10,17 +10,18 @@ from models.common.options import Count, Preset, SweepConfig, option
 class Config(SweepConfig):
     """The hyper-parameters of the experiment on section 2.1."""
 
+    # The run folder.
     out: str = option("runs/mechanism-{preset}-{parameterization}-{seed}", resume="free")
-    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of each layer.
-    dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # synthetic: needs no files.
+    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Used in every layer.
+    dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # Synthetic data needs no files.
     units: Count = 128  # Units of each of the two hidden layers.
     epochs: Count = 5  # Passes over the training images.
     batch_size: Count = option(100, memory=True)  # Images per step.
-    learning_rate: float = 0.1  # Step size of SGD, without momentum.
-    # The learning rates of the sweep.
+    learning_rate: float = 0.1  # Learning rate of SGD, which has no momentum.
+    # Learning rates tried by --sweep.
     learning_rates: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), resume="free")
-    examples: Count = option(5000, memory=True)  # Images whose gradients make C.
-    samples: Count = 16  # Units of each hidden layer whose C is computed.
+    examples: Count = option(5000, memory=True)  # Images used to estimate C.
+    samples: Count = 16  # Units per hidden layer for which C is computed.
 
     ARMS: ClassVar[dict[str, dict[str, Any]]] = {
         "normal": {"parameterization": "normal"},
@@ -31,7 +32,7 @@ class Config(SweepConfig):
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset("five epochs, about a minute"),
         "smoke": Preset(
-            "only to see that it runs; its numbers mean nothing",
+            "a quick check that it runs; its numbers mean nothing",
             {"dataset": "synthetic_mnist", "units": 8, "epochs": 2, "examples": 100, "samples": 2},
         ),
     }

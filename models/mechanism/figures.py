@@ -19,7 +19,7 @@ EXPERIMENT = Experiment("A small network on MNIST, SGD", TEST, (TEST, ANGLE, GRO
 
 
 def draw(runs: list[FinishedRun], output: Output) -> None:
-    """Compares the parameterizations, and draws what the updates do at each learning rate."""
+    """Compares the parameterizations, and draws the effect of the updates by learning rate."""
     comparison = Comparison(EXPERIMENT, runs, output, "mechanism")
     comparison.draw()
     columns, rows = (GROWTH, FORMULA, ANGLE, *SHARES), []
@@ -47,5 +47,5 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
 
 
 def lives(arm: Arm, run: FinishedRun) -> bool:
-    """Returns whether a run has ended and its steps still turn w: not with all units dead."""
+    """Returns whether a run finished with updates that still turn w (not all units are dead)."""
     return arm.ends(run) > 0 and ANGLE.of(run, arm.ends(run)) > 1e-3

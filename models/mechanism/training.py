@@ -1,4 +1,4 @@
-"""Training by SGD, with a look at every update, and at the covariance of the gradients."""
+"""SGD training that measures every update and the covariance of the gradients."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ class Network(tf.Module):
         self.layers = [make.dense(units) for units in (config.units, config.units, 10)]
 
     def __call__(self, x) -> tuple[list, list]:
-        """Returns each layer's input and pre-activation."""
+        """Returns the inputs and the pre-activations of the layers."""
         inputs, outputs = [], []
         for layer in self.layers:
             inputs.append(x)
@@ -29,7 +29,7 @@ class Network(tf.Module):
         return inputs, outputs
 
     def losses(self, outputs, labels) -> tf.Tensor:
-        """Returns the images' cross-entropies."""
+        """Returns the cross-entropy of each image."""
         return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, outputs[-1])
 
     def vectors(self) -> list[tf.Variable]:
@@ -38,12 +38,12 @@ class Network(tf.Module):
         return [w.w if w.parameterization == "normal" else w.v for w in weights]
 
     def units(self) -> list[tf.Tensor]:
-        """Returns each layer's w, of length 1."""
+        """Returns each layer's w, every unit scaled to length 1."""
         return [tf.nn.l2_normalize(layer.weight(), 0) for layer in self.layers]
 
 
 class Measures(tf.Module):
-    """What the updates did to each unit: the formula's norm, and the error of one step of it."""
+    """Tracks each unit's norm as predicted by sqrt(1 + c^2), and the largest error of a step."""
 
     def __init__(self, network: Network):
         super().__init__()
@@ -60,7 +60,7 @@ class Measures(tf.Module):
         self.error.assign(tf.maximum(self.error, tf.abs(error)))
 
     def values(self, network: Network) -> dict[str, float]:
-        """Returns means over the units of the norms, and the largest error."""
+        """Returns the growth of the norms, averaged over units, and the largest error."""
         growth = norms(network.vectors()) / self.first
         return {
             "growth": float(tf.reduce_mean(growth)),
@@ -75,7 +75,7 @@ def norms(vectors) -> tf.Tensor:
 
 
 def angles(before, after) -> tf.Tensor:
-    """Returns the angles between unit vectors in degrees, exact for small ones."""
+    """Returns the angles between unit vectors in degrees, accurate for small ones."""
     pairs = [
         (tf.cast(a, tf.float64), tf.cast(b, tf.float64)) for a, b in zip(before, after, strict=True)
     ]
@@ -84,7 +84,7 @@ def angles(before, after) -> tf.Tensor:
 
 
 def make_step(network: Network, optimizer, measures: Measures):
-    """Returns step(images, labels), float64 [2]: loss and mean angle by which w turned."""
+    """Returns step(images, labels), which returns [loss, mean turn of w in degrees], float64."""
 
     @tf.function
     def step(images, labels):
@@ -102,17 +102,17 @@ def make_step(network: Network, optimizer, measures: Measures):
 
 
 def covariances(config: Config, network: Network, images, labels) -> dict[str, float]:
-    """Returns means over units of the hidden layers, of the single images' gradients.
+    """Returns means over hidden units; C is the covariance of the single images' gradients.
 
-    `cosine`: |cos| of w and C's dominant eigenvector (`cosine_random` for a random vector instead
-    of w); `share` and `share_projected`: the largest eigenvalue's share of the trace, of C and of
-    M C M.
+    `cosine`: |cos| of w and C's dominant eigenvector (`cosine_random`: of a random vector and that
+    eigenvector); `share` and `share_projected`: the largest eigenvalue divided by the trace, for C
+    and for M C M.
     """
     x = tf.constant(images)
     with tf.GradientTape() as tape:
         inputs, outputs = network(x)
         losses = network.losses(outputs, labels)
-    # An image's gradient with respect to a unit's w is its input times that of the pre-activation.
+    # Per image, the gradient with respect to w is the input times that of the pre-activation.
     slopes = tape.gradient(losses, outputs[:-1])
     random = runtime.generator(config.seed, 1)
     found = []
@@ -121,7 +121,7 @@ def covariances(config: Config, network: Network, images, labels) -> dict[str, f
         for unit in np.linspace(0, w.shape[1] - 1, config.samples).astype(int):
             gradients = a * slope[:, unit, None]
             c = np.cov(gradients, rowvar=False)
-            if not np.trace(c) > 0:  # A unit that is 0 for all images.
+            if not np.trace(c) > 0:  # The unit is 0 for all images.
                 continue
             values, vectors = np.linalg.eigh(c)
             direction = w[:, unit] / np.linalg.norm(w[:, unit])
@@ -136,7 +136,7 @@ def covariances(config: Config, network: Network, images, labels) -> dict[str, f
                     "share_projected": np.linalg.eigvalsh(projected)[-1] / np.trace(projected),
                 }
             )
-    names = found[0] if found else ()  # None if the network has died.
+    names = found[0] if found else ()  # Empty if all units are dead.
     return {name: float(np.mean([one[name] for one in found])) for name in names}
 
 

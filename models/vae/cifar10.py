@@ -1,4 +1,4 @@
-"""The model of CIFAR-10: a ResNet with several stochastic layers, each with a flow."""
+"""The CIFAR-10 model: a ResNet with several stochastic layers, each with a flow."""
 
 import functools
 from typing import Any
@@ -11,10 +11,10 @@ from models.vae.flow import Autoregressive, Upsampling, log_normal
 
 
 class StochasticLayer(tf.Module):
-    """One z, with its part of the way up (the posterior) and of the way down (the prior).
+    """One z, with its part of the bottom-up pass (posterior) and the top-down pass (prior).
 
-    With `halves` it works at half the resolution of the layers below. The way up ends at the layer
-    that is `top`.
+    With `halves`, it works at half the resolution of the layer below. The bottom-up pass ends at
+    the `top` layer.
     """
 
     def __init__(self, config: Config, make: layers.Layers, halves: bool, top: bool):
@@ -29,7 +29,7 @@ class StochasticLayer(tf.Module):
         self.down_out: Any = Upsampling(make, h, init_scale=0.1) if halves else conv(h)
 
     def up(self, x):
-        """Returns the next x on the way up, and mu, log sigma and context of the posterior."""
+        """Returns the next x going up, and the posterior's mu, log sigma and context."""
         split = self.up_split(tf.nn.elu(x))
         det, *posterior = tf.split(split, [self.h, self.z, self.z, self.h], -1)
         if self.up_out is None:
@@ -39,7 +39,7 @@ class StochasticLayer(tf.Module):
         return x + 0.1 * self.up_out(tf.nn.elu(det)), posterior
 
     def down(self, x, posterior, seed):
-        """Returns the next x on the way down, and log q(z) - log p(z), [batch, maps].
+        """Returns the next x going down, and log q(z) - log p(z), [batch, maps].
 
         If `posterior` is None, z is drawn from the prior and the second result is None.
         """
@@ -63,13 +63,13 @@ class StochasticLayer(tf.Module):
         return x + 0.1 * self.down_out(tf.nn.elu(det)), kl
 
     def transform(self, z, log_q, context):
-        """The flow: z <- (z - m) / exp(s), log q <- log q + s."""
+        """Applies the flow: z <- (z - m) / exp(s), log q <- log q + s."""
         m, s = (0.1 * t for t in self.flow(z, context))
         return (z - m) * tf.exp(-s), log_q + s
 
 
 class CifarVAE(tf.Module):
-    """x (-1/2, 1/2) [batch, 32, 32, 3]; several z, each with a prior given those above it."""
+    """Models x in (-1/2, 1/2) with several z; the prior of each depends on those above it."""
 
     def __init__(self, config: Config, dtype=tf.float32):
         super().__init__()
@@ -91,21 +91,21 @@ class CifarVAE(tf.Module):
         ]
         self.top = tf.Variable(tf.zeros([h]), name="top")
         self.last = Upsampling(make, 3, 5, init_scale=0.1)
-        self.log_scale = tf.Variable(tf.zeros([3]), name="log_scale")  # Of the logistic, by color.
+        self.log_scale = tf.Variable(tf.zeros([3]), name="log_scale")  # The logistic's, by color.
 
     def __call__(self, x, seed):
         """Returns log p(x|z), float32 [batch], and log q(z|x) - log p(z), [batch, maps of all z].
 
-        Arguments:
+        Args:
           x: float32 [batch, 32, 32, 3].
-          seed: int64 [2], of z.
+          seed: int64 [2], seeds z.
         """
         mean, kl = self.down(self.up(x), tf.shape(x)[0], seed)
         log_px = log_discretized_logistic(x, mean, self.log_scale, self.open_ends)
         return tf.reduce_sum(log_px, [1, 2, 3]), tf.concat(kl, -1)
 
     def up(self, x):
-        """Returns each layer's part of the posterior."""
+        """Returns each layer's parameters of the posterior."""
         x, posteriors = self.first(x), []
         for layer in self.layers:
             x, posterior = layer.up(x)
@@ -134,11 +134,11 @@ class CifarVAE(tf.Module):
 
 
 def log_discretized_logistic(x, mean, log_scale, open_ends: bool = False) -> tf.Tensor:
-    """Returns log P of the interval that holds x, of 256 equal intervals of (-1/2, 1/2).
+    """Returns log P of the interval that contains x, one of 256 equal parts of (-1/2, 1/2).
 
-    P = sigmoid((x + 1/256 - mean) / scale) - sigmoid((x - mean) / scale) + 1e-7, x floored to a
-    multiple of 1/256. The 256 P add up to the logistic's mass in [-1/2, 1/2], or, with `open_ends`,
-    where the first and the last interval extend to infinity, to 1.
+    P = sigmoid((x + 1/256 - mean) / scale) - sigmoid((x - mean) / scale) + 1e-7, where x is rounded
+    down to a multiple of 1/256. The 256 P sum to the logistic's mass in [-1/2, 1/2], or to 1 with
+    `open_ends`, which extends the first and the last interval to infinity.
     """
     low = tf.floor(x * 256) / 256
     below, above = (tf.sigmoid((end - mean) * tf.exp(-log_scale)) for end in (low, low + 1 / 256))

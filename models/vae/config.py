@@ -23,28 +23,28 @@ SMOKE = {
 
 @dataclasses.dataclass(frozen=True)
 class MnistConfig:
-    """The model of MNIST."""
+    """Options of the MNIST model."""
 
-    # MNIST: pixels drawn once, or each time.
+    # MNIST: draw binary pixels once (static) or at every use of an image (dynamic).
     binarization: Literal["static", "dynamic"] = option("static", named=True)
     maps: tuple[Count, ...] = (16, 32, 32)  # MNIST: feature maps at 28x28, 14x14 and 7x7.
-    blocks: Count = 2  # MNIST: ResNet blocks in each of the three sequences.
-    hidden: Count = 450  # MNIST: units of the fully connected layer.
-    latents: Count = 32  # MNIST: units of z.
-    flow_steps: int = 2  # MNIST: steps of the flow (0: a diagonal posterior).
-    made: tuple[Count, ...] = (320, 320)  # MNIST: units of the hidden layers of each step.
+    blocks: Count = 2  # MNIST: ResNet blocks at each of the three resolutions.
+    hidden: Count = 450  # MNIST: units of the dense layer in encoder and decoder.
+    latents: Count = 32  # MNIST: dimension of z.
+    flow_steps: int = 2  # MNIST: flow steps (0: a diagonal Gaussian posterior).
+    made: tuple[Count, ...] = (320, 320)  # MNIST: units of each flow step's hidden layers.
 
 
 @dataclasses.dataclass(frozen=True)
 class Cifar10Config:
-    """The model of CIFAR-10."""
+    """Options of the CIFAR-10 model."""
 
-    # CIFAR-10: number of layers at 16x16, 8x8, ...
+    # CIFAR-10: number of stochastic layers at 16x16, 8x8, ...
     stochastic_layers: tuple[Count, ...] = (4, 4)
     features: Count = option(160, memory=True)  # CIFAR-10: feature maps of the deterministic path.
     latent_maps: Count = 32  # CIFAR-10: feature maps of each z.
     flow_layers: Count = 2  # CIFAR-10: hidden convolutions of each flow.
-    open_ends: bool = False  # CIFAR-10: values 0 and 255 have the logistic's tails.
+    open_ends: bool = False  # CIFAR-10: give values 0 and 255 the logistic's tails.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,31 +53,31 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
 
     # The run folder.
     out: str = option("runs/vae-{dataset}-{preset}-{parameterization}-{seed}", resume="free")
-    # Data and model; the synthetic data sets need no files.
+    # Data set, which determines the model. Synthetic data needs no files.
     dataset: Literal["mnist", "cifar10", "synthetic_mnist", "synthetic_cifar10"] = "mnist"
-    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Of each layer.
-    # Normal parameterization as in the paper's released code: w = g v with a constant g.
+    parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Used in every layer.
+    # With --parameterization normal: w = g v with a constant g, as in the paper's code.
     frozen_g: bool = False
-    free_bits: float | None = None  # Nats per map without cost (none: MNIST 0, CIFAR-10 .25).
-    data_dependent_init: bool = True  # Section 3; both parameterizations start as one function.
+    free_bits: float | None = None  # Free nats per latent map (none: MNIST 0, CIFAR-10 0.25).
+    data_dependent_init: bool = True  # Use the data-dependent initialization of section 3.
     init_examples: Count = option(200, memory=True)  # Images in the initialization batch.
     epochs: Count | None = None  # Passes over the training images (none: MNIST 300, CIFAR-10 450).
     train_examples: Count | None = None  # Number of training images to use (none: all).
     batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
-    learning_rate: float = 0.002  # Adamax: step size.
-    # The learning rates of the sweep.
+    learning_rate: float = 0.002  # Adamax: learning rate.
+    # Learning rates tried by --sweep.
     learning_rates: tuple[float, ...] = option((0.001, 0.002, 0.004, 0.008), resume="free")
     beta_1: Fraction = 0.9  # Adamax: decay of the momentum.
     beta_2: Fraction = 0.999  # Adamax: decay of the infinity norm.
     epsilon: float = 1e-8  # Adamax: epsilon.
-    average_epochs: float = 10.0  # Epochs over which the parameters are averaged.
-    eval_samples: Count = option(100, named=True)  # Importance samples of the last log-likelihood.
+    average_epochs: float = 10.0  # Time constant of the parameter average, in epochs.
+    eval_samples: Count = option(100, named=True)  # Importance samples of the final log-likelihood.
 
     PRESETS: ClassVar[dict[str, Preset]] = {
-        "paper": Preset("section 5.2 as far as it is known"),
+        "paper": Preset("section 5.2, as far as the paper specifies it"),
         "cpu": Preset("scaled: minutes on two cores; not comparable with the paper's numbers", CPU),
         "smoke": Preset(
-            "only to see that it runs, in less than a minute; its numbers and images mean nothing",
+            "a quick check that it runs, in under a minute; its numbers and images mean nothing",
             SMOKE,
         ),
     }
@@ -96,58 +96,58 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
 
     @property
     def mnist(self) -> bool:
-        """Whether the model is MNIST's, of binary images."""
+        """Whether this is the MNIST model, of binary images."""
         return "mnist" in self.dataset
 
     @property
     def all_epochs(self) -> int:
-        """The number of epochs; by default figure 3's axis ends there."""
+        """The number of epochs; by default, where figure 3's axis ends."""
         return self.epochs or (300 if self.mnist else 450)
 
     @property
     def least_kl(self) -> float:
-        """The free bits; by default the code's."""
+        """The free bits per map in nats; by default the code's value."""
         if self.free_bits is None:
             return 0.0 if self.mnist else 0.25
         return self.free_bits
 
     def check(self) -> None:
-        """Raises UserError for values that do not go together."""
+        """Raises UserError if options conflict."""
         super().check()
         if len(self.maps) != 3:
             raise UserError(f"--maps takes 3 numbers, got {len(self.maps)}")
         if len(self.stochastic_layers) > 5:
             raise UserError(
-                "--stochastic-layers takes at most 5 numbers, for 16x16 to 1x1 pixels, got "
+                "--stochastic-layers takes at most 5 numbers, for 16x16 to 1x1 pixels; got "
                 f"{len(self.stochastic_layers)}"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Prints the bound and the log-likelihood of the test images, with averaged weights."""
+    """Prints the bound and the log-likelihood of the test images, using averaged weights."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
-    eval_samples: Count = 100  # Importance samples of the log-likelihood (1: the bound alone).
-    data_dir: str = ""  # Folder of the data sets (default: the run's own).
+    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
+    eval_samples: Count = 100  # Importance samples for the log-likelihood (1: only the bound).
+    data_dir: str = ""  # Folder of the data sets (default: as in the run).
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Draws images from a model."""
+    """Samples images from a trained model."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
+    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
     out: str = ""  # The PNG (default: samples/samples.png in the run folder).
     count: Count = 100  # Number of images.
-    seed: Seed = 0  # Seeds the draws.
+    seed: Seed = 0  # Seeds the samples.
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruct:
-    """Shows test images, each with the model's reconstruction below it."""
+    """Draws test images, each with its reconstruction below it."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint in one.
+    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
     out: str = ""  # The PNG (default: samples/reconstructions.png in the run folder).
     count: Count = 50  # Number of images.
-    seed: Seed = 0  # Seeds the draws.
-    data_dir: str = ""  # Folder of the data sets (default: the run's own).
+    seed: Seed = 0  # Seeds the samples.
+    data_dir: str = ""  # Folder of the data sets (default: as in the run).

@@ -16,7 +16,7 @@ from models.vae.model import caveats, load, make_network, prepare
 def make_evaluate_step(config: Config, strategy, network):
     """Returns evaluate_step(images, pixels, seed): log p(x, z) - log q(z|x) and KL, [images, 2].
 
-    `pixels` is the seed of dynamic binarization, `seed` that of z.
+    `pixels` seeds dynamic binarization, `seed` seeds z.
     """
 
     def replica_step(images, pixels, seed):
@@ -35,11 +35,11 @@ def make_evaluate_step(config: Config, strategy, network):
 def bounds(
     config: Config, evaluate_step, images: np.ndarray, samples=1, report=lambda done, total: None
 ):
-    """Returns means over the images, in nats: bound, kl and, of several samples, log_likelihood.
+    """Returns means over the images, in nats: bound, kl and, if samples > 1, log_likelihood.
 
     log_likelihood is the importance-weighted bound, the mean of log mean_k p(x, z_k) / q(z_k|x).
-    All its samples share one x, which dynamic binarization draws. Each call makes the same draws.
-    Calls report(done, total) now and then.
+    All k share one x, even with dynamic binarization. Every call uses the same random numbers and
+    reports its progress to report(done, total).
     """
     parts, batch = [], 500
     starts = range(0, len(images), batch)
@@ -74,7 +74,7 @@ def units(config: Config, result: dict[str, float]) -> dict[str, float]:
 
 
 def describe(result: dict[str, float]) -> str:
-    """Returns the result of `bounds` in words."""
+    """Returns the result of `bounds` as text."""
     words = f"bound {result['bound']:.2f} nats"
     if "bits_per_dim" in result:
         words += f" ({result['bits_per_dim']:.3f} bits/dim, {result['paper_axis']:.0f} in figure 3)"

@@ -24,7 +24,7 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
     for dataset, here in group(runs, lambda run: run.config.dataset).items():
         with output.attempt():
             if dataset not in EXPERIMENTS:
-                raise UserError(f"{here[0].path} is of synthetic images: there is nothing to draw")
+                raise UserError(f"{here[0].path} holds a run of synthetic images; leave it out")
             if dataset == "mnist":
                 refuse_mixed(here, "binarization", "MNIST runs")
             measured = [run for run in here if len(run.curve(LIKELIHOOD.name)[0])]

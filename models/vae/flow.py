@@ -1,4 +1,4 @@
-"""What both models are built of: masked networks for the flow, upsampling, the normal density."""
+"""What both models share: masked networks for the flow, upsampling, the normal density."""
 
 import itertools
 import math
@@ -13,8 +13,8 @@ from models.common.layers import Layers
 def mask(inputs: int, outputs: int, order: int, strict: bool) -> np.ndarray:
     """Returns the mask [inputs, outputs] of a masked layer.
 
-    Inputs and outputs each have degrees from 0 to order - 1, in equal parts. An output sees the
-    inputs of lower degree and, unless `strict`, those of its own.
+    Inputs, and likewise outputs, are divided evenly among the degrees 0 to order - 1. An output
+    sees the inputs of lower degree and, unless `strict`, those of its own degree.
     """
     i, o = (np.arange(n) * order // n for n in (inputs, outputs))
     return (i[:, None] < o + (not strict)).astype(np.float32)
@@ -23,7 +23,7 @@ def mask(inputs: int, outputs: int, order: int, strict: bool) -> np.ndarray:
 def window_mask(inputs: int, outputs: int, order: int, strict: bool) -> np.ndarray:
     """Returns the mask [3, 3, inputs, outputs] of a masked convolution.
 
-    An output sees all maps of the pixels above and to the left, and `mask` of its own pixel.
+    An output sees all maps of the pixels above and to the left; `mask` applies to its own pixel.
     """
     window = np.zeros([3, 3, inputs, outputs], np.float32)
     window[0] = window[1, 0] = 1
@@ -34,15 +34,15 @@ def window_mask(inputs: int, outputs: int, order: int, strict: bool) -> np.ndarr
 class Autoregressive(tf.Module):
     """Maps z and a context to m and s; their i-th elements depend on z[:i] and the context (MADE).
 
-    The context is added to the first hidden layer; hidden layers are ELUs.
+    The context is added to the first hidden layer's pre-activations; the activations are ELUs.
 
     Args:
-      make: makes the layers.
+      make: creates the layers.
       latents: units, or maps, of z.
       hidden: units, or maps, of the hidden layers.
       convolutional: z is [batch, height, width, latents], ordered by rows, columns, maps;
         else [batch, latents].
-      **output: options of the last layer.
+      **output: options of the output layer.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Autoregressive(tf.Module):
             return layer(copies * outputs, kernel_mask=kernel_mask, **choices)
 
         sizes = [latents, *hidden]
-        # The context has a bias, so the first layer needs none.
+        # The context includes a bias, so the first layer needs none.
         self.hidden = [
             masked(a, b, strict=False, use_bias=index > 0)
             for index, (a, b) in enumerate(itertools.pairwise(sizes))

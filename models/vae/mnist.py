@@ -1,4 +1,4 @@
-"""The model of MNIST: ResNet blocks, one z, and a flow on its posterior."""
+"""The MNIST model: ResNet blocks, one z, and a flow on its posterior."""
 
 import math
 from typing import Any
@@ -32,7 +32,7 @@ class Block(tf.Module):
 
 
 class MnistVAE(tf.Module):
-    """x {0, 1} [batch, 28, 28, 1]; p(z) = N(0, 1); q(z|x) a Gaussian, transformed by the flow."""
+    """Models x in {0, 1} with p(z) = N(0, 1); q(z|x) is a Gaussian transformed by the flow."""
 
     def __init__(self, config: Config, dtype=tf.float32):
         super().__init__()
@@ -65,16 +65,16 @@ class MnistVAE(tf.Module):
     def __call__(self, x, seed):
         """Returns log p(x|z), float32 [batch], and log q(z|x) - log p(z), [batch, latents].
 
-        Arguments:
+        Args:
           x: float32 [batch, 28, 28, 1].
-          seed: int64 [2], of z.
+          seed: int64 [2], seeds z.
         """
         z, log_q = self.encode(x, seed)
         log_px = -tf.nn.sigmoid_cross_entropy_with_logits(x, self.decode(z))
         return tf.reduce_sum(log_px, [1, 2, 3]), log_q - log_normal(z, 0.0, 0.0)
 
     def encode(self, x, seed):
-        """Returns a draw z from q(z|x), and log q(z|x), both float32 [batch, latents]."""
+        """Draws z from q(z|x); returns z and log q(z|x), both float32 [batch, latents]."""
         mu, log_sigma, context = self.moments(x)
         noise = replicas.normal_like(mu, seed)
         z = mu + tf.exp(log_sigma) * noise
@@ -89,10 +89,10 @@ class MnistVAE(tf.Module):
         return tf.split(outputs, [self.latents, self.latents, -1], -1)
 
     def transform(self, z, log_q, context):
-        """The flow; each step: z <- sigma z + (1 - sigma) m, log q <- log q - log sigma."""
+        """Applies the flow; each step: z <- sigma z + (1 - sigma) m, log q <- log q - log sigma."""
         for step in self.flow:
             m, s = step(z, context)
-            s += 1.5  # The initial sigma is about .8: a step starts close to the identity.
+            s += 1.5  # Initially sigma is about 0.8, so a step starts close to the identity.
             sigma = tf.sigmoid(s)
             z = sigma * z + (1 - sigma) * m
             log_q -= tf.math.log_sigmoid(s)

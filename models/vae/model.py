@@ -37,7 +37,7 @@ def prepare(config: Config, images, seed) -> tf.Tensor:
 
 
 def make_network(config: Config, dtype=tf.float32) -> Any:
-    """Returns the data set's network, with its variables."""
+    """Returns the data set's network, with its variables created."""
     network = (MnistVAE if config.mnist else CifarVAE)(config, dtype)
     shape = [1, 28, 28, 1] if config.mnist else [1, 32, 32, 3]
     tf.distribute.get_strategy().run(
@@ -47,11 +47,11 @@ def make_network(config: Config, dtype=tf.float32) -> Any:
 
 
 def initialize(config: Config, network, images: np.ndarray) -> None:
-    """Initializes every layer from data (section 3), in the order in which x passes them."""
+    """Initializes every layer from data (section 3), in the order of the forward pass."""
     seed = tf.constant([config.seed, 0], tf.int64)
     x = prepare(config, images, seed)
     if config.data_dependent_init:
-        # Each replica sees the whole batch, so all of them compute the same.
+        # Every replica sees the whole batch, so all compute the same values.
         tfwn.data_dependent_init(
             lambda x: network(x, seed), x, init_scale=lambda layer: layer.init_scale
         )
@@ -62,5 +62,5 @@ def initialize(config: Config, network, images: np.ndarray) -> None:
 
 
 def caveats(config: Config, images: data.Images) -> tuple[str, str]:
-    """Returns what to say beside a result."""
+    """Returns the caveats shown with the results."""
     return f"{config.binarization} binarization" if config.mnist else "", images.caveat

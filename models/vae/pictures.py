@@ -1,4 +1,4 @@
-"""Pictures of samples and reconstructions, and the commands that make them."""
+"""Pictures of samples and reconstructions, and the commands that write them."""
 
 import numpy as np
 import tensorflow as tf
@@ -10,13 +10,13 @@ from models.vae.model import load, prepare
 
 
 def samples(config: Config, network, count: int = 100, seed: int = 0) -> bytes:
-    """Returns draws from the model, the means of their pixels, as a PNG."""
+    """Returns a PNG of samples from the model (the means of the pixels)."""
     images = network.sample(count, tf.constant([seed, 0], tf.int64))
     return plots.png(plots.tile(images, gap=2))
 
 
 def reconstructions(config: Config, network, images, count: int = 50, seed: int = 0) -> bytes:
-    """Returns test images, with the model's reconstructions below each row, as a PNG."""
+    """Returns a PNG of test images in rows of 10, each row above its reconstructions."""
     number = tf.constant([seed, 0], tf.int64)
     x = prepare(config, images.test_images[:count], number)
     count = len(x)

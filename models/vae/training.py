@@ -1,4 +1,4 @@
-"""Training: Adamax on the bound, and averages of the parameters."""
+"""Training: Adamax on the bound, and the average of the parameters."""
 
 import tensorflow as tf
 
@@ -12,7 +12,7 @@ from models.vae.model import caveats, initialize, load, make_network, prepare
 
 
 def make_optimizer(config: Config, variables) -> Adamax:
-    """Returns the code's Adamax, with its variables."""
+    """Returns the code's Adamax, with its variables created."""
     optimizer = Adamax(
         config.learning_rate, config.beta_1, config.beta_2, config.epsilon, epsilon_in_max=True
     )
@@ -21,9 +21,9 @@ def make_optimizer(config: Config, variables) -> Adamax:
 
 
 def make_train_step(config: Config, strategy, network, averaged, optimizer, per_epoch: int):
-    """Returns train_step(images, step): the whole batch on every replica, steps from 0.
+    """Returns train_step(images, step), with the whole batch on every replica and steps from 0.
 
-    It returns float32 [3], sums over the images: loss, bound, log q(z|x) - log p(z).
+    It returns float32 [3]: sums over the images of the loss, the bound and log q(z|x) - log p(z).
     """
 
     def train_step(images, step):
@@ -33,7 +33,7 @@ def make_train_step(config: Config, strategy, network, averaged, optimizer, per_
             log_px, kl = network(x, seed)
             cost = tf.reduce_sum(kl)
             if config.least_kl:
-                # The mean of each map over the whole batch, of which this replica has a share.
+                # Each map's mean over the whole batch, not only over this replica's share.
                 mean = replicas.total(tf.reduce_sum(kl, 0)) / config.batch_size
                 cost = config.batch_size * tf.reduce_sum(tf.maximum(config.least_kl, mean))
                 cost /= strategy.num_replicas_in_sync
@@ -54,13 +54,13 @@ def average(averaged, network, decay) -> None:
     """Polyak averaging: averaged <- decay averaged + (1 - decay) parameters."""
     for mean, p in zip(averaged.trainable_variables, network.trainable_variables, strict=True):
         moved = mean + (1 - decay) * (p - mean)
-        # Each replica assigns its own copy; mean.assign would have to synchronize them.
+        # Each replica updates its own copy; mean.assign would have to synchronize them.
         tf.raw_ops.AssignVariableOp(resource=mean.handle, value=moved)
 
 
 def train(config: Config) -> None:
     """Trains one model."""
-    images = load(config)  # Before there is a run, because they may be missing.
+    images = load(config)  # Before a run folder exists, because the data may be missing.
     examples = len(images.train_images)
     per_epoch = data.steps_per_epoch(config.batch_size, examples)
     title = f"{config.dataset}, {config.parameterization}"

@@ -321,7 +321,7 @@ def test_a_run_on_two_replicas_is_the_run_on_one(run, tmp_path, monkeypatch):
 def test_a_run_learns_logs_and_evaluates(run, tmp_path):
     status, out, _ = run("--preset", "smoke", "--out", tmp_path / "a", "--width", 8, "--epochs", 3)
     assert status == 0
-    assert "only to see that it runs" in out
+    assert "a quick check that it runs" in out
     logged = metrics.read(tmp_path / "a")
     assert logged["epoch"] == [1, 2, 3]
     assert logged["loss"][2] < logged["loss"][0]

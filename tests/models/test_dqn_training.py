@@ -120,11 +120,11 @@ def test_games_that_cannot_be_saved_begin_anew_in_a_resumed_run(run, tmp_path, m
     monkeypatch.syspath_prepend(Path(__file__).parent)  # The processes must find catch.
     argv = ["--preset", "smoke", "--out", tmp_path / "a", "--game"]
     status, out, err = run(*argv, "catch:Unsaved-v0", "--steps", 400)
-    assert (status, err, "begin anew" in out) == (0, "", False)
+    assert (status, err, "start over" in out) == (0, "", False)
     argv = ["--resume", "--accept-changes", "--steps", 600, "--out", tmp_path / "a"]
     status, out, err = run(*argv)
     assert (status, err) == (0, "")
-    assert "catch:Unsaved-v0 cannot save its state: its games begin anew" in out
+    assert "catch:Unsaved-v0 cannot save its state, so its games start over" in out
     status, out, err = run("watch", tmp_path / "a", "--seconds", 1)
     assert (status, err) == (0, "")
 

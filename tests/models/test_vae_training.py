@@ -125,7 +125,7 @@ def test_a_run_learns_logs_and_its_commands_use_the_averaged_weights(command, tm
         "--learning-rate", 0.01,
     )  # fmt: skip
     assert status == 0
-    assert "only to see that it runs" in out
+    assert "a quick check that it runs" in out
     logged = metrics.read(folder)
     assert logged["epoch"] == [1, 2, 3]
     assert logged["train_bound"][0] < logged["train_bound"][1] < logged["train_bound"][2]
