@@ -94,11 +94,6 @@ class Config(SweepConfig):
             )
 
     @property
-    def last_epoch(self) -> float:
-        """The number of epochs."""
-        return self.epochs
-
-    @property
     def rate(self) -> float:
         """The learning rate of the first half of the epochs."""
         if self.learning_rate is None:

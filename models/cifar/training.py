@@ -88,7 +88,7 @@ def train(config: Config) -> None:
             network = Network(config, run.dtype)
             network(images.test_images[:1])  # Creates the variables.
             optimizer = make_optimizer(config, network.trainable_variables)
-        first = data.order(config.seed, 0, examples)[: config.init_examples]
+        first = runtime.generator(config.seed, 0).permutation(examples)[: config.init_examples]
         initialize(config, network, images.train_images[first])
         train_step, evaluate_step = make_steps(config, run.strategy, network, optimizer)
         run.begin({"network": network, "optimizer": optimizer}, sums=2)
@@ -96,7 +96,7 @@ def train(config: Config) -> None:
             learning_rate, beta_1 = schedule(config, epoch.number)
             optimizer.learning_rate.assign(learning_rate)
             optimizer.beta_1.assign(beta_1)
-            permutation = data.order(config.seed, epoch.number, examples)
+            permutation = runtime.generator(config.seed, epoch.number).permutation(examples)
             for step in epoch:
                 batch = permutation[epoch.slice]
                 sums = train_step(

@@ -110,11 +110,6 @@ def steps_per_epoch(batch_size: int, examples: int) -> int:
     return examples // batch_size
 
 
-def order(seed: int, epoch: int, examples: int) -> np.ndarray:
-    """Returns the permutation of the training images for an epoch, counted from 0."""
-    return np.random.default_rng([seed, epoch]).permutation(examples)
-
-
 def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarray]]) -> dict:
     """Returns make(), {name: array} computed from `source`, cached in the user's cache folder.
 

@@ -147,8 +147,8 @@ class SweepConfig(RunConfig):
 
     @property
     def last_epoch(self) -> float:
-        """The last value in the column `epoch` of a finished run."""
-        raise NotImplementedError
+        """The last value in the column `epoch` of a finished run; by default the field `epochs`."""
+        return self.epochs  # type: ignore[attr-defined]
 
     @classmethod
     def arm_fields(cls) -> set[str]:

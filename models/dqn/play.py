@@ -39,7 +39,7 @@ def play_games(
       games: number of games to play instead of following the protocol.
       report: called with (done, total), counted in actions or in games.
     """
-    count = max(config.num_envs, 1)
+    count = config.num_envs
     wanted = np.zeros(count, np.int64)  # Games to play in each environment; all 0: count actions.
     if games or config.protocol == "nature":
         np.add.at(wanted, np.arange(games or 30) % count, 1)

@@ -70,11 +70,6 @@ class Config(SweepConfig):
         ),
     }
 
-    @property
-    def last_epoch(self) -> float:
-        """The number of epochs."""
-        return self.epochs
-
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:

@@ -36,8 +36,3 @@ class Config(SweepConfig):
             {"dataset": "synthetic_mnist", "units": 8, "epochs": 2, "examples": 100, "samples": 2},
         ),
     }
-
-    @property
-    def last_epoch(self) -> float:
-        """The number of epochs."""
-        return self.epochs

@@ -165,7 +165,7 @@ def train(config: Config) -> None:
         if run.step == 0:
             run.log(**look())
         for epoch in run.epochs(config.epochs, per_epoch, config.batch_size):
-            order = data.order(config.seed, epoch.number, len(x))
+            order = runtime.generator(config.seed, epoch.number).permutation(len(x))
             for step in epoch:
                 batch = order[epoch.slice]
                 sums = train_step(x[batch], y[batch])

@@ -90,17 +90,12 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
     MEASURE: ClassVar[str] = "test_bound"
 
     @property
-    def last_epoch(self) -> float:
-        """The number of epochs."""
-        return self.all_epochs
-
-    @property
     def mnist(self) -> bool:
         """Whether this is the MNIST model, of binary images."""
         return "mnist" in self.dataset
 
     @property
-    def all_epochs(self) -> int:
+    def last_epoch(self) -> int:
         """The number of epochs; by default, where figure 3's axis ends."""
         return self.epochs or (300 if self.mnist else 450)
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from models.common import data, replicas
+from models.common import data, replicas, runtime
 from models.common.optimizers import Adamax
 from models.common.run import Run
 from models.vae import pictures
@@ -68,15 +68,15 @@ def train(config: Config) -> None:
         with run.strategy.scope():
             network, averaged = (make_network(config, run.dtype) for _ in range(2))
             optimizer = make_optimizer(config, network.trainable_variables)
-        first = data.order(config.seed, 0, examples)[: config.init_examples]
+        first = runtime.generator(config.seed, 0).permutation(examples)[: config.init_examples]
         initialize(config, network, images.train_images[first])
         for mean, p in zip(averaged.variables, network.variables, strict=True):
             mean.assign(p)
         train_step = make_train_step(config, run.strategy, network, averaged, optimizer, per_epoch)
         evaluate_step = make_evaluate_step(config, run.strategy, averaged)
         run.begin({"network": network, "averaged": averaged, "optimizer": optimizer}, sums=3)
-        for epoch in run.epochs(config.all_epochs, per_epoch, config.batch_size):
-            permutation = data.order(config.seed, epoch.number, examples)
+        for epoch in run.epochs(config.last_epoch, per_epoch, config.batch_size):
+            permutation = runtime.generator(config.seed, epoch.number).permutation(examples)
             for step in epoch:
                 batch = images.train_images[permutation[epoch.slice]]
                 sums = train_step(batch, tf.constant(step, tf.int64))
@@ -84,7 +84,7 @@ def train(config: Config) -> None:
                 if step % 20 == 0:
                     loss, bound, _ = sums.numpy() / config.batch_size
                     run.show(loss=loss, bound=bound)
-            number, last = epoch.number + 1, epoch.number + 1 == config.all_epochs
+            number, last = epoch.number + 1, epoch.number + 1 == config.last_epoch
             loss, bound, kl = epoch.means
             samples = config.eval_samples if last else 1
             result = bounds(config, evaluate_step, images.test_images, samples, run.evaluating)
@@ -97,6 +97,6 @@ def train(config: Config) -> None:
                 epoch_seconds=epoch.seconds,
             )
             run.say(f"epoch {number}  train bound {bound:.2f}  test {describe(result)}")
-            if run.chief and (last or number % max(1, config.all_epochs // 10) == 0):
+            if run.chief and (last or number % max(1, config.last_epoch // 10) == 0):
                 run.image("samples", pictures.samples(config, averaged))
                 run.image("reconstructions", pictures.reconstructions(config, averaged, images))

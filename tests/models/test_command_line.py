@@ -51,7 +51,7 @@ def test_help_has_every_option_and_the_papers_values_beside_a_presets(run):
     assert "--steps  200 -> 10" in out
     for field in dataclasses.fields(options.RunConfig):
         assert options.flag_of(field.name) in out
-    for part in ("Fits a line", "only to see that it runs", "Prints the slope of the line."):
+    for part in ("Fits a line", "a quick check that it runs", "Prints the slope of the line."):
         assert part in out
 
 

@@ -105,11 +105,3 @@ def test_a_damaged_cache_is_made_again(cache):
 def test_a_cache_that_cannot_be_written_is_done_without(cache):
     cache.folder.write_text("a file where the folder should be")
     np.testing.assert_array_equal(cache(np.arange(5)), np.arange(5) ** 2)
-
-
-def test_the_order_is_a_function_of_seed_and_epoch():
-    one = data.order(0, 3, 1000)
-    assert sorted(one) == list(range(1000))
-    np.testing.assert_array_equal(one, data.order(0, 3, 1000))
-    assert (one != data.order(0, 4, 1000)).any()
-    assert (one != data.order(1, 3, 1000)).any()

@@ -42,7 +42,6 @@ class Config(SweepConfig):
     }
     PRESETS: ClassVar = {"paper": Preset("")}
     MEASURE: ClassVar = "score"
-    last_epoch: ClassVar = property(lambda self: self.epochs)
 
 
 def train(config):
