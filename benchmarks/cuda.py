@@ -237,7 +237,7 @@ def main() -> None:
     info = native.build_info()
     if info["cuda"] is None:
         raise SystemExit(
-            "benchmarks.cuda: `native` was built without CUDA, as no nvcc was found. Install the CUDA "
+            "benchmarks.cuda: `native` was built without CUDA. Install the CUDA "
             "toolkit, set CUDA_HOME, or build it elsewhere and give its path: --native PATH"
         )
     print(f"native: CUDA {info['cuda']}, architectures {info['cuda_architectures']}", flush=True)
