@@ -212,7 +212,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=summary)
     parser.add_argument("--case", default="", help="only weights whose name contains this")
     parser.add_argument("--native", type=Path, help="a native.*.so to use, instead of building it")
-    parser.add_argument("--rounds", type=int, default=15, help="samples each, default %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="samples per contender, default %(default)s"
+    )
     parser.add_argument("--check-only", action="store_true", help="no timing")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="%(default)s")
     return parser.parse_args()

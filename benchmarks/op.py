@@ -174,7 +174,7 @@ def torch_contenders(case: Case, dtype: str, backward: bool) -> dict[str, Callab
 
 
 def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> dict[str, Callable]:
-    """The kernels alone. Ours write into memory of the caller, which PyTorch's cannot do."""
+    """The kernels alone. Ours write into the caller's memory, which PyTorch's cannot do."""
 
     def arrays(shape, kind=dtype):
         return [aligned(torch.randn(shape).to(getattr(torch, kind))) for _ in range(case.weights)]
@@ -336,12 +336,14 @@ def parse_arguments() -> argparse.Namespace:
     summary, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.op", description=summary)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: both")
-    parser.add_argument("--case", default="", help="only weights whose name contains this")
     parser.add_argument(
-        "--threads", type=int, default=cores, help="default: %(default)s, all cores"
+        "--dtype", choices=["float32", "bfloat16"], help="element type, default both"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="windows each, default %(default)s")
+    parser.add_argument("--case", default="", help="only weights whose name contains this")
+    parser.add_argument("--threads", type=int, default=cores, help="default %(default)s, all cores")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="windows per contender, default %(default)s"
+    )
     parser.add_argument(
         "--add", action="store_true", help="keep the results of other weights in OUT/op.json"
     )

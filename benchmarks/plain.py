@@ -23,7 +23,7 @@ def weight_norm() -> Iterator[None]:
 def _weight_norm(v, g, axis=-1, *, out_dtype=None, name=None):
     """Eq. 2 for units along the last axis, as in all layers of the four programs.
 
-    The epsilon of l2_normalize is needed, because some units of the auto-encoders' flow are 0.
+    l2_normalize needs its epsilon, because some units of the auto-encoders' flow are fully masked.
     """
     w = tf.math.l2_normalize(v, list(range(v.shape.rank - 1))) * g
     return tf.cast(w, out_dtype or v.dtype)

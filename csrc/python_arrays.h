@@ -262,7 +262,7 @@ inline Array NewArray(const std::string& name, const Sizes& shape, Type type) {
   return ParseNumPy(name, py::array(DTypeOf(type), shape));
 }
 
-// Transposes the axes by `order`, unless it is empty.
+// Returns a contiguous copy, transposed by `order` unless that is empty.
 inline Array ContiguousCopy(const Array& array, const std::vector<int64_t>& order) {
   py::object view = array.object;
   if (!order.empty()) view = view.attr("transpose")(py::cast(order));

@@ -15,7 +15,7 @@
 //     grad_v = 0, because Adam and similar optimizers would turn rounding noise into full-size
 //     steps (not guaranteed for subnormal grad_w, or for v whose squares underflow in double);
 //   - norms from 1e-30 to 1e+30 neither underflow nor overflow when v is float32;
-//   - results depend only on the arguments, not on the number of threads or on timing;
+//   - results depend only on the arguments and the processor, not on timing or the thread count;
 //   - sizes are 64-bit, and any size may be zero.
 //
 // grad_v may be the same memory as grad_w if both have the same type. Otherwise outputs must not

@@ -79,7 +79,7 @@ cudaError_t LookUp(const void* kernel, const Device& device, int64_t ring_bytes,
     config.numAttrs = 1;
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-      cudaGetLastError();  // a partition of a device may support none
+      cudaGetLastError();  // clears the error: a partition of a device may support none
       clusters = 0;
     }
     limits->clusters = clusters > 0;

@@ -177,7 +177,8 @@ inline void UseTwoLaunches(const Problem& problem, Plan* plan) {
   plan->slots = RingOf(problem.backward);
 }
 
-// One launch of blocks `lanes` wide. Each cluster shares a tile. tile_units is 0 if no unit fits.
+// One launch of blocks `lanes` wide. The blocks of a cluster share a tile. tile_units is 0 if no
+// unit fits.
 inline Plan ColumnsOf(const Problem& problem, int lanes_log2, int cluster) {
   const Layout& layout = problem.layout;
   const int64_t lane_columns = int64_t{problem.vector} << lanes_log2;
@@ -245,7 +246,7 @@ inline Plan PlanColumns(const Problem& problem) {
   return plan;
 }
 
-// One launch. Each cluster shares a unit. tiles is 0 if units are too small to be shared.
+// One launch. The blocks of a cluster share a unit. tiles is 0 if units are too small to be shared.
 inline Plan SegmentsOf(const Problem& problem, int cluster) {
   const Layout& layout = problem.layout;
   const int64_t inner_vectors = VectorsOf(problem, layout.inner);

@@ -25,7 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.dqn", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=15, help="windows each, default %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="windows per contender, default %(default)s"
+    )
     parser.add_argument("--window", type=float, default=2.0, help="seconds, default %(default)s")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--only", nargs="+", default=[], help="names of contenders")

@@ -144,12 +144,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.dqn.games", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--games", type=int, default=8, help="no learner, default %(default)s")
-    parser.add_argument("--learner-ms", type=float, default=0.5, help="default %(default)s")
+    parser.add_argument(
+        "--games", type=int, default=8, help="games without a learner, default %(default)s"
+    )
+    parser.add_argument(
+        "--learner-ms", type=float, default=0.5, help="time per update, default %(default)s"
+    )
     parser.add_argument(
         "--num-envs", type=int, nargs="*", default=[1, 8, 32], help="games with a learner"
     )
-    parser.add_argument("--rounds", type=int, default=9, help="windows each, default %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="windows per contender, default %(default)s"
+    )
     parser.add_argument("--window", type=float, default=0.5, help="seconds, default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="%(default)s")
     options = parser.parse_args()

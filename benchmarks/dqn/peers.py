@@ -46,7 +46,7 @@ def network(actions: int) -> nn.Sequential:
 
 
 def cleanrl(warm_up: int) -> Callable[[int], None]:
-    """CleanRL's algorithm: one environment, SB3's buffer, Adam, mean squared error, clipping."""
+    """CleanRL's algorithm: one game, SB3's buffer, Adam, mean squared error, clipped rewards."""
     env = _games(1)
     online, target = network(env.action_space.n), network(env.action_space.n)
     target.load_state_dict(online.state_dict())
