@@ -28,7 +28,7 @@ help:
 
 DEMO := runs/demo
 
-# Continues an interrupted demo. The trap makes the shell wait until the program has saved its state.
+# Resumes an interrupted demo. The trap makes the shell wait until the program has saved its state.
 demo: $(VENV)/.have-models
 	@trap : INT; run() { echo "$$*"; "$$@"; }; \
 	run $(BIN)/python -m models.dqn --preset demo --out $(DEMO) $(if $(wildcard $(DEMO)/config.json),--resume) && \
