@@ -1,8 +1,8 @@
-# Each target first sets itself up in .venv; with nothing changed that takes no time.
+# Each target first sets up what it needs in .venv, which takes no time if nothing has changed.
 
 # The TensorFlow to build against and run on: "tensorflow-cpu==2.20.*", "tensorflow[and-cuda]", ...
 TENSORFLOW ?= tensorflow>=2.21,<2.22
-# A Python from 3.10 to 3.13; the first that is found.
+# The first Python 3.10 to 3.13 that is found.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' \
 	2>/dev/null && echo $$p && break; done)
@@ -18,23 +18,23 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo       learns to play an Atari game: a learning curve and a video"
-	@echo "make test       runs the tests; make test-slow those that take minutes"
-	@echo "make bench      measures the operation against its alternatives"
+	@echo "make demo       learns to play an Atari game and makes a learning curve and a video"
+	@echo "make test       runs the tests; make test-slow runs those that take minutes"
+	@echo "make bench      times the op against its alternatives"
 	@echo "make sanitize   runs the kernels' tests under sanitizers"
-	@echo "make wheels     builds a wheel for each TensorFlow into dist; make test-wheels tries them"
-	@echo "make lint       checks style and types; make format rewrites"
-	@echo "make clean      removes what was built, .venv too"
+	@echo "make wheels     builds a wheel for each TensorFlow in dist; make test-wheels tests them"
+	@echo "make lint       checks style and types; make format fixes the style"
+	@echo "make clean      removes everything that was built, including .venv"
 
 DEMO := runs/demo
 
-# Interrupted, it goes on where it was. The trap lets the shell wait until the program has saved.
+# Resumes an interrupted demo. The trap makes the shell wait until the program has saved its state.
 demo: $(VENV)/.have-models
 	@trap : INT; run() { echo "$$*"; "$$@"; }; \
 	run $(BIN)/python -m models.dqn --preset demo --out $(DEMO) $(if $(wildcard $(DEMO)/config.json),--resume) && \
 	run $(BIN)/python -m models.dqn evaluate $(DEMO) && \
 	run $(BIN)/python -m models.dqn watch $(DEMO) || \
-	{ status=$$?; test $$status != 130 || echo "Run make demo again to go on"; exit $$status; }
+	{ status=$$?; test $$status != 130 || echo "Run make demo again to continue"; exit $$status; }
 	@echo "Look at $(DEMO)/learning_curve.png and $(DEMO)/game.gif"
 
 test: $(VENV)/.have-models $(VENV)/.have-test $(VENV)/.have-torch $(VENV)/.have-tcn
@@ -53,12 +53,13 @@ sanitize:
 wheel: $(VENV)/.have-auditwheel
 	$(BIN)/python -m wheels.build
 
-# In environments of their own: what is compiled in the checkout stays for the TensorFlow of .venv.
+# In separate environments, so that the libraries in the checkout remain those for .venv's
+# TensorFlow.
 wheels:
 	$(MAKE) wheel VENV=build/venv-tf2.20 TENSORFLOW='tensorflow-cpu==2.20.*'
 	$(MAKE) wheel VENV=build/venv-tf2.21 TENSORFLOW='tensorflow-cpu==2.21.*'
 
-# The wheel that `make wheel` built, in one fresh environment; all of dist in all of them.
+# test-wheel tests what `make wheel` built in one fresh environment, test-wheels all wheels in dist.
 test-wheel: $(VENV)/.tools
 	$(BIN)/python -m wheels.try_out --this
 
@@ -81,7 +82,7 @@ format: $(VENV)/.have-dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info tfwn/*.so tfwn/_build_info.json
 
-# Rewritten only when TENSORFLOW is another than last time.
+# Rewritten only if TENSORFLOW has changed.
 $(VENV)/.wanted: FORCE
 	@mkdir -p $(VENV)
 	@echo '$(TENSORFLOW)' | cmp -s - $@ || echo '$(TENSORFLOW)' > $@
@@ -89,10 +90,10 @@ $(VENV)/.wanted: FORCE
 $(VENV)/.tools: $(VENV)/.wanted
 	@test -n '$(PYTHON)' || { echo "No Python 3.10 to 3.13 with the venv module found." \
 	"Install one (Debian, Ubuntu: apt install python3 python3-venv python3-dev)," \
-	"or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	"or give its path: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null || { echo "No C++ compiler found: $${CXX:-g++}." \
-	"Install it (Debian, Ubuntu: apt install g++), or name it: CXX=... make" >&2; exit 1; }
-	@echo "Installing $$(cat $<) into $(VENV): about a minute"
+	"Install it (Debian, Ubuntu: apt install g++), or choose another one: CXX=... make" >&2; exit 1; }
+	@echo "Installing $$(cat $<) into $(VENV), which takes about a minute"
 	@$(PYTHON) -m venv --clear $(VENV) && echo '$(TENSORFLOW)' > $<
 	@$(PIP) install --quiet --upgrade pip
 	@$(PIP) install --quiet 'setuptools>=77' 'pybind11>=2.13' '$(TENSORFLOW)'
@@ -102,15 +103,15 @@ $(VENV)/.built: $(VENV)/.tools setup.py build_backend.py $(SOURCES)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-# To compare with. PyPI's PyTorch brings gigabytes of CUDA; to have the build without, name PyTorch's
-# own index in PIP_EXTRA_INDEX_URL.
+# For comparisons. PyPI's PyTorch brings gigabytes of CUDA. To get the build without CUDA, set
+# PIP_EXTRA_INDEX_URL to PyTorch's own index.
 $(VENV)/.have-torch: $(VENV)/.tools
 	@echo "Installing PyTorch for the CPU"
 	@$(PIP) install -qq 'torch==2.13.0+cpu' 2>/dev/null || \
-		echo "pip finds no torch==2.13.0+cpu: the tests that compare with it will be skipped"
+		echo "pip finds no torch==2.13.0+cpu, so the tests that compare with it will be skipped"
 	@touch $@
 
-# It requires `tensorflow`, which would be installed over `tensorflow-cpu`.
+# Without dependencies, because it requires `tensorflow`, which would replace `tensorflow-cpu`.
 $(VENV)/.have-tcn: $(VENV)/.tools
 	@$(PIP) install -qq --no-deps 'keras-tcn>=3.5'
 	@touch $@
@@ -124,8 +125,8 @@ sdist: $(VENV)/.have-auditwheel
 
 $(VENV)/.have-benchmark: | $(VENV)/.have-torch
 
-# The libraries are there already: what is left to install is Python.
+# The libraries are already built, so only Python code is left to install.
 $(VENV)/.have-%: $(VENV)/.tools setup.py pyproject.toml | $(VENV)/.built
-	@echo "Installing what $* needs"
+	@echo "Installing the requirements of $*"
 	@$(PIP) install -qq --no-build-isolation --editable '.[$*]'
 	@touch $@

@@ -1,8 +1,8 @@
-"""What the build needs from outside, all of it already on this machine.
+"""The build's external repositories, all of which come from this machine.
 
-@python: the headers and libraries of the TensorFlow, pybind11 and Python that are installed.
-@rules_cc: Bazel's native C++ rules under the names by which its own toolchain asks for them, so
-that nothing is downloaded.
+@python: the headers and libraries of the installed TensorFlow, pybind11 and Python.
+@rules_cc: Bazel's native C++ rules under the names that its own toolchain loads, so that nothing
+is downloaded.
 """
 
 _PROBE = """

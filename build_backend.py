@@ -1,7 +1,7 @@
-"""PEP 517 backend: setuptools, plus TensorFlow as a build requirement where none is installed.
+"""PEP 517 backend: setuptools, plus TensorFlow as a build requirement if none is installed.
 
-The op must be built against the TensorFlow it will run in. Inside an isolated build that one is out
-of sight, so it is looked for by a process that starts outside the isolation.
+The op must be built against the TensorFlow that it will run in. An isolated build cannot see that
+TensorFlow, so a process that runs outside the isolation looks for it.
 """
 
 import functools
@@ -44,14 +44,14 @@ class TensorFlow:
 
     @property
     def requirement(self) -> str:
-        """The versions that a library built against this one loads in: one minor, any patch."""
+        """The versions that can load a library built against this one: same minor, any patch."""
         major, minor = map(int, self.version.split(".")[:2])
         return f">={major}.{minor},<{major}.{minor + 1}"
 
 
 def _probe(environment: dict[str, str], *, installed: bool) -> TensorFlow | None:
     environment = environment | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    # -P or an empty directory: a folder named tensorflow beside setup.py must not be found.
+    # Not run in this directory, where a folder named tensorflow would be imported.
     done = subprocess.run(
         [sys.executable, "-c", _PROBE], env=environment, cwd="/", capture_output=True, text=True
     )
@@ -66,7 +66,7 @@ def _probe(environment: dict[str, str], *, installed: bool) -> TensorFlow | None
 
 @functools.cache
 def find_tensorflow() -> TensorFlow | None:
-    """Returns the user's TensorFlow, else the one that is a build requirement, else None."""
+    """Returns the user's TensorFlow, or else the build environment's, or else None."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE")
     outside = {name: value for name, value in os.environ.items() if name not in hidden}
     return _probe(outside, installed=True) or _probe(dict(os.environ), installed=False)
@@ -77,17 +77,17 @@ def _build_requirements() -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings=None):
-    """Adds TensorFlow, where none is installed, to what setuptools asks for."""
+    """Adds TensorFlow to setuptools' requirements if none is installed."""
     return build_meta.get_requires_for_build_wheel(config_settings) + _build_requirements()
 
 
 def get_requires_for_build_editable(config_settings=None):
-    """Adds TensorFlow, where none is installed, to what setuptools asks for."""
+    """Adds TensorFlow to setuptools' requirements if none is installed."""
     return build_meta.get_requires_for_build_editable(config_settings) + _build_requirements()
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    """Starts from an empty build/lib, or setuptools would ship what an earlier build left there."""
+    """Empties build/lib first, because setuptools would ship what an earlier build left there."""
     for old in glob.glob("build/lib*"):
         shutil.rmtree(old)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

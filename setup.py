@@ -1,4 +1,4 @@
-"""Builds csrc into three libraries in tfwn/, against the TensorFlow that is installed.
+"""Builds csrc into three libraries in tfwn/, against the installed TensorFlow.
 
     _ops.so        the TensorFlow op, CPU and CUDA kernels
     _xla.so        the op for XLA: the kernels as targets of custom calls
@@ -6,12 +6,12 @@
 
 `python setup.py build_ext --inplace` compiles only what changed. Environment variables:
 
-    TFWN_CUDA=0                  no CUDA kernels, though there is an nvcc
-    TFWN_CUDA_ARCHITECTURES=90   the GPUs to compile for: "80;90" (default: one per generation)
-    TFWN_XLA=0                   no XLA kernels
-    TFWN_TENSORFLOW=0            only `native`: needs no TensorFlow
+    TFWN_CUDA=0                  no CUDA kernels, even if nvcc is found
+    TFWN_CUDA_ARCHITECTURES=90   the GPUs to compile for, or "80;90" (default: one per generation)
+    TFWN_XLA=0                   no _xla.so
+    TFWN_TENSORFLOW=0            only `native`, which needs no TensorFlow
     TFWN_PYTHONS="python3.10 ..."    the Pythons to compile `native` for (default: this one)
-    CXX, CXXFLAGS, CUDA_HOME     as everywhere
+    CXX, CXXFLAGS, CUDA_HOME     as usual
 """
 
 import filecmp
@@ -37,7 +37,7 @@ from setuptools.command.build_ext import build_ext
 sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import SUPPORTED, TensorFlow, find_tensorflow
 
-CXX = shlex.split(os.environ.get("CXX", "")) or ["g++"]  # "ccache g++" is usual too.
+CXX = shlex.split(os.environ.get("CXX", "")) or ["g++"]  # It may name a launcher: "ccache g++".
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
 CACHE = Path("build/objects")
 BUILD_INFO = "tfwn/_build_info.json"
@@ -46,7 +46,7 @@ CUDA_KERNELS = sorted(glob("csrc/weight_norm_cuda*.cu"))
 FLAGS = ["-I.", "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
-# Not every dependency is everybody's: the layers alone need TensorFlow and NumPy, nothing else.
+# Optional dependencies. The layers alone need only TensorFlow and NumPy.
 EXTRAS = {
     # The paper's experiments (models/, run from a checkout).
     "models": [
@@ -61,17 +61,17 @@ EXTRAS = {
         "tensorboard>=2.20",  # training curves
     ],
     "benchmark": [
-        "torch==2.13.0",  # the peer
+        "torch==2.13.0",  # the op's peer
         "stable-baselines3>=2.7",  # DQN's peer
-        "ale-py>=0.11",  # its games
-        "gymnasium>=1.1",  # their interface
-        "opencv-python-headless>=4.10",  # their frames
+        "ale-py>=0.11",  # Atari games
+        "gymnasium>=1.1",  # the games' interface
+        "opencv-python-headless>=4.10",  # the games' frames
         "rich>=13.9",  # tables
         "matplotlib>=3.9",  # plots
     ],
     "test": [
         "pytest>=8.3",
-        "pytest-xdist>=3.6",  # two workers
+        "pytest-xdist>=3.6",  # parallel tests
         "hypothesis>=6.115",  # random shapes, types and magnitudes
         "keras>=3.10",  # the layers' counterparts
         "dm-sonnet>=2.0.2",  # modules to reparameterize
@@ -88,7 +88,7 @@ EXTRAS = {
 
 
 def wanted(name: str) -> bool:
-    """Whether environment variable `name` leaves a part of the build switched on."""
+    """Returns whether environment variable `name` leaves a part of the build enabled."""
     return os.environ.get(name, "1").lower() not in ("0", "off", "false", "no")
 
 
@@ -107,7 +107,7 @@ class Python:
 
     @classmethod
     def of(cls, executable: str) -> "Python":
-        """Asks a Python for its names and folders."""
+        """Asks a Python for its tag, suffix and include directory."""
         ask = (
             "import sys, sysconfig; print('cp%d%d' % sys.version_info[:2], "
             "sysconfig.get_config_var('EXT_SUFFIX'), sysconfig.get_path('include'), sep='\\n')"
@@ -121,7 +121,7 @@ class Python:
 
     @property
     def extension(self) -> str:
-        """The name that setuptools knows the bindings for this Python by."""
+        """The bindings' name in setuptools for this Python."""
         return f"tfwn.native@{self.tag}"
 
 
@@ -131,7 +131,7 @@ PYTHONS = [
 
 
 def missing_tools() -> list[str]:
-    """Returns what has to be installed before anything can be compiled."""
+    """Returns an error message for each missing requirement of the build."""
     missing = []
     if not shutil.which(CXX[0]):
         missing.append(f"no C++ compiler: {CXX[0]} not found. Install g++, or set CXX")
@@ -150,10 +150,10 @@ def missing_tools() -> list[str]:
 
 
 class Cuda:
-    """An nvcc, and the GPUs to compile for."""
+    """An nvcc and the GPU architectures to compile for."""
 
     def __init__(self, nvcc: str):
-        self.nvcc = str(Path(nvcc).resolve())  # whose path holds its version
+        self.nvcc = str(Path(nvcc).resolve())  # the real path contains the version
         self.home = Path(self.nvcc).parent.parent
         self.version = re.findall(r"release ([\d.]+)", output_of(nvcc, "--version"))[0]
         known = sorted(
@@ -165,15 +165,15 @@ class Cuda:
         if unknown:
             raise SystemExit(
                 f"tfwn: TFWN_CUDA_ARCHITECTURES names {unknown}, which {nvcc} ({self.version}) "
-                f"does not know; it knows {known}"
+                f"does not know. It knows {known}"
             )
-        # Machine code runs on every later minor version: one architecture per major is enough.
+        # Machine code also runs on later minor versions, so one architecture per major is enough.
         first = {a // 10: a for a in reversed(known) if a >= 75}
         self.architectures = sorted(map(int, chosen) if chosen else first.values())
 
     @classmethod
     def find(cls) -> "Cuda | None":
-        """Returns the CUDA toolkit of CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH."""
+        """Returns the CUDA toolkit in CUDA_HOME, CUDA_PATH, /usr/local/cuda or PATH, if any."""
         if not (CUDA_KERNELS and wanted("TFWN_CUDA")):
             return None
         homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
@@ -185,11 +185,11 @@ class Cuda:
 
     @property
     def compile_command(self) -> list[str]:
-        """All architectures, the newest also as PTX for the GPUs that come after it."""
+        """The nvcc command for all architectures, with PTX of the newest one for later GPUs."""
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
         newest = self.architectures[-1]
         codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-        if int(self.version.split(".")[0]) >= 13:  # all drivers for it can unpack this: 9x smaller
+        if int(self.version.split(".")[0]) >= 13:  # 9x smaller; all its drivers can unpack it
             codes.append("--compress-mode=size")
         return [
             self.nvcc,
@@ -205,13 +205,13 @@ class Cuda:
 
     @property
     def link_flags(self) -> list[str]:
-        """The CUDA runtime, linked in: no version of it has to be installed."""
+        """Flags that link the CUDA runtime statically, so that it need not be installed."""
         lib = next(d for d in (self.home / "lib64", self.home / "lib") if d.is_dir())
         return [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def run(command: list[str], output: Path) -> float:
-    """Runs a compiler, whose output appears only once it is whole; returns the seconds it took."""
+    """Runs a compiler, whose output appears only when complete. Returns the seconds it took."""
     begin = time.time()
     part = output.with_suffix(f".{os.getpid()}.part")
     done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
@@ -219,15 +219,15 @@ def run(command: list[str], output: Path) -> float:
         raise SystemExit(f"tfwn: {shlex.join(command)}\n{done.stderr}tfwn: failed")
     if done.stderr:
         sys.stderr.write(done.stderr)
-    os.utime(part, (begin, begin))  # an edit during the compilation is newer than the object
+    os.utime(part, (begin, begin))  # so that an edit during the compilation is newer
     part.replace(output)
     return time.time() - begin
 
 
 def compile_all(commands: dict[str, list[str]], versions: str, jobs: int) -> dict[str, Path]:
-    """Returns the object of each source; compiles those that are not newer than all in them.
+    """Returns the object file of each source, after compiling those that are out of date.
 
-    "@" and a name after a source tell apart the objects that different commands make of it.
+    A source may end with "@" and a name, to distinguish objects compiled by different commands.
     """
     objects, stale = {}, []
     for source, command in commands.items():
@@ -237,7 +237,7 @@ def compile_all(commands: dict[str, list[str]], versions: str, jobs: int) -> dic
             stale.append(source)
     if stale:
         compilers = " and ".join(dict.fromkeys(Path(commands[s][0]).name for s in stale))
-        told = f"Compiling {len(stale)} of {len(commands)} files with {compilers}: some minutes"
+        told = f"Compiling {len(stale)} of {len(commands)} files with {compilers} (takes minutes)"
         print(told, flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         running = {}
@@ -249,12 +249,12 @@ def compile_all(commands: dict[str, list[str]], versions: str, jobs: int) -> dic
             for number, done in enumerate(as_completed(running), 1):
                 print(f"[{number}/{len(stale)}] {running[done]}, {done.result():.0f} s", flush=True)
         finally:
-            pool.shutdown(cancel_futures=True)  # After a failure or Ctrl-C no other file is begun.
+            pool.shutdown(cancel_futures=True)  # After a failure or Ctrl-C, start no other file.
     return objects
 
 
 def up_to_date(output: Path) -> bool:
-    """Whether an object is there and newer than all it was made of."""
+    """Returns whether an object exists and none of its inputs is newer."""
     dependencies = output.with_suffix(".d")
     if not (output.exists() and dependencies.exists()):
         return False
@@ -264,7 +264,7 @@ def up_to_date(output: Path) -> bool:
 
 
 def link(objects: list[Path], flags: list[str]) -> Path:
-    """Links a library, unless the same objects and flags have been linked since they changed."""
+    """Returns a library of these objects, after linking it if it is out of date."""
     command = [*CXX, "-shared", *map(str, objects), *flags]
     key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
     output = CACHE / f"library-{key}.so"
@@ -274,7 +274,7 @@ def link(objects: list[Path], flags: list[str]) -> Path:
 
 
 def replace(source: Path, destination: Path) -> None:
-    """Copies, never writing into a file that a running process may have mapped."""
+    """Copies a file without writing into an old one that a running process may have mapped."""
     if destination.exists() and filecmp.cmp(source, destination, shallow=False):
         return
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -284,22 +284,22 @@ def replace(source: Path, destination: Path) -> None:
 
 
 def labels(ext: Extension) -> list[str]:
-    """Returns the sources of a library, with the Python that they are compiled for."""
+    """Returns the sources of a library, each with "@" and the tag of its Python, if any."""
     _, at, python = ext.name.partition("@")
     return [source + at + python for source in ext.sources]
 
 
 class Build(build_ext):
-    """Compiles with g++ and nvcc directly: setuptools knows neither .cu files nor dependencies."""
+    """Calls g++ and nvcc directly, because setuptools knows neither .cu files nor dependencies."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Names the bindings for their Python; TensorFlow's libraries hold no Python."""
+        """Returns a library's file name. Only the bindings depend on Python and have its suffix."""
         name, _, tag = fullname.partition("@")
         suffix = next((python.suffix for python in PYTHONS if python.tag == tag), ".so")
         return os.path.join(*name.split(".")) + suffix
 
     def build_extensions(self) -> None:
-        """Compiles and links the libraries, and writes down what they were built against."""
+        """Compiles and links the libraries, and records what they were built against."""
         if missing := missing_tools():
             raise SystemExit("\n".join(f"tfwn: {what}" for what in missing))
         cuda = Cuda.find()
@@ -343,7 +343,7 @@ class Build(build_ext):
     def compile_flags(
         ext: Extension, tensorflow: TensorFlow | None, info: dict[str, Any]
     ) -> list[str]:
-        """Returns the include directories and macros of a library's own sources."""
+        """Returns the include and macro flags of a library's own sources."""
         python = next((p for p in PYTHONS if p.extension == ext.name), None)
         if python:
             import pybind11
@@ -357,7 +357,7 @@ class Build(build_ext):
             includes = [pybind11.get_include(), python.include]
         else:
             assert tensorflow
-            # The version only makes other objects of them after an upgrade in place.
+            # No source uses the version. It is there to recompile after TensorFlow was upgraded.
             flags = [*tensorflow.compile_flags, f'-DTFWN_TENSORFLOW_VERSION="{tensorflow.version}"']
             includes = [tensorflow.include]
             if ext.name == "tfwn._xla":
@@ -367,9 +367,9 @@ class Build(build_ext):
 
     @staticmethod
     def link_flags(ext: Extension, cuda: Cuda | None, tensorflow: TensorFlow | None) -> list[str]:
-        """Returns the libraries, in the one order that works.
+        """Returns the flags for linking a library.
 
-        The CUDA runtime comes before TensorFlow, whose GPU build exports stubs of the same names.
+        The CUDA runtime must precede TensorFlow, whose GPU build exports stubs of the same names.
         """
         flags = ["-Wl,-O1", "-Wl,--as-needed"]
         if cuda:
@@ -381,23 +381,23 @@ class Build(build_ext):
         return flags
 
     def copy_extensions_to_source(self) -> None:
-        """Puts the libraries into tfwn/ for a build in place or an editable installation."""
+        """Copies the libraries into tfwn/ for an in-place build or an editable installation."""
         for name in map(self.get_ext_filename, (ext.name for ext in self.extensions)):
             replace(Path(self.build_lib, name), Path(name))
         replace(Path(self.build_lib, BUILD_INFO), Path(BUILD_INFO))
         if not wanted("TFWN_XLA"):
-            Path("tfwn/_xla.so").unlink(missing_ok=True)  # of an earlier build
+            Path("tfwn/_xla.so").unlink(missing_ok=True)  # from an earlier build
 
     def get_outputs(self) -> list[str]:
-        """Adds the build information to the libraries."""
+        """Returns the files of the libraries and of the build information."""
         return [*super().get_outputs(), os.path.join(self.build_lib, BUILD_INFO)]
 
 
 class Wheel(bdist_wheel):
-    """Names a wheel for the Pythons whose bindings are in it; nothing else depends on Python."""
+    """Names a wheel after the Pythons whose bindings it contains; the rest needs no Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Returns setuptools' tag for one Python, and no ABI for several."""
+        """Returns setuptools' tag for one Python, or all their tags without an ABI for several."""
         python, abi, platform = super().get_tag()
         if len(PYTHONS) > 1:
             python, abi = ".".join(sorted(python.tag for python in PYTHONS)), "none"
@@ -405,7 +405,7 @@ class Wheel(bdist_wheel):
 
 
 def extensions() -> list[Extension]:
-    """Returns the libraries that are wanted; the kernels are added to them when they are linked."""
+    """Returns the libraries to build. Linking adds the kernels to each of them."""
     sources = {python.extension: ["csrc/python_bindings.cc"] for python in PYTHONS}
     if wanted("TFWN_TENSORFLOW"):
         sources["tfwn._ops"] = ["csrc/tensorflow_ops.cc"]
@@ -415,12 +415,12 @@ def extensions() -> list[Extension]:
 
 
 def requirements() -> dict:
-    """Returns what the metadata says about TensorFlow.
+    """Returns the package's requirements, which depend on the TensorFlow that is installed.
 
-    The minor version is pinned, but a requirement of `tensorflow` would have pip install it over an
-    installed `tensorflow-cpu`, or the reverse, and no requirement can name either. So a wheel built
-    where there is a TensorFlow pins it in extras, and the import checks it; one built where there
-    is none requires `tensorflow` itself.
+    The op runs only on the minor version that it was built for. However, requiring `tensorflow`
+    would make pip install it over an existing `tensorflow-cpu`, or vice versa, and a requirement
+    cannot name alternatives. So a wheel built with an installed TensorFlow pins the version in
+    extras only, and the import checks it. Without one, the wheel requires `tensorflow` itself.
     """
     tensorflow = find_tensorflow()
     if tensorflow is None:

@@ -1,11 +1,11 @@
-"""Times a training step of section 5.1's network: the parameterisations, and PyTorch.
+"""Times a training step of section 5.1's network: the parameterizations, and PyTorch.
 
     python -m benchmarks.cifar [--dtype float32] [--width 96] [--batch-size 100] [--rounds 7]
 
 Every contender trains the same network on the same batch: noise, dropout, loss, gradients, Adam.
-Against our normal parameterisation: the other four, and weight norm in plain TensorFlow as users
-write it. Against our weight norm: PyTorch with its own torch.nn.utils.parametrizations.weight_norm,
-channels-last and as it comes.
+Our normal parameterization is compared with the other four and with weight norm in plain TensorFlow
+as users write it. Our weight norm is compared with PyTorch's, which is
+torch.nn.utils.parametrizations.weight_norm, with channels last and with channels first.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from models.cifar.network import Network, initialize
 from models.cifar.training import make_optimizer, make_steps
 from models.common import runtime
 
-LAST, FIRST = "PyTorch channels-last", "PyTorch as it comes"
+LAST, FIRST = "PyTorch channels-last", "PyTorch channels-first"
 
 
 def tensorflow_step(config: Config, images, labels):
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=["parameterizations", "peers"], help="one half of it")
+    parser.add_argument("--only", choices=["parameterizations", "peers"], help="only one half")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"))
     options = parser.parse_args()
 

@@ -3,16 +3,16 @@
     pip install setuptools pybind11 numpy ml_dtypes   # and torch, for the comparison
     python -m benchmarks.cuda [--case conv] [--out build/benchmarks] [--check-only]
 
-It compiles `native` for this GPU into build/cuda, or takes one that was built elsewhere (--native),
-compares forward and gradients with float64 for every kind of layout and type, odd sizes, unaligned
-memory and special values included, and then times them: graphs of many calls replayed on one
-stream, measured with events, on enough different inputs not to measure the L2 cache alone. Peers:
-the same bytes copied (or two tensors added, for the backward pass), and PyTorch's fused kernels
-where it has them. A failure is reported, and the rest goes on; each row is written when it is
-measured.
+This program compiles `native` for this GPU into build/cuda, or uses one that was built elsewhere
+(--native). It compares forward and gradients with float64 for every kind of layout and type,
+including odd sizes, unaligned memory and special values. Then it times graphs of many calls, which
+it replays on one stream and measures with events, using so many inputs that they do not all fit in
+the L2 cache. The peers are a copy of the same bytes (or a sum of two tensors for the backward pass)
+and PyTorch's fused kernels where they exist. After a failure, the rest still runs. Each row is
+written as soon as it is measured.
 
-Not yet run on a GPU: no machine with one was at hand. The kernels' arithmetic has been run on the
-CPU (tests/csrc/cuda_on_cpu), this program on a stand-in for the driver.
+This has not yet run on a GPU, because none was available. The kernels' arithmetic has run on the
+CPU (tests/csrc/cuda_on_cpu), and this program with a stand-in for the driver.
 """
 
 import argparse
@@ -43,11 +43,11 @@ from benchmarks.cuda_driver import Gpu, GpuArray, NoGpuError
 
 ROOT = Path(__file__).parents[1]
 OURS, TORCH, COPY = "ours", "PyTorch", "copy"
-ROW_SECONDS = 3.0  # of the device's time, after which a row has enough rounds
+ROW_SECONDS = 3.0  # of the device's time, after which a row ends early
 
 
 def load(path: Path) -> types.ModuleType:
-    """Loads `native` from a file, past the package, which needs TensorFlow."""
+    """Loads `native` from a file, bypassing the package, which needs TensorFlow."""
     spec = importlib.util.spec_from_file_location("native", path)
     if spec is None or spec.loader is None:
         raise SystemExit(f"benchmarks.cuda: --native must name a native.*.so, but is {path}")
@@ -62,9 +62,10 @@ def load(path: Path) -> types.ModuleType:
 
 
 def build(architecture: int) -> Path:
-    """Compiles the module for one architecture, for the Python that runs this."""
+    """Compiles `native` for one architecture and for the Python that runs this."""
     folder = ROOT / "build/cuda"
-    # Beside the sources and without pyproject.toml, of which setuptools before 77 refuses a field.
+    # Built in a folder without pyproject.toml, because setuptools before 77 rejects one of its
+    # fields.
     source = folder / "source"
     source.mkdir(parents=True, exist_ok=True)
     for name in ("setup.py", "build_backend.py", "csrc"):
@@ -76,14 +77,14 @@ def build(architecture: int) -> Path:
     done = subprocess.run(command, cwd=source, env=os.environ | settings)
     if done.returncode != 0:
         raise SystemExit(
-            "benchmarks.cuda: could not build `native`: see above. Build it elsewhere for Python "
-            f"{sysconfig.get_python_version()}, and name it: --native PATH"
+            "benchmarks.cuda: could not build `native` (see above). Build it elsewhere for Python "
+            f"{sysconfig.get_python_version()} and give its path: --native PATH"
         )
     return folder / "tfwn" / f"native{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def contenders(gpu: Gpu, native, case: Case, kind, backward: bool, sets: int):
-    """Returns graphs of `sets` calls each, and what they need to stay alive."""
+    """Returns graphs of `sets` calls each, and the arrays that must outlive them."""
     random = np.random.default_rng(0)
     host = [random_inputs(case, (kind, kind, kind), random) for _ in range(sets)]
     inputs = [[gpu.array(x) for x in arrays] for arrays in host]
@@ -113,7 +114,7 @@ def contenders(gpu: Gpu, native, case: Case, kind, backward: bool, sets: int):
     graphs = {OURS: gpu.graph(ours), COPY: gpu.graph(copy)}
     try:
         torch_graph = torch_contender(gpu, case, inputs, norms, backward)
-    except Exception as error:  # a peer that fails takes only its own column with it
+    except Exception as error:  # a failing peer only loses its own column
         print(f"PyTorch, {case.name}: {type(error).__name__}: {error}", flush=True)
         torch_graph = None
     if torch_graph:
@@ -124,7 +125,7 @@ def contenders(gpu: Gpu, native, case: Case, kind, backward: bool, sets: int):
 def torch_contender(
     gpu: Gpu, case: Case, inputs: list[list[GpuArray]], norms: list[GpuArray], backward: bool
 ) -> Callable[[], None] | None:
-    """Returns PyTorch's fused kernel on the same inputs, where it has one: first or last axis."""
+    """Returns PyTorch's fused kernel on the same inputs, if the axis is the first or last."""
     try:
         import torch
     except ImportError:
@@ -180,7 +181,7 @@ def measure(gpu: Gpu, native, case: Case, kind, backward: bool, rounds: int) -> 
 
 
 def time_all(gpu: Gpu, native, cases: list[Case], rounds: int, out: Path) -> int:
-    """Prints a table, writes every sample to cuda.json; returns how many rows failed."""
+    """Prints a table, writes all samples to cuda.json and returns how many rows failed."""
     machine = timing.describe_machine() | {"gpu": gpu.name, "build": native.build_info()}
     results: list[dict[str, object]] = []
     failures = 0
@@ -194,7 +195,7 @@ def time_all(gpu: Gpu, native, cases: list[Case], rounds: int, out: Path) -> int
         except Exception as error:
             failures += 1
             print(f"{label} FAILED: {type(error).__name__}: {error}", flush=True)
-            gpu.synchronize()  # raises if the device cannot go on
+            gpu.synchronize()  # raises if the device is no longer usable
             continue
         peer = f"{times.ratio(TORCH, OURS):.2f}" if TORCH in times else "-"
         ours = times[OURS].median * 1e6
@@ -209,9 +210,11 @@ def time_all(gpu: Gpu, native, cases: list[Case], rounds: int, out: Path) -> int
 def parse_arguments() -> argparse.Namespace:
     summary, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=summary)
-    parser.add_argument("--case", default="", help="only the weights whose name contains this")
+    parser.add_argument("--case", default="", help="only weights whose name contains this")
     parser.add_argument("--native", type=Path, help="a native.*.so to use, instead of building it")
-    parser.add_argument("--rounds", type=int, default=15, help="samples each, default %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="samples per contender, default %(default)s"
+    )
     parser.add_argument("--check-only", action="store_true", help="no timing")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="%(default)s")
     return parser.parse_args()
@@ -236,8 +239,8 @@ def main() -> None:
     info = native.build_info()
     if info["cuda"] is None:
         raise SystemExit(
-            "benchmarks.cuda: `native` was built without CUDA, for want of nvcc. Install the CUDA "
-            "toolkit, set CUDA_HOME, or build it elsewhere and name it: --native PATH"
+            "benchmarks.cuda: `native` was built without CUDA. Install the CUDA "
+            "toolkit, set CUDA_HOME, or build it elsewhere and give its path: --native PATH"
         )
     print(f"native: CUDA {info['cuda']}, architectures {info['cuda_architectures']}", flush=True)
     failures = check_all(gpu, native, checked, edges=not arguments.case)

@@ -1,4 +1,4 @@
-"""What `benchmarks.cuda` checks on a device: forward and gradients against float64."""
+"""The checks of `benchmarks.cuda`: forward and gradients on a device against float64."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,10 +70,10 @@ def kept_axes(case: Case) -> list[int]:
 
 
 def reference(case: Case, v, g, grad_w) -> Arrays:
-    """Eq. 2 and 3 in float64: w, norm, grad_v, grad_g."""
+    """Returns w, norm, grad_v and grad_g by eq. 2 and 3 in float64."""
     v, g, grad_w = (x.astype(np.float64) for x in (v, g, grad_w))
     reduced = tuple(a for a in range(v.ndim) if a not in kept_axes(case))
-    with np.errstate(invalid="ignore"):  # of an infinity, or of NaN
+    with np.errstate(invalid="ignore"):  # for infinity and NaN
         norm = np.sqrt((v * v).sum(reduced))
         inverse = np.divide(1, norm, out=np.zeros_like(norm), where=norm != 0)
         grad_g = (grad_w * v).sum(reduced) * inverse
@@ -95,9 +95,10 @@ def random_inputs(case: Case, kinds, random: np.random.Generator, scale: float =
 
 
 def error_of(actual: np.ndarray, expected: np.ndarray, least: float) -> float:
-    """Returns ||actual - expected|| / ||expected||, infinity where only one of them is finite.
+    """Returns ||actual - expected|| / ||expected||, or infinity if non-finite elements differ.
 
-    Elements of `expected` count as `least` where they are smaller: sums that are near 0 by chance.
+    Elements of `expected` that are smaller than `least` count as `least`, because sums may be close
+    to 0 by chance.
     """
     actual = actual.astype(np.float64)
     finite = np.isfinite(expected)
@@ -111,12 +112,12 @@ def error_of(actual: np.ndarray, expected: np.ndarray, least: float) -> float:
 
 
 def new_scratch(gpu: Gpu) -> GpuArray:
-    """Returns 16 MiB, more than any of the weights here needs."""
+    """Returns 16 MiB of scratch, more than any of the weights here needs."""
     return GpuArray.empty(gpu, FLOAT, (4 << 20,))
 
 
 def run_both(gpu: Gpu, native, case: Case, inputs, results, scratch: GpuArray) -> None:
-    """Puts both passes on the stream."""
+    """Launches both passes on the stream."""
     grad_w, v, g = inputs[2], inputs[0], inputs[1]
     options = {"axis": case.axis, "stream": gpu.stream, "scratch": scratch}
     native.weight_norm(v, g, out=(results[0], results[1]), **options)
@@ -124,15 +125,15 @@ def run_both(gpu: Gpu, native, case: Case, inputs, results, scratch: GpuArray) -
 
 
 def compare(case: Case, inputs: Arrays, results: Arrays) -> str:
-    """Returns what is wrong with results, or nothing."""
+    """Returns what is wrong with the results, or an empty string."""
     of_norm = TOLERANCE[DOUBLE if inputs[0].dtype == DOUBLE else FLOAT]
     wrong = []
     expected = reference(case, *inputs)
     for name, ours, truth in zip(("w", "norm", "grad_v", "grad_g"), results, expected, strict=True):
-        # Elements of grad_w are standard normal: so are sum(grad_w * v) / ||v||.
+        # Elements of grad_w are standard normal, and so is sum(grad_w * v) / ||v||.
         error = error_of(ours, truth, least=1.0 if name == "grad_g" else 0.0)
         tolerance = TOLERANCE[ours.dtype.type]
-        if name != "w":  # the gradient reads the norm as it was stored
+        if name != "w":  # the gradient uses the norm as stored
             tolerance = max(tolerance, of_norm)
         if not error <= tolerance:
             wrong.append(f"{name} differs by {error:.1e}")
@@ -140,7 +141,7 @@ def compare(case: Case, inputs: Arrays, results: Arrays) -> str:
 
 
 def check(gpu: Gpu, native, case: Case, inputs: Arrays, margin: int = 256) -> str:
-    """Runs both passes twice, and once more from a graph; returns what is wrong, or nothing."""
+    """Runs both passes twice and from a graph. Returns what is wrong, or an empty string."""
     v, g, grad_w = inputs
     norm_type = DOUBLE if v.dtype == DOUBLE else FLOAT
     on_gpu = [gpu.array(x, margin) for x in inputs]
@@ -159,19 +160,19 @@ def check(gpu: Gpu, native, case: Case, inputs: Arrays, margin: int = 256) -> st
 
     first, second = outputs(run), outputs(run)
     replayed = outputs(gpu.graph(run))
-    for other, how in ((second, "a second time"), (replayed, "from a graph")):
+    for other, how in ((second, "the second time"), (replayed, "from a graph")):
         if any(a.tobytes() != b.tobytes() for a, b in zip(first, other, strict=True)):
-            return f"other bits {how}"
+            return f"different bits {how}"
     return compare(case, inputs, first)
 
 
-# The same number in each unit, so that a unit is told from the others by its place alone.
+# Small weights of each layout, in which edge_inputs sets special values.
 EDGES = [Case("columns", (37, 8)), Case("rows", (5, 33), 0), Case("inner", (3, 7, 40), -2)]
 SINGLE = [Case("columns", (1, 37)), Case("rows", (37, 1), 0), Case("whole", (1,), None)]
 
 
 def edge_inputs(random: np.random.Generator) -> Iterator[tuple[str, Case, Arrays]]:
-    """Yields inputs at the edges of what is defined. Their second unit is the special one."""
+    """Yields edge cases. Where there are several units, the second one is special."""
     for case in EDGES:
         (axis,) = kept_axes(case)
         unit = tuple(1 if a == axis else slice(None) for a in range(len(case.shape)))
@@ -191,7 +192,7 @@ def edge_inputs(random: np.random.Generator) -> Iterator[tuple[str, Case, Arrays
 
 
 def check_edge(gpu: Gpu, native, what: str, case: Case, inputs: Arrays) -> str:
-    """Checks values, and that what must be exactly zero is."""
+    """Checks the values, and that those that must be exactly zero are."""
     wrong = check(gpu, native, case, inputs)
     if wrong or what in ("NaN", "infinity"):
         return wrong
@@ -213,7 +214,7 @@ def check_edge(gpu: Gpu, native, what: str, case: Case, inputs: Arrays) -> str:
 
 
 def check_subnormal(gpu: Gpu, native, random: np.random.Generator) -> str:
-    """Checks w of v below the normal range of float32, and w that is itself below it."""
+    """Checks float32 weights with subnormal v, and with subnormal w."""
     case = EDGES[0]
     for v_size, g_size in ((1e-41, 1.0), (1.0, 1e-39)):
         v, g, _ = random_inputs(case, TYPES[0], random, v_size)
@@ -231,16 +232,16 @@ def check_subnormal(gpu: Gpu, native, random: np.random.Generator) -> str:
 
 
 def check_large(gpu: Gpu, native, random: np.random.Generator, least: int = 2**31 + 1) -> str:
-    """Checks bfloat16 weights of more than `least` elements, in which one block is repeated.
+    """Checks bfloat16 weights of at least `least` elements, in which one block is repeated.
 
-    Returns what is wrong, nothing, or why it was left out.
+    Returns what is wrong, an empty string, or why the check was left out.
     """
     rows, columns = 256, 64
     copies = -(-least // (rows * columns))
     free, need = gpu.free_bytes(), 4 * 2 * copies * rows * columns + (64 << 20)
     if free < need:
         return (
-            f"left out: it needs {need >> 20:,} MiB of the device's memory, {free >> 20:,} are free"
+            f"left out: it needs {need >> 20:,} MiB of device memory, but {free >> 20:,} are free"
         )
     v, grad_w = (random.normal(size=(rows, columns)).astype(BFLOAT) for _ in range(2))
     for axis, shape in ((-1, (copies * rows, columns)), (None, (copies * rows * columns,))):
@@ -263,9 +264,9 @@ def check_large(gpu: Gpu, native, random: np.random.Generator, least: int = 2**3
                 if begin == 0:
                     block = blocks[0].copy()
                 if (blocks != block).any():
-                    return f"{case.shape}: a copy of the block behind byte {begin:,} is different"
+                    return f"{case.shape}: a copy of the block after byte {begin:,} is different"
             first.append(block.view(BFLOAT).reshape(v.shape))
-        # Sums grow with the copies, norms with their root.
+        # Sums grow in proportion to the copies, and norms to their square root.
         whole = Case("block", v.shape, axis)
         truth = reference(whole, v, g, grad_w)
         root = np.sqrt(copies)
@@ -280,7 +281,7 @@ def check_large(gpu: Gpu, native, random: np.random.Generator, least: int = 2**3
 
 
 def check_all(gpu: Gpu, native, cases: list[Case], edges: bool) -> int:
-    """Prints a line for each failure; returns how many there are."""
+    """Prints a line for each failure and returns the number of failures."""
     random = np.random.default_rng()
     failures = runs = 0
 
@@ -289,16 +290,16 @@ def check_all(gpu: Gpu, native, cases: list[Case], edges: bool) -> int:
         runs += 1
         try:
             wrong = run()
-        except Exception as error:  # the others say more about a fault than the first one alone
+        except Exception as error:  # the other checks may help to find the fault
             wrong = f"{type(error).__name__}: {error}"
         if wrong.startswith("left out"):
             print(f"{what}: {wrong}", flush=True)
         elif wrong:
             failures += 1
             print(f"FAILED {what}: {wrong}", flush=True)
-            gpu.synchronize()  # raises if the device cannot go on
+            gpu.synchronize()  # raises if the device is no longer usable
 
-    # Of the alignments of memory, 256 bytes is what allocators give and 8 what no vector can use.
+    # Allocators align memory to 256 bytes. Whole vectors need an alignment of 16 bytes.
     settings = [(kinds, 1.0, 256) for kinds in TYPES]
     settings += [(TYPES[0], 1.0, 8), (TYPES[1], 1.0, 8), (TYPES[2], 1.0, 2)]
     settings += [(TYPES[0], scale, 256) for scale in (1e-31, 1e-20, 1e20, 1e27)]

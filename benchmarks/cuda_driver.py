@@ -1,4 +1,4 @@
-"""As much of a GPU as a benchmark needs, by way of the driver: memory, a stream, graphs, events."""
+"""What a benchmark needs from the CUDA driver: memory, a stream, graphs, events."""
 
 import ctypes
 import math
@@ -9,8 +9,8 @@ import numpy as np
 _MULTIPROCESSORS, _MAJOR, _MINOR, _L2_BYTES = 16, 75, 76, 38  # CUdevice_attribute, cuda.h
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
-# to[i] = a[i] + b[i] in vectors of 16 bytes, one for each thread: the least that a backward pass
-# must move. In the assembly language that every driver compiles, so that it needs no nvcc.
+# to[i] = a[i] + b[i], one vector of 16 bytes per thread: the least traffic of any backward pass. It
+# is written in PTX, which every driver compiles, so it needs no nvcc.
 _ADD_THREADS = 256
 _ADD = b"""
 .version 6.4
@@ -54,7 +54,7 @@ class NoGpuError(RuntimeError):
 
 
 class Gpu:
-    """The first device, made current in its primary context: the one that PyTorch uses too."""
+    """The first device, with its primary context made current, which PyTorch also uses."""
 
     def __init__(self) -> None:
         try:
@@ -89,7 +89,7 @@ class Gpu:
         return value.value
 
     def call(self, name: str, *arguments: object) -> None:
-        """Calls a function of the driver, and raises if it fails."""
+        """Calls a function of the driver, and raises RuntimeError if it fails."""
         error = getattr(self._driver, name)(*arguments)
         if error != 0:
             text = ctypes.c_char_p()
@@ -101,7 +101,7 @@ class Gpu:
         self.call("cuStreamSynchronize", ctypes.c_void_p(self.stream))
 
     def array(self, array: np.ndarray, margin: int = 0) -> "GpuArray":
-        """Returns a copy of `array` on the device, `margin` bytes from the ends of its memory."""
+        """Returns a copy of `array` on the device, with `margin` bytes before and after it."""
         return GpuArray(self, array, margin)
 
     def copy(self, to: "GpuArray", source: "GpuArray", size: int) -> None:
@@ -115,7 +115,7 @@ class Gpu:
         )
 
     def add(self, to: "GpuArray", a: "GpuArray", b: "GpuArray", size: int) -> None:
-        """Adds whole vectors of 16 bytes in the first `size` bytes, on the stream."""
+        """Adds the whole 16-byte vectors in the first `size` bytes, on the stream."""
         count = size // 16
         if count == 0:
             return
@@ -131,7 +131,7 @@ class Gpu:
         )
 
     def free_bytes(self) -> int:
-        """Returns how much of the device's memory is free."""
+        """Returns the free memory of the device, in bytes."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return free.value
@@ -152,7 +152,7 @@ class Gpu:
         return lambda: self.call("cuGraphLaunch", executable, stream)
 
     def seconds(self, run: Callable[[], object], repeats: int) -> float:
-        """Returns how long the device takes for what `run` puts on the stream, on average."""
+        """Returns the device's average time for what `run` puts on the stream."""
         begin, end, elapsed = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_float()
         for event in (begin, end):
             self.call("cuEventCreate", ctypes.byref(event), 0)
@@ -168,10 +168,10 @@ class Gpu:
 
 
 class GpuArray:
-    """An array on the device: for `native` by its pointer, for PyTorch by DLPack.
+    """An array on the device, passed to `native` by its pointer and to PyTorch by DLPack.
 
-    All that touches it is on the one stream: the driver copies from ordinary memory on a stream of
-    its own, and may return before the device has the bytes.
+    All accesses use the one stream. The driver's plain copies from ordinary memory use a stream of
+    their own, and may return before the device has the bytes.
     """
 
     def __init__(self, gpu: Gpu, array: np.ndarray, margin: int):
@@ -180,7 +180,7 @@ class GpuArray:
 
     @classmethod
     def empty(cls, gpu: Gpu, dtype, shape: tuple[int, ...]) -> "GpuArray":
-        """Returns an array whose contents are anything."""
+        """Returns an uninitialized array."""
         array = cls.__new__(cls)
         array._allocate(gpu, np.dtype(dtype), shape, 0)
         return array
@@ -204,7 +204,7 @@ class GpuArray:
         return max(1, self.nbytes + 2 * self._margin)
 
     def fill(self, array: np.ndarray | None = None, byte: int = 0xA5) -> None:
-        """Sets margins and contents to `byte`, or contents to `array`."""
+        """Sets the margins to `byte`, and the contents to `array` or, without one, to `byte`."""
         memory = np.full(self._size, byte, np.uint8)
         if array is not None:
             contents = np.frombuffer(array.tobytes(), np.uint8)
@@ -212,7 +212,7 @@ class GpuArray:
         self.write(memory, -self._margin)
 
     def write(self, memory: np.ndarray, offset: int = 0) -> None:
-        """Copies host memory to `offset` bytes behind the start, and waits for it."""
+        """Copies host memory to `offset` bytes after the start, and waits for the copy."""
         self._gpu.call(
             "cuMemcpyHtoDAsync_v2",
             ctypes.c_uint64(self.pointer + offset),
@@ -223,7 +223,7 @@ class GpuArray:
         self._gpu.synchronize()
 
     def read(self, offset: int, size: int) -> np.ndarray:
-        """Returns `size` bytes, those from `offset` behind the start on."""
+        """Returns `size` bytes from `offset` bytes after the start."""
         memory = np.empty(size, np.uint8)
         self._gpu.call(
             "cuMemcpyDtoHAsync_v2",
@@ -236,7 +236,7 @@ class GpuArray:
         return memory
 
     def repeat(self, block: np.ndarray) -> None:
-        """Fills the array with copies of a block, whose size must divide its own."""
+        """Fills the array with copies of a block, whose size must divide the array's."""
         assert self.nbytes % block.nbytes == 0
         self.write(np.ascontiguousarray(block))
         done = block.nbytes
@@ -253,7 +253,7 @@ class GpuArray:
         self._gpu.synchronize()
 
     def numpy(self) -> np.ndarray:
-        """Returns a copy on the host. The margins must be as `fill` left them."""
+        """Returns a copy on the host, after checking that the margins are as `fill` left them."""
         memory = self.read(-self._margin, self._size)
         margins = memory[: self._margin], memory[self._margin + self.nbytes :]
         if self._margin and not all((margin == 0xA5).all() for margin in margins):
@@ -285,12 +285,12 @@ class GpuArray:
             type_lanes=1,
             shape=self._shape,
         )
-        self._exports.append(tensor)  # consumers may look at it until they are done
+        self._exports.append(tensor)  # must outlive its consumers
         return _new_capsule(ctypes.addressof(tensor), b"dltensor", None)
 
 
 class DLManagedTensor(ctypes.Structure):
-    """As in dlpack.h; no deleter, since the array owns what it points to."""
+    """As in dlpack.h, without a deleter, because the array owns the memory."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),

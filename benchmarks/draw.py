@@ -1,11 +1,12 @@
-"""Times a training step of section 5.3's DRAW: the parameterisations, and PyTorch.
+"""Times a training step of section 5.3's DRAW: the parameterizations, and PyTorch.
 
     python -m benchmarks.draw [--glimpses 64] [--batch-size 100] [--rounds 7] [--no-compile]
 
 Every contender trains the same model on the same batch: noise, bound, gradients, clipping, Adam.
-Ours as it comes and with --jit-compile; weight norm against normal, against weight norm in plain
-TensorFlow as users write it, and against PyTorch with its torch.nn.utils.parametrizations
-.weight_norm, as it comes and with its glimpse under torch.compile. All compute w once per step.
+Our weight norm is compared with our normal parameterization, with weight norm in plain TensorFlow
+as users write it, and with PyTorch's torch.nn.utils.parametrizations.weight_norm. Ours runs with
+and without --jit-compile, PyTorch with and without torch.compile on its glimpse. All compute w once
+per step.
 """
 
 import argparse
@@ -33,7 +34,7 @@ PEER, COMPILED = "PyTorch", "PyTorch, torch.compile"
 
 
 def tensorflow_step(config: Config, images):
-    """Returns the step as a call, and the seconds to build its graph and for the first call."""
+    """Returns a function that runs a step, and the seconds to its graph and to its first result."""
     network = Network(config)
     optimizer = make_optimizer(config, network.trainable_variables)
     train_step, _ = make_steps(config, tf.distribute.get_strategy(), network, optimizer)
@@ -56,7 +57,7 @@ class TorchCell(torch.nn.Module):
         self.peephole = torch.nn.Parameter(0.01 * torch.randn(3, units))
 
     def weights(self):
-        """Returns the weights, normalised here and nowhere else."""
+        """Returns the weights, which are normalized only here, once per step."""
         return self.input.weight, self.input.bias, self.state.weight, self.peephole
 
 

@@ -1,14 +1,14 @@
-"""Times the operation against its alternatives and against the memory's speed.
+"""Times the op against its alternatives and against the speed of memory.
 
     python -m benchmarks.op [--dtype float32] [--case dense] [--threads 2] [--out build/benchmarks]
 
-In a graph: several independent weights in one `tf.function`, forward alone or forward and backward,
-each as a graph of operations and compiled by XLA (jit): ours; the formula as it is fastest in plain
-TensorFlow, v * (g * rsqrt(sum(v^2))); and as it is often written, l2_normalize(v) * g. Beside them
-PyTorch's fused kernel with autograd, and the floor, which moves the bytes that any implementation
-must move and does nothing else: a copy for the forward, a two-input sum for the backward. Kernels
-alone: tfwn.native against PyTorch's kernel. All use the same number of threads and memory that has
-been touched before; what fresh pages would add is a column of its own.
+In a graph: several independent weights in one `tf.function`, forward only or forward and backward,
+with and without compilation by XLA (jit). The contenders are our op; the fastest formula in plain
+TensorFlow, v * (g * rsqrt(sum(v^2))); and the usual one, l2_normalize(v) * g. They are compared
+with PyTorch's fused kernel with autograd, and with the floor, which only moves the bytes that any
+implementation must move: a copy for the forward pass, a two-input sum for the backward pass.
+Kernels alone: tfwn.native against PyTorch's kernel. All use the same number of threads, and memory
+that has been touched before. A separate column shows what fresh pages would add.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def weights(self) -> int:
-        """How many of them one graph holds: enough to hide the 0.2 ms that calling it costs."""
+        """How many weights one graph contains: enough to hide the 0.2 ms of calling it."""
         return min(max(5_000_000 // self.elements, 8), 32) if self.elements <= 4e6 else 2
 
 
@@ -74,7 +74,7 @@ CASES = [
 
 
 def spread(g, case: Case):
-    """Returns g in the shape in which it multiplies v."""
+    """Returns g in a shape that broadcasts with v."""
     shape = [1] * len(case.shape)
     shape[case.axis] = case.shape[case.axis]
     return tf.reshape(g, shape)
@@ -105,8 +105,8 @@ def tensorflow_contenders(case: Case, dtype: str, backward: bool) -> dict[str, C
     ws, grad_vs, grad_gs = (variables(like[0].shape) for like in (vs, vs, gs))
 
     def graph(weight_norm, jit_compile):
-        # The results go into variables, which take them over without a copy. Returned to Python,
-        # each would cost more than a small weight's arithmetic.
+        # The results are assigned to variables, which take them over without a copy. Returning one
+        # to Python would cost more than the arithmetic of a small weight.
         @tf.function(jit_compile=jit_compile)
         def run():
             for i, (v, g) in enumerate(zip(vs, gs, strict=True)):
@@ -143,7 +143,7 @@ def torch_contenders(case: Case, dtype: str, backward: bool) -> dict[str, Callab
     ws, grad_vs = tensors(case.shape), tensors(case.shape)
     for tensor in vs + gs:
         tensor.requires_grad_(backward)
-    # The same bytes without any arithmetic on half-width types.
+    # The same bytes as types that the CPU can add directly, which bfloat16 is not.
     plain_type = {2: torch.int16, 4: torch.float32}[vs[0].element_size()]
     v_bytes, grad_w_bytes, w_bytes, grad_v_bytes = (
         [tensor.detach().view(plain_type) for tensor in many] for many in (vs, grad_ws, ws, grad_vs)
@@ -152,7 +152,7 @@ def torch_contenders(case: Case, dtype: str, backward: bool) -> dict[str, Callab
     results: list[Any] = [None] * case.weights
 
     def run():
-        # As in the graph: all results exist at once, until the next call's replace them.
+        # As in the graph, all results exist at once, until those of the next call replace them.
         for i, (v, g, grad_w) in enumerate(zip(vs, gs, grad_ws, strict=True)):
             w = torch._weight_norm(v, g, axis)
             grads = torch.autograd.grad(w, (v, g), grad_w) if backward else ()
@@ -174,7 +174,7 @@ def torch_contenders(case: Case, dtype: str, backward: bool) -> dict[str, Callab
 
 
 def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> dict[str, Callable]:
-    """The kernels as such, into memory that the caller owns where the kernel can do that."""
+    """The kernels alone. Ours write into the caller's memory, which PyTorch's cannot do."""
 
     def arrays(shape, kind=dtype):
         return [aligned(torch.randn(shape).to(getattr(torch, kind))) for _ in range(case.weights)]
@@ -199,7 +199,7 @@ def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> d
                 )
 
     if case.axis not in (0, -1):
-        return {KERNEL: kernel}  # PyTorch has kernels for the first and the last axis only
+        return {KERNEL: kernel}  # PyTorch has kernels only for the first and the last axis
     kind = getattr(torch, dtype)
     axis = case.axis % len(case.shape)
     g_shape = [n if a == axis else 1 for a, n in enumerate(case.shape)]
@@ -222,14 +222,14 @@ def kernel_contenders(case: Case, dtype: str, backward: bool, threads: int) -> d
 
 
 def aligned(tensor):
-    """Returns a tensor as an array: PyTorch aligns memory to cache lines, NumPy does not."""
+    """Returns a tensor as an array; unlike NumPy, PyTorch aligns memory to cache lines."""
     if tensor.dtype != torch.bfloat16:
         return tensor.numpy()
     return tensor.view(torch.int16).numpy().view(tf.bfloat16.as_numpy_dtype)
 
 
 def touch_fresh(like):
-    """Returns a tensor in pages that nothing has touched since the system gave them out."""
+    """Returns a tensor in new pages that nothing has touched."""
     pages = mmap.mmap(-1, like.nbytes)
     return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
@@ -258,7 +258,7 @@ def row_of(case: Case, dtype: str, backward: bool, times: timing.Times) -> dict[
 
 
 def table_of(rows: list[dict[str, Any]], title: str, ours: str, peers: list[str]) -> Table:
-    """Returns times of ours, and of each peer as a multiple of ours."""
+    """Returns a table of our times, and of each peer's times as multiples of ours."""
     table = Table(
         title=title, caption="median of the windows' ratios, ± half their interquartile range"
     )
@@ -287,7 +287,7 @@ def table_of(rows: list[dict[str, Any]], title: str, ours: str, peers: list[str]
 
 
 def mean_ratio(rows: list[dict[str, Any]], slow: str, fast: str) -> float:
-    """Returns the geometric mean over the rows of the median ratio."""
+    """Returns the geometric mean of the rows' median ratios."""
     return timing.geometric_mean(
         [float(np.median(np.divide(r["seconds"][slow], r["seconds"][fast]))) for r in rows]
     )
@@ -324,7 +324,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_yticks(range(len(rows)), [r["case"] for r in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("time / time to move the same bytes, dotted (less is better)")
+    axes.set_xlabel("time / time to move the same bytes, dotted (lower is better)")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, ncols=len(colors), loc="outside lower center")
@@ -336,14 +336,16 @@ def parse_arguments() -> argparse.Namespace:
     summary, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.op", description=summary)
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: both")
-    parser.add_argument("--case", default="", help="only the weights whose name contains this")
     parser.add_argument(
-        "--threads", type=int, default=cores, help="default: %(default)s, all cores"
+        "--dtype", choices=["float32", "bfloat16"], help="element type, default both"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="windows each, default %(default)s")
+    parser.add_argument("--case", default="", help="only weights whose name contains this")
+    parser.add_argument("--threads", type=int, default=cores, help="default %(default)s, all cores")
     parser.add_argument(
-        "--add", action="store_true", help="keep what OUT/op.json holds of other weights"
+        "--rounds", type=int, default=15, help="windows per contender, default %(default)s"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the results of other weights in OUT/op.json"
     )
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="%(default)s")
     return parser.parse_args()
@@ -354,7 +356,7 @@ def main() -> None:
     arguments = parse_arguments()
     cases = [case for case in CASES if arguments.case in case.name]
     if not cases:
-        raise SystemExit(f"--case {arguments.case}: none of {[case.name for case in CASES]}")
+        raise SystemExit(f"--case {arguments.case}: fits none of {[case.name for case in CASES]}")
     timing.keep_touched_memory()
     tf.config.threading.set_intra_op_parallelism_threads(arguments.threads)
     tf.config.threading.set_inter_op_parallelism_threads(arguments.threads)
@@ -393,7 +395,7 @@ def main() -> None:
         rows = [row for row in rows if row["pass"] == "forward+backward"]
         rows.sort(key=lambda row: [case.name for case in CASES].index(row["case"]))
         plot(rows, f"{title}\n{machine['cpu']}", arguments.out / f"op-{dtype}.png")
-    console.print(f"wrote {path} and the plots beside it")
+    console.print(f"wrote {path} and the plots next to it")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Weight norm as TensorFlow users write it, in place of the operation in the layers."""
+"""Replaces the op in the layers by weight norm as TensorFlow users write it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ NAME = "weight_norm in plain TF"
 
 @contextlib.contextmanager
 def weight_norm() -> Iterator[None]:
-    """While active, layers compute w in plain TensorFlow: what is traced then goes on with it."""
+    """While active, layers compute w in plain TensorFlow. Functions traced then keep doing so."""
     compiled, tfwn.weight.weight_norm = tfwn.weight.weight_norm, _weight_norm
     try:
         yield
@@ -21,9 +21,9 @@ def weight_norm() -> Iterator[None]:
 
 
 def _weight_norm(v, g, axis=-1, *, out_dtype=None, name=None):
-    """Eq. 2; the units of the layers of the four programs are the last axis.
+    """Eq. 2 for units along the last axis, as in all layers of the four programs.
 
-    The epsilon of l2_normalize matters: some units of the auto-encoders' flow are masked in full.
+    l2_normalize needs its epsilon, because some units of the auto-encoders' flow are fully masked.
     """
     w = tf.math.l2_normalize(v, list(range(v.shape.rank - 1))) * g
     return tf.cast(w, out_dtype or v.dtype)

@@ -1,8 +1,8 @@
-"""Times alternatives against each other in one run: interleaved windows, medians, spread.
+"""Times alternatives against each other in one run: interleaved windows, medians, quartiles.
 
-The machine's speed drifts, so times from two runs say little and times from one run are compared
-round by round: each round gives every contender one window, in random order, and a ratio is the
-median over the rounds of the two windows' quotient.
+The machine's speed drifts, so times from different runs cannot be compared. Within a run, each
+round times every contender in one window, in random order, and a ratio is the median over all
+rounds of the quotient of two contenders' windows.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Quartiles:
-    """A median and the quartiles beside it."""
+    """A median and the lower and upper quartiles."""
 
     median: float
     low: float
@@ -78,7 +78,7 @@ def interleave(
         for _ in range(rounds):
             for name in random.permutation(names):
                 run = contenders[name]
-                run()  # its caches, and the spinning threads of the one before it
+                run()  # warms caches, and outlasts the previous contender's spinning threads
                 begin = time.perf_counter()
                 for _ in range(calls[name]):
                     run()
@@ -89,15 +89,15 @@ def interleave(
 
 
 def geometric_mean(values: list[float]) -> float:
-    """Returns the mean that suits ratios."""
+    """Returns the geometric mean, the one that suits ratios."""
     return float(np.exp(np.mean(np.log(values))))
 
 
 def keep_touched_memory() -> None:
-    """Makes malloc keep what is freed, so that no later allocation meets untouched pages.
+    """Makes malloc keep freed memory, so that later allocations do not get untouched pages.
 
-    Otherwise each block above 32 MB comes new from the system, and the first touch of its pages
-    takes about as long as the work on them: a cost of the allocator, the same for all contenders.
+    Otherwise the system maps each block above 32 MB anew, and the first access to its pages takes
+    about as long as the work on them. That is the allocator's cost, the same for all contenders.
     """
     mmap_max, trim_threshold, arena_max = -4, -1, -8  # malloc.h
     libc = ctypes.CDLL(None)
@@ -107,7 +107,7 @@ def keep_touched_memory() -> None:
 
 
 def describe_machine(*distributions: str) -> dict[str, object]:
-    """Returns what the numbers of this run depend on."""
+    """Returns the properties of the machine and the software that the times depend on."""
     cpu = next(
         (
             line.partition(":")[2].strip()
@@ -136,6 +136,6 @@ def describe_machine(*distributions: str) -> dict[str, object]:
 
 
 def write_json(path: Path, machine: dict[str, object], results: list[dict[str, object]]) -> None:
-    """Writes a run, every window of it, for later analysis."""
+    """Writes the times of all windows of a run, for later analysis."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")

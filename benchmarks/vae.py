@@ -2,10 +2,10 @@
 
     python -m benchmarks.vae [--dataset mnist] [--preset paper] [--batch-size 100] [--rounds 7]
 
-Every contender trains the same network on the same batch, drawing z, with the loss, its gradients,
-Adamax and the average of the parameters: ours, normal and with weight norm, plain and compiled by
-XLA; weight norm in plain TensorFlow as users write it; and, of MNIST's network in float32, PyTorch
-with its torch.nn.utils.parametrizations.weight_norm, plain and with torch.compile.
+Every contender trains the same network on the same batch: sampling of z, loss, gradients, Adamax
+and the average of the parameters. The contenders are ours, normal and with weight norm, with and
+without XLA; weight norm in plain TensorFlow as users write it; and, for MNIST in float32, PyTorch,
+normal and with torch.nn.utils.parametrizations.weight_norm, with and without torch.compile.
 """
 
 import argparse
@@ -43,12 +43,12 @@ def training_step(config: Config, images: np.ndarray):
 
 
 def torch_steps(config: Config, images: np.ndarray):
-    """PyTorch's steps by name; only of a network as large as ours."""
+    """Returns PyTorch's steps by name, if its network has as many parameters as ours."""
     normal = make_network(dataclasses.replace(config, parameterization="normal"))
     ours = sum(int(tf.size(variable)) for variable in normal.trainable_variables)
     theirs = vae_peer.parameters(config)
     if ours != theirs:
-        raise SystemExit(f"the two networks differ: {ours:,} and {theirs:,} parameters")
+        raise SystemExit(f"our network has {ours:,} parameters, but PyTorch's has {theirs:,}")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     made = {}
     for compiled in (False, True):
@@ -74,7 +74,7 @@ def main() -> None:
         options.preset,
         dataset=options.dataset,
         batch_size=options.batch_size,
-        learning_rate=1e-6,  # Many steps on one batch of noise, and the same work.
+        learning_rate=1e-6,  # So small that many steps on one batch of noise are stable.
         mixed_precision="none" if options.dtype == "float32" else "bfloat16",
     )
     size = [28, 28, 1] if config.mnist else [32, 32, 3]

@@ -1,7 +1,8 @@
-"""Section 5.2's auto-encoder of MNIST in PyTorch, for benchmarks.vae: the same layers and step.
+"""Section 5.2's MNIST auto-encoder in PyTorch, for benchmarks.vae: the same layers and step.
 
-The weights of a masked layer are masked after their normalization, not before: PyTorch's
-parametrization has no mask. Neither this nor the order of channels in upsampling changes the work.
+A masked layer's weights are masked after normalization, not before, because PyTorch's
+parametrization has no mask. Neither this nor the order of channels in upsampling changes the amount
+of work.
 """
 
 from collections.abc import Callable
@@ -124,7 +125,7 @@ class VAE(nn.Module):
 
 
 def training_step(config: Config, images: np.ndarray, compiled: bool) -> Callable[[], float]:
-    """Returns the step as a call: draws, loss, gradients, Adamax, and the parameters' average."""
+    """Returns a function that runs a step: sampling, loss, gradients, Adamax, parameter average."""
     network: Any = VAE(config).to(memory_format=torch.channels_last)
     if config.parameterization == "weight_norm":
         for module in [m for m in network.modules() if isinstance(m, nn.Linear | nn.Conv2d)]:
@@ -152,5 +153,5 @@ def training_step(config: Config, images: np.ndarray, compiled: bool) -> Callabl
 
 
 def parameters(config: Config) -> int:
-    """Returns the number of weights, masked ones included, without weight norm's g."""
+    """Returns the number of parameters, including masked ones, without weight norm's g."""
     return sum(p.numel() for p in VAE(config).parameters())

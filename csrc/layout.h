@@ -1,4 +1,4 @@
-// From `axis` to the contract's layout, for the ops, for XLA and for the Python bindings alike.
+// Converts `axis` to the layout of weight_norm.h, for the ops, XLA and the Python bindings.
 
 #ifndef TFWN_CSRC_LAYOUT_H_
 #define TFWN_CSRC_LAYOUT_H_
@@ -14,8 +14,8 @@
 
 namespace tfwn {
 
-using Axis = std::vector<int64_t>;   // the axes of v that index its units; none: one norm for all
-using Sizes = std::vector<int64_t>;  // a shape; -1 for a size that is not known
+using Axis = std::vector<int64_t>;   // the axes of v that index its units; empty for a single norm
+using Sizes = std::vector<int64_t>;  // a shape; -1 for an unknown size
 
 inline int64_t Product(const Sizes& sizes) {
   return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>());
@@ -36,9 +36,10 @@ inline bool Compatible(const Sizes& a, const Sizes& b) {
                     [](int64_t m, int64_t n) { return m == n || m < 0 || n < 0; });
 }
 
-// The functions below return what is wrong with an argument: no text where nothing is.
+// CheckAxis, CheckConsecutive, CheckG, CheckSameShape and FindLayout return an error message, or an
+// empty string if all is well.
 
-// Replaces axes that count from the end.
+// Also converts negative axes to nonnegative ones.
 inline std::string CheckAxis(int64_t rank, Axis* axis) {
   const Axis given = *axis;
   for (int64_t& a : *axis) {
@@ -58,7 +59,7 @@ inline std::string CheckAxis(int64_t rank, Axis* axis) {
   return "";
 }
 
-// The kernels take axes that lie side by side, in v's order. `axis` has passed CheckAxis.
+// The kernels need consecutive axes in ascending order. `axis` must have passed CheckAxis.
 inline std::string CheckConsecutive(int64_t rank, const Axis& axis) {
   for (size_t i = 1; i < axis.size(); ++i) {
     if (axis[i] != axis[i - 1] + 1) {
@@ -69,7 +70,7 @@ inline std::string CheckConsecutive(int64_t rank, const Axis& axis) {
   return "";
 }
 
-// expected: the sizes of v's axes `axis`. v: null where even its rank is not known.
+// expected: the sizes of v along `axis`. v: null if not even its rank is known.
 inline std::string CheckG(const Axis& axis, const Sizes& expected, const Sizes* v, const Sizes& g) {
   if (Compatible(g, expected)) return "";
   std::string text = "g must have shape " + ShapeText(expected);
@@ -90,7 +91,7 @@ inline std::string CheckSameShape(const char* name, const Sizes& sizes, const ch
          ", but has shape " + ShapeText(sizes);
 }
 
-// `axis` has passed CheckAxis and CheckConsecutive.
+// `axis` must have passed CheckAxis and CheckConsecutive.
 inline Layout Collapse(const Sizes& v, const Axis& axis) {
   const size_t first = axis.empty() ? 0 : axis[0];
   Layout layout = {1, 1, 1};
@@ -100,7 +101,7 @@ inline Layout Collapse(const Sizes& v, const Axis& axis) {
   return layout;
 }
 
-// All of the above, for a call whose shapes are known.
+// Checks axis and g, and sets *layout, for a call whose shapes are fully known.
 inline std::string FindLayout(Axis axis, const Sizes& v, const Sizes& g, Layout* layout) {
   const Axis given = axis;
   const int64_t rank = v.size();

@@ -1,5 +1,5 @@
-// Python's arrays as the kernels see them: NumPy's, and arrays on a CUDA device with
-// __cuda_array_interface__. Whatever is wrong with one is a ValueError.
+// Converts Python arrays for the kernels: NumPy arrays, and CUDA device arrays with
+// __cuda_array_interface__. Invalid arrays raise ValueError.
 
 #ifndef TFWN_CSRC_PYTHON_ARRAYS_H_
 #define TFWN_CSRC_PYTHON_ARRAYS_H_
@@ -27,14 +27,14 @@ namespace tfwn {
 namespace py = pybind11;
 
 struct Array {
-  std::string name;  // the argument's
+  std::string name;  // of the argument, for messages
   Type type;
   Sizes shape;
   bool contiguous;  // and aligned
   void* data;
   bool writable;
   bool on_device;
-  py::object object;  // the caller's, or a copy of it: keeps data alive
+  py::object object;  // the caller's array or a copy of it; keeps data alive
 };
 
 template <class... Pieces>
@@ -73,7 +73,7 @@ inline py::dtype DTypeOf(Type type) {
 }
 
 inline Type ParseDType(const std::string& name, const py::dtype& dtype) {
-  // By NumPy's numbers, where that is enough: asking for names takes longer than a small kernel.
+  // NumPy's type numbers come first, because looking up names takes longer than a small kernel.
   if (dtype.byteorder() == '=') {
     if (dtype.num() == py::dtype::of<float>().num()) return Type::kFloat;
     if (dtype.num() == py::dtype::of<double>().num()) return Type::kDouble;
@@ -119,7 +119,7 @@ inline void CheckCuda(int error, const char* what) {
 }
 
 inline Type ParseTypeString(const std::string& name, const std::string& text) {
-  if (text == "<V2") return Type::kBfloat16;  // as PyTorch and ml_dtypes write it
+  if (text == "<V2") return Type::kBfloat16;  // used by PyTorch and ml_dtypes
   return ParseDType(name, py::dtype(text));
 }
 
@@ -138,7 +138,7 @@ inline Array ParseCudaArray(const std::string& name, const py::object& object, i
     const auto strides = interface["strides"].cast<std::vector<int64_t>>();
     int64_t expected = SizeOf(result.type);
     for (size_t a = strides.size(); a-- > 0;) {
-      // The strides of axes of size 1, and of an array without elements, do not matter.
+      // Strides do not matter along axes of size 1 and in empty arrays.
       if (result.shape[a] > 1 && strides[a] != expected && Product(result.shape) > 0) {
         result.contiguous = false;
       }
@@ -146,7 +146,7 @@ inline Array ParseCudaArray(const std::string& name, const py::object& object, i
     }
   }
   if (interface.contains("stream") && !interface["stream"].is_none()) {
-    // The array is ready once this stream has come as far as it is now.
+    // The array is ready once this stream has finished the work queued so far.
     const intptr_t producer = interface["stream"].cast<intptr_t>();
     if (producer != stream) {
       cudaEvent_t ready;
@@ -160,7 +160,7 @@ inline Array ParseCudaArray(const std::string& name, const py::object& object, i
   return result;
 }
 
-// The one device that all arrays are on.
+// Returns the device that all arrays are on.
 inline int DeviceOf(const std::vector<const Array*>& arrays) {
   int device = -1;
   for (const Array* array : arrays) {
@@ -171,7 +171,7 @@ inline int DeviceOf(const std::vector<const Array*>& arrays) {
       Fail(array->name, " must be in a CUDA device's memory, but its pointer is not");
     }
     if (device >= 0 && attributes.device != device) {
-      Fail(array->name, " must be on device ", device, " like the arrays before it, but is on ",
+      Fail(array->name, " must be on device ", device, " like the preceding arrays, but is on ",
            attributes.device);
     }
     device = attributes.device;
@@ -180,7 +180,7 @@ inline int DeviceOf(const std::vector<const Array*>& arrays) {
   return device;
 }
 
-// Makes a device the current one for as long as this lives.
+// Makes a device current during the lifetime of the object.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -200,7 +200,7 @@ class OnDevice {
   int before_ = -1;
 };
 
-// Works in `given`, unless it is null, or in memory of the stream's own.
+// Uses `given` as scratch or, if it is null, memory from cudaMallocAsync.
 template <class Arguments>
 void RunOnDevice(const Arguments& arguments, int device, intptr_t stream_handle,
                  const Array* given) {
@@ -236,7 +236,7 @@ void RunOnDevice(const Arguments&, int, intptr_t, const Array*) {}
 
 #endif
 
-// NumPy's scalars count as arrays. stream is the one that the array will be used on.
+// NumPy scalars count as arrays. The array will be used on `stream`.
 inline Array ParseArray(const std::string& name, py::object object,
                         [[maybe_unused]] intptr_t stream) {
   if (!py::isinstance<py::array>(object)) {
@@ -250,11 +250,11 @@ inline Array ParseArray(const std::string& name, py::object object,
 #ifdef TFWN_CUDA
     return ParseCudaArray(name, object, stream);
 #else
-    Fail(name, " is on a device, but this module was built without CUDA. Build it where there is ",
-         "an nvcc, or copy ", name, " to a NumPy array");
+    Fail(name, " is on a device, but this module was built without CUDA. Rebuild it with ",
+         "nvcc installed, or copy ", name, " to a NumPy array");
 #endif
   }
-  Fail(name, " must be a NumPy array or an array on a CUDA device, with ",
+  Fail(name, " must be a NumPy array, or a CUDA device array with ",
        "__cuda_array_interface__, but is ", TypeName(object), ". Pass np.asarray(", name, ")");
 }
 
@@ -262,7 +262,7 @@ inline Array NewArray(const std::string& name, const Sizes& shape, Type type) {
   return ParseNumPy(name, py::array(DTypeOf(type), shape));
 }
 
-// With its axes in another order, unless `order` is empty.
+// Returns a contiguous copy, transposed by `order` unless that is empty.
 inline Array ContiguousCopy(const Array& array, const std::vector<int64_t>& order) {
   py::object view = array.object;
   if (!order.empty()) view = view.attr("transpose")(py::cast(order));

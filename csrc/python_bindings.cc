@@ -1,6 +1,7 @@
 // tfwn.native: the kernels on NumPy arrays and on device arrays, without TensorFlow.
 //
-// To use it without TensorFlow, build it alone and load the file, past tfwn/__init__.py:
+// To use it without TensorFlow, build it alone and load the file directly, bypassing
+// tfwn/__init__.py:
 //
 //   TFWN_TENSORFLOW=0 python setup.py build_ext --inplace
 //
@@ -30,12 +31,12 @@
 namespace tfwn {
 namespace {
 
-// Which axes of v index the units, and the contract's layout of it.
+// The axes of v that index the units, and the resulting layout.
 struct Axes {
   Axis given;
   Sizes units;  // their sizes
   Layout layout;
-  Axis order;  // what v is transposed to for the kernels, if axis is not consecutive
+  Axis order;  // the transpose of v for the kernels; empty if axis is consecutive
 };
 
 void Require(const std::string& error) {
@@ -97,7 +98,7 @@ int ThreadsOf(int threads) {
   return threads > 0 ? threads : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-// Where a call runs, and what it needs of its arrays.
+// Where a call runs, and with which threads, stream and scratch.
 struct Place {
   bool on_device;
   int threads;
@@ -116,7 +117,7 @@ struct Place {
     if (scratch_in.is_none()) return;
     scratch = ParseArray("scratch", scratch_in, stream);
     if (!on_device || !scratch->on_device || !scratch->contiguous || !scratch->writable) {
-      Fail("scratch must be a contiguous, writable array on a device, for inputs on that device, ",
+      Fail("scratch must be a contiguous, writable array on the same device as the inputs, ",
            "but is ", TypeName(scratch_in));
     }
   }
@@ -128,7 +129,7 @@ class Results {
   Results(const Place& place, const py::object& out, const char* first, const char* second) {
     if (out.is_none()) {
       if (place.on_device) {
-        Fail("out must be given for arrays on a device: this module does not allocate there. ",
+        Fail("out must be given for arrays on a device, where this module does not allocate. ",
              "Pass out=(", first, ", ", second, ")");
       }
       return;
@@ -186,8 +187,8 @@ void Execute(const Arguments& arguments, const Place& place,
   cpu::Run(arguments, scratch.data(), ParallelForOn(place.threads));
 }
 
-// As the kernels take an array: without gaps in memory, and with its axes in this order, unless
-// that is empty.
+// Returns the array as the kernels need it: contiguous, and transposed by `order` unless that is
+// empty.
 Array Prepare(const Array& array, const Axis& order) {
   if (order.empty() && array.contiguous) return array;
   if (array.on_device) {
@@ -272,11 +273,11 @@ py::dict BuildInfo() {
   return info;
 }
 
-constexpr char kModuleDoc[] = R"(The kernels of weight normalization on arrays, without TensorFlow.
+constexpr char kModuleDoc[] = R"(The weight normalization kernels on arrays, without TensorFlow.
 
-Arrays are NumPy arrays (float16, float32, float64, and bfloat16 of ml_dtypes), for which the CPU
-kernels run; or arrays on a CUDA device, with __cuda_array_interface__, for which the CUDA kernels run
-on the given stream, without waiting for them.
+NumPy arrays (float16, float32, float64, and ml_dtypes' bfloat16) use the CPU kernels. CUDA device
+arrays with __cuda_array_interface__ use the CUDA kernels, which are launched on the given stream.
+The call does not wait for them to finish.
 )";
 
 constexpr char kWeightNormDoc[] = R"(Returns (w, norm).
@@ -290,26 +291,28 @@ constexpr char kWeightNormDoc[] = R"(Returns (w, norm).
        [ 0.8, 10. ]], dtype=float32), array([5., 2.], dtype=float32))
 
 Args:
-  v: any shape. An array that is not contiguous is copied.
-  g: of shape [v.shape[a] for a in axis].
+  v: an array of any shape. A NumPy array that is not contiguous is copied.
+  g: an array of shape [v.shape[a] for a in axis].
   axis: the axes of v that index the units: an int, a sequence of ints, or None for one norm over
-    the whole of v. On a device, and to do without a copy, consecutive and ascending.
-  out_dtype: the type of w; that of out[0], or v's, by default.
-  out: (w, norm) to write into: contiguous, not overlapping the inputs. Required on a device.
-  threads: how many threads a NumPy array may use, 0 for all cores. Results do not depend on it.
+    the whole of v. On a device, they must be consecutive and ascending. On the CPU, v is copied if
+    they are not.
+  out_dtype: the type of w. The default is the type of out[0] if given, else of v.
+  out: (w, norm), contiguous arrays to write into that do not overlap the inputs. Required on a
+    device.
+  threads: the maximum number of threads on the CPU; 0 for all cores. Results do not depend on it.
   stream: the CUDA stream's handle, as an int; 0 is the default stream.
-  scratch: a contiguous array on the device to work in, aligned to 256 bytes. If it is too small,
-    the error says how many bytes there must be; without it, cudaMallocAsync provides them.
+  scratch: a contiguous device array for intermediate results, aligned to 256 bytes. If it is too
+    small, the error reports the required size. By default, cudaMallocAsync allocates it.
 
 Returns:
-  w, of v's shape, and norm, of g's shape: float64 if v is, float32 otherwise.
+  w, with v's shape, and norm, with g's shape. norm is float64 if v is, float32 otherwise.
 
 Raises:
-  ValueError: an argument's shape, type, place or value is wrong.
-  RuntimeError: a CUDA call fails.
+  ValueError: an argument has an invalid shape, type, device or value.
+  RuntimeError: a CUDA call failed.
 )";
 
-constexpr char kWeightNormGradDoc[] = R"(Returns (grad_v, grad_g), of v's and g's shapes and types.
+constexpr char kWeightNormGradDoc[] = R"(Returns (grad_v, grad_g), shaped and typed like v and g.
 
     grad_g = sum(grad_w * v) / norm                  (Salimans & Kingma 2016, eq. 3)
     grad_v = (g / norm) * (grad_w - (grad_g / norm) * v)
@@ -323,22 +326,22 @@ constexpr char kWeightNormGradDoc[] = R"(Returns (grad_v, grad_g), of v's and g'
        [-0.6,  0. ]], dtype=float32), array([10.,  1.], dtype=float32))
 
 Args:
-  grad_w: the gradient with respect to w, of v's shape, any type.
+  grad_w: the gradient with respect to w, with v's shape and any of the supported types.
   v, g, axis: as for weight_norm.
-  norm: as weight_norm returned it.
-  out: (grad_v, grad_g) to write into, as for weight_norm. grad_v may be grad_w itself if the two
-    have one type.
+  norm: the norm that weight_norm returned.
+  out: (grad_v, grad_g) to write into, as for weight_norm. grad_v may be grad_w itself if both have
+    the same type.
   threads, stream, scratch: as for weight_norm.
 
 Raises:
-  ValueError: an argument's shape, type, place or value is wrong.
-  RuntimeError: a CUDA call fails.
+  ValueError: an argument has an invalid shape, type, device or value.
+  RuntimeError: a CUDA call failed.
 )";
 
-constexpr char kBuildInfoDoc[] = R"(Returns what this module was built with, and for.
+constexpr char kBuildInfoDoc[] = R"(Returns how this module was built and what it runs on.
 
-A dict: tensorflow, the version that the op beside this module was built against, or None;
-cuda, nvcc's version, or None without CUDA kernels; cuda_architectures, a list of ints;
+The keys of the dict are: tensorflow, the TensorFlow version that the op was built against, or None;
+cuda, the version of nvcc, or None without CUDA kernels; cuda_architectures, a list of ints;
 simd, the instruction set that the CPU kernels use on this machine.
 
 >>> native.build_info()["simd"] in ("avx512", "avx2", "baseline")

@@ -1,4 +1,4 @@
-// layout.h's checks as TensorFlow's errors, and the check of the norm's type.
+// Converts the error messages of layout.h to absl::Status, and checks the type of norm.
 
 #ifndef TFWN_CSRC_TENSORFLOW_CHECKS_H_
 #define TFWN_CSRC_TENSORFLOW_CHECKS_H_

@@ -1,11 +1,11 @@
-// The TensorFlow ops over the kernels of weight_norm.h: they check, allocate and call. The
-// arithmetic is the kernels', which also define every name used here.
+// The TensorFlow ops: they check inputs, allocate outputs and call the kernels. weight_norm.h
+// specifies the arithmetic and defines every name used here.
 //
 //   Tfwn>WeightNorm       v, g               ->  w, norm
 //   Tfwn>WeightNormGrad   grad_w, v, g, norm ->  grad_v, grad_g
 //
-// `axis` names consecutive axes of v that index the output units, in ascending order; negative ones
-// count from the end. No axis at all is one norm for the whole tensor.
+// `axis` lists consecutive axes of v, in ascending order, that index the output units. Negative
+// axes count from the end. An empty list means one norm for the whole tensor.
 
 #include <algorithm>
 #include <cstdint>
@@ -56,7 +56,7 @@ absl::Status CheckAttributes(InferenceContext* c, Axis* axis) {
   return c->GetAttr("axis", axis);
 }
 
-// Completes the shapes of v and g from each other.
+// Infers unknown sizes of v and g from each other.
 absl::Status MergeUnits(InferenceContext* c, const Axis& axis, ShapeHandle* v, ShapeHandle* g) {
   Axis kept = axis;
   Sizes v_sizes, units(axis.size(), -1);
@@ -139,7 +139,7 @@ REGISTER_OP("Tfwn>WeightNormGrad")
     .Attr("axis: list(int) = [-1]")
     .SetShapeFn(BackwardShapes);
 
-// Calling a kernel.
+// Kernels.
 
 Sizes SizesOf(const Tensor& tensor) {
   const auto sizes = tensor.shape().dim_sizes();
@@ -164,8 +164,8 @@ enum class Processor { kCpu, kGpu };
 template <Processor>
 struct Run;
 
-// The least memory traffic that is worth a thread of its own. Less would make a lone operation
-// faster, but in a graph other operations run beside it and need the processors too.
+// The minimum memory traffic per thread. A smaller value would speed up a lone op, but in a graph
+// other ops run at the same time and need the cores too.
 constexpr int64_t kBytesPerThread = 8 << 20;
 
 template <>
@@ -200,7 +200,7 @@ struct Run<Processor::kGpu> {
     if (platform != "CUDA") {
       return absl::UnimplementedError(absl::StrCat(
           "weight_norm: its kernels for GPUs need CUDA, but this device's platform is ", platform,
-          ". Place the operation on a CPU"));
+          ". Place the op on the CPU"));
     }
     const int multiprocessors = stream->parent()->GetDeviceDescription().core_count();
     Tensor scratch;
@@ -266,8 +266,8 @@ class WeightNormGradOp : public tensorflow::OpKernel {
     OP_REQUIRES_OK(context, CheckSame("norm", norm, "g", g));
 
     Tensor *grad_v, *grad_g;
-    // Safe: nothing of grad_w is read again, for its sum or for any other unit, once grad_v has
-    // been written in its place.
+    // Safe, because the kernels read no element of grad_w, for a sum or for another unit, after
+    // grad_v has overwritten it.
     OP_REQUIRES_OK(context, context->forward_input_or_allocate_output({0}, 0, v.shape(), &grad_v));
     OP_REQUIRES_OK(context, context->allocate_output(1, g.shape(), &grad_g));
 

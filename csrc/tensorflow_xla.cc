@@ -1,12 +1,12 @@
-// The same ops for XLA (jit_compile=True): a custom call to the kernels (xla_handlers.h), or, where
-// there is no handler to call, eq. 2 and 3 in XLA's operations.
+// The same ops for XLA (jit_compile=True): a custom call to the kernels (xla_handlers.h) or, if no
+// handler can be called, eq. 2 and 3 as XLA operations.
 //
-// There is a handler for the host and, if the CUDA kernels are compiled in, for CUDA. Ahead of time
-// (tfcompile) code is made for a process that has none. And XLA gives a custom call no sizes that
-// are known only when it runs.
+// There is a handler for the host and, if the CUDA kernels are compiled in, one for CUDA. No
+// handler can be called from code compiled ahead of time (tfcompile), whose process has none, or
+// with dynamic shapes, whose sizes XLA does not pass to custom calls.
 //
-// The op's kernels are registered under the names of XLA's devices, since REGISTER_XLA_OP comes too
-// late once the process has compiled anything.
+// The kernels are registered under the names of XLA's devices, because REGISTER_XLA_OP comes too
+// late if the process has already compiled something.
 
 #include <algorithm>
 #include <cstdint>
@@ -30,7 +30,7 @@
 #include "xla/shape_util.h"
 
 namespace xla::ffi {
-const XLA_FFI_Api* GetXlaFfiApi();  // exported by TensorFlow 2.20 and 2.21, XLA_FFI_GetApi by one
+const XLA_FFI_Api* GetXlaFfiApi();  // exported by TensorFlow 2.20 and 2.21, unlike XLA_FFI_GetApi
 }
 
 namespace tfwn {
@@ -54,12 +54,12 @@ bool Register(const char* name, const char* platform, XLA_FFI_Handler* handler,
   return false;
 }
 
-// Which platforms have handlers: those that XLA accepted.
+// The platforms for which XLA accepted our handlers.
 struct Handlers {
   bool host = false, cuda = false;
 
   Handlers() {
-    // For the tests of what is done without handlers.
+    // For tests of the fallback without handlers.
     const char* wanted = std::getenv("TFWN_XLA_HANDLERS");
     if (wanted != nullptr && std::string(wanted) == "0") return;
     host = Register(kForward, "Host", tfwn_weight_norm_host, 0) &&
@@ -87,8 +87,9 @@ absl::Status GetOperand(XlaOpKernelContext* context, const char* name, Operand* 
   return absl::OkStatus();
 }
 
-// The composition. What is squared or multiplied is at most 1, so nothing under- or overflows, and
-// float is enough where no type is wider: on most GPUs double takes up to 64 times as long.
+// Eq. 2 and 3 as XLA operations. v is scaled to magnitudes of at most 1 before it is squared or
+// multiplied, so that nothing overflows and underflow does no harm. This makes float sufficient
+// unless some type is double; on most GPUs double takes up to 64 times as long.
 class Composition {
  public:
   Composition(XlaOpKernelContext* context, const Axis& axis, const std::vector<Operand>& operands)
@@ -175,7 +176,7 @@ class WeightNormXlaKernel : public XlaOpKernel {
     return handlers.host && compiler != nullptr && compiler->options().allow_cpu_custom_calls;
   }
 
-  // Calls a handler: all arrays row-major, the outputs of v's and g's shapes.
+  // Calls a handler with row-major arrays. The outputs have the shapes of v and g.
   void CallHandler(XlaOpKernelContext* context, const char* target,
                    const std::vector<Operand>& operands, const Operand& v, const Operand& g,
                    int64_t scratch_bytes) const {

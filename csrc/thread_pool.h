@@ -1,8 +1,7 @@
-// Runs the CPU kernels in parallel where there is no framework to do it.
+// Runs the CPU kernels in parallel when there is no framework to do it.
 //
-// A worker that has nothing to do polls for some microseconds before it sleeps: the passes of one
-// kernel follow each other that closely, and waking a sleeping thread takes longer than most
-// passes.
+// An idle worker polls for 50 microseconds before it sleeps, because the passes of a kernel follow
+// each other that closely, and waking a sleeping thread takes longer than most passes.
 
 #ifndef TFWN_CSRC_THREAD_POOL_H_
 #define TFWN_CSRC_THREAD_POOL_H_
@@ -23,8 +22,8 @@
 #include "weight_norm.h"
 
 #if defined(__GLIBCXX__) && defined(__x86_64__)
-// std::condition_variable::wait under the name that every libstdc++ has: GCC 12 gave it a new one,
-// and the module would not load on systems that are a little older than the compiler.
+// Binds std::condition_variable::wait to the symbol version that every libstdc++ has. GCC 12 added
+// a newer one, with which the module would not load on slightly older systems.
 __asm__(
     ".symver _ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE,"
     "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE@GLIBCXX_3.4.11");
@@ -34,8 +33,8 @@ namespace tfwn {
 
 class ThreadPool {
  public:
-  // Calls task(0) ... task(n - 1), each on a thread of its own if the pool is free, else one after
-  // another. Returns when all are done.
+  // Calls task(0) ... task(n - 1), each on its own thread if the pool is free, or one after another
+  // if it is busy. Returns when all are done.
   void Run(int n, const std::function<void(int)>& task) {
     std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) {
@@ -50,8 +49,8 @@ class ThreadPool {
     while (job.left.load(std::memory_order_acquire) != 0) std::this_thread::yield();
   }
 
-  // The process's pool. It is never destroyed, since its threads never end; and a child process
-  // does not inherit them, so it gets a pool of its own.
+  // The process's pool. It is never destroyed, because its threads never end. A forked child
+  // process gets a new pool, because it does not inherit the threads.
   static ThreadPool* Global() {
     static std::mutex mutex;
     static ThreadPool* pool = nullptr;
@@ -96,7 +95,8 @@ class ThreadPool {
       }
       if (job == nullptr) {
         std::unique_lock<std::mutex> lock(mutex_);
-        // Sequentially consistent, like Give: either this sees the job or Give sees asleep_.
+        // Sequentially consistent, as in Give, so that either this sees the job or Give sees
+        // asleep_.
         asleep_.store(true);
         while ((job = job_.load()) == nullptr) wake_.wait(lock);
         asleep_.store(false);
@@ -118,7 +118,7 @@ class ThreadPool {
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 
-// At most `threads` threads, and none for less than it takes to be worth one.
+// Uses at most `threads` threads, and fewer if there is too little work for them.
 inline cpu::ParallelFor ParallelForOn(int threads) {
   return [threads](int64_t n, int64_t bytes_per_task,
                    const std::function<void(int64_t, int64_t)>& body) {

@@ -5,23 +5,22 @@
 //   backward   grad_g = sum(grad_w * v) / norm                            [units]
 //              grad_v = (g / norm) * (grad_w - (grad_g / norm) * v)       [outer, units, inner]
 //
-// Norms and sums run over outer and inner, one per unit. Every weight layout collapses to this one:
-// Dense [in, out] is [in, out, 1], HWIO is [H*W*I, O, 1], a row layout [out, in] is [1, out, in],
-// one norm for a whole tensor is [1, 1, size].
+// Norms and sums run over outer and inner, so there is one per unit. Every weight layout collapses
+// to [outer, units, inner]: Dense [in, out] becomes [in, out, 1], HWIO becomes [H*W*I, O, 1], a row
+// layout [out, in] becomes [1, out, in], and one norm for a whole tensor is [1, 1, size].
 //
 // Guarantees, for every layout and type, CPU and CUDA alike:
 //   - a unit with v = 0 gets w = 0, grad_g = 0, grad_v = 0; no epsilon enters w or grad_g;
-//   - the only element of a unit, or the only one that is not 0 in v, has grad_v = 0 exactly:
-//     rounding would leave noise there, and Adam and similar optimizers would follow it in steps
-//     of full size
-//     (subnormal grad_w excepted, and v whose squares underflow in double);
+//   - an element of v that is alone in its unit, or its unit's only nonzero one, has exactly
+//     grad_v = 0, because Adam and similar optimizers would turn rounding noise into full-size
+//     steps (not guaranteed for subnormal grad_w, or for v whose squares underflow in double);
 //   - norms from 1e-30 to 1e+30 neither underflow nor overflow when v is float32;
-//   - a result is a function of the arguments alone: not of the number of threads, not of timing;
+//   - results depend only on the arguments and the processor, not on timing or the thread count;
 //   - sizes are 64-bit, and any size may be zero.
 //
-// grad_v may be grad_w, in whole, where both have one type. Otherwise outputs must not overlap
-// inputs, nor each other. Pointers, sizes and a way to run in parallel are all that a
-// kernel knows: no framework in here.
+// grad_v may be the same memory as grad_w if both have the same type. Otherwise outputs must not
+// overlap inputs or each other. Kernels see only pointers, sizes and a way to run in parallel;
+// nothing here depends on a framework.
 
 #ifndef TFWN_CSRC_WEIGHT_NORM_H_
 #define TFWN_CSRC_WEIGHT_NORM_H_
@@ -43,10 +42,12 @@ struct Layout {
   int64_t size() const { return outer * units * inner; }
 };
 
-// The type of norm: double when v is double, float otherwise. Sums are kept at least as wide.
+// The type of norm: double when v is double, float otherwise. Sums are accumulated in a type at
+// least as wide.
 constexpr Type NormType(Type v) { return v == Type::kDouble ? Type::kDouble : Type::kFloat; }
 
-// Where grad_w - (grad_g / norm) * v is less than this part of grad_w it is rounding: then it is 0.
+// If |grad_w - (grad_g / norm) * v| is less than this fraction of |grad_w|, it is rounding error
+// and becomes 0.
 template <class Real>
 constexpr Real kRounding = 4 * std::numeric_limits<Real>::epsilon();
 
@@ -76,9 +77,10 @@ struct Backward {
 
 namespace cpu {
 
-// Runs body(begin, end) over a partition of [0, n) and returns when all of it is done. How [0, n)
-// is cut and on how many threads is the caller's: results do not depend on it. bytes_per_task is
-// the memory traffic of one of the n tasks, from which the caller may judge what is worth a thread.
+// Runs body(begin, end) over a partition of [0, n) and returns when all of it is done. The caller
+// chooses the partition and the number of threads; results do not depend on either. bytes_per_task
+// is the memory traffic of one task, from which the caller can judge how many threads are
+// worthwhile.
 using ParallelFor = std::function<void(int64_t n, int64_t bytes_per_task,
                                        const std::function<void(int64_t, int64_t)>& body)>;
 
@@ -95,14 +97,14 @@ const char* SimdLevel();
 
 namespace cuda {
 
-// For the current device, whose count of multiprocessors is given: the split of the work, and so
-// the last bit, depends on the device. scratch: at least ScratchBytes(...) bytes on it, aligned to
-// 256, for the same arguments; pointers count as aligned to 16 bytes where they are null. stream is
-// a cudaStream_t. Returns a cudaError_t, 0 for success. Never waits for the device and never
-// allocates on it, so a call can be captured in a CUDA graph.
+// For the current device, whose number of multiprocessors is passed in. The split of the work, and
+// therefore the last bit of results, depends on the device. scratch: at least ScratchBytes(...)
+// bytes on the device for the same arguments, aligned to 256 bytes. ScratchBytes treats null
+// pointers as aligned to 16 bytes. stream is a cudaStream_t. Returns a cudaError_t, 0 for success.
+// Never waits for the device and never allocates on it, so calls can be captured in a CUDA graph.
 size_t ScratchBytes(const Forward& arguments, int multiprocessors);
 size_t ScratchBytes(const Backward& arguments, int multiprocessors);
-// Enough on any device with this many multiprocessors, current or not; asks none.
+// An upper bound for any device with this many multiprocessors. Queries no device.
 size_t MostScratchBytes(const Layout& layout, int multiprocessors);
 int Run(const Forward& arguments, int multiprocessors, void* scratch, void* stream);
 int Run(const Backward& arguments, int multiprocessors, void* scratch, void* stream);

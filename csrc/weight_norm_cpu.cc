@@ -1,11 +1,11 @@
 // Weight normalization on the CPU: eq. 2 and 3 for every layout of weight_norm.h.
 //
 // Three stages, forward and backward alike:
-//   1. sum: each task sums v^2 (or grad_w * v) over elements next to each other;
-//   2. combine: the sums of the tasks, added in fixed order, give a norm (or grad_g) per unit, and
-//      the unit's factors;
+//   1. sum: each task sums v^2 (or grad_w * v) over neighboring elements;
+//   2. combine: each unit's partial sums are added in a fixed order, and its norm (or grad_g) and
+//      factors are computed from the total;
 //   3. scale: each task multiplies its elements by the factors of their units.
-// The tasks are in weight_norm_cpu_plan.h, the loops over elements in weight_norm_cpu_kernels.h.
+// weight_norm_cpu_plan.h defines the tasks, weight_norm_cpu_kernels.h the loops over elements.
 
 #include <algorithm>
 #include <atomic>
@@ -18,8 +18,8 @@
 namespace tfwn::cpu {
 namespace {
 
-// Makes subnormals count while in scope. Frameworks flush them in some threads and not in others,
-// and a result must not depend on the thread.
+// Disables flushing of subnormals to zero while in scope. Frameworks enable it in some threads and
+// not in others, but a result must not depend on the thread.
 class KeepSubnormals {
  public:
   KeepSubnormals() : saved_(Get()) { Set(saved_ & ~kFlush); }
@@ -53,7 +53,7 @@ const void* At(const void* base, Type type, int64_t i) {
 }
 void* At(void* base, Type type, int64_t i) { return static_cast<char*>(base) + i * SizeOf(type); }
 
-constexpr int64_t kMostUnits = 256;  // combined at a time
+constexpr int64_t kMostUnits = 256;  // how many are combined at once
 
 // Adds up the partial sums of units [begin, end), at most kMostUnits of them.
 void AddPartialSums(const Plan& plan, const double* partial, int64_t begin, int64_t end,
@@ -227,14 +227,14 @@ class Runner {
   void Scale(int64_t task) {
     plan_.ForParts(task, [&](const Part& part) {
       Block block = BlockOf(part);
-      // While a run is scaled, which is in cache, the next one is fetched.
+      // The run to be scaled is in cache already, so prefetch the next one.
       if (plan_.kind == Tasks::kRuns) block.fetch = part.rows * part.width;
       block.fetch_result = kBytesAhead / pass_.result_bytes();
       kernels_.scale(block, At(scales_, part.factor), At(projections_, part.factor), powers_);
     });
   }
 
-  // Orders stores past the caches before those that tell other threads that the work is done.
+  // Orders stores that bypass the caches before those that signal completion to other threads.
   static void EndStream() {
 #if defined(__x86_64__)
     _mm_sfence();
@@ -247,7 +247,7 @@ class Runner {
     }
   }
 
-  // At most kMostUnits of them.
+  // Combines units [begin, end), at most kMostUnits of them.
   void CombineChunk(int64_t begin, int64_t end) {
     alignas(64) double totals[kMostUnits];
     alignas(64) unsigned char copied[4][kMostUnits * sizeof(double)];
@@ -285,7 +285,7 @@ class Runner {
     }
   }
 
-  // Sets the factors of units [begin, begin + count), for each column that is theirs.
+  // Copies the factors of units [begin, begin + count) to each of their columns.
   template <class C>
   void CopyFactors(const Factors& from, int64_t begin, int64_t count, const Factors& to) {
     for (int64_t fold = 0; fold < plan_.folds; ++fold) {
@@ -299,11 +299,11 @@ class Runner {
     }
   }
 
-  // By how much the result's memory is asked for ahead.
+  // Prefetch distance of the result.
   static constexpr int64_t kBytesAhead = 2048;
-  // A result of this many bytes is written past the caches, which need not read it first then. The
-  // operation gains by that at 1 MB too, but the product that reads a smaller w, and would find
-  // much of it in a cache, loses more.
+  // A result of at least this many bytes bypasses the caches, which then need not read it first.
+  // The op itself would gain at 1 MB too, but the matrix product that reads w would lose more,
+  // because it finds much of a smaller w in a cache.
   static constexpr int64_t kBeyondCaches = 32 << 20, kCacheLine = 64;
 
   const Pass pass_;
@@ -312,7 +312,8 @@ class Runner {
   Scratch scratch_;
   double* const partial_;
   const Factors scales_, projections_;
-  // Whether a factor so far needs its power. The others' is 1, so it does not matter who asks when.
+  // Whether any power so far is not 1. Other threads may set this at any time, which does not
+  // change the results of tasks whose powers are all 1.
   std::atomic<bool> powers_{false};
 };
 

@@ -1,29 +1,29 @@
 // The loops over elements, for one instruction set. weight_norm_cpu_levels.h includes this file
-// once per set, after weight_norm_cpu_simd.h and like it.
+// once per set, as it does weight_norm_cpu_simd.h, on which this file depends.
 //
-// A Block is read in one of two ways. As columns: each column has a sum and factors. As segments:
-// each row has.
+// A Block is read either as columns, each with its own sum and factors, or as segments, where each
+// row has its own sum and factors.
 //
-// Terms are added in float, kGroup of a column or twice as many of a segment, and these small sums
-// in double: the error does not grow with the size of a unit. A small sum that leaves float's range
-// is added again in double.
+// Groups of terms are added in float, and the group sums in double, so that the error does not grow
+// with the size of a unit. A group is kGroup rows of a column, or kGroup pairs of vectors of a
+// segment. A group whose sum leaves float's range is added again in double.
 
-// For an element that may lie past the end of the tensor. Into the second-level cache: rows that
-// are a power of two apart would push each other out of the first.
+// Prefetches an element, which may be past the end of the tensor, into the L2 cache. In the L1
+// cache, rows that are a power of two apart would evict each other.
 template <class T>
 TFWN_INLINE void Fetch(const T* base, int64_t i) {
   __builtin_prefetch(
       reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + i * sizeof(T)), 0, 2);
 }
 
-// The same for each cache line of kPair elements.
+// Prefetches each cache line of kPair elements.
 template <class C, class T>
 TFWN_INLINE void FetchPair(const T* base, int64_t i) {
   constexpr int kLine = 64 / sizeof(T);
   for (int k = 0; k < kPair<C>; k += kLine) Fetch(base, i + k);
 }
 
-// The elements that are summed: v^2 in eq. 2, grad_w * v in eq. 3.
+// The terms of the sums: v^2 in eq. 2, grad_w * v in eq. 3.
 template <class V, class W, bool backward>
 struct Terms {
   using C = ComputeType<V, W>;
@@ -61,7 +61,7 @@ struct Terms {
 
 constexpr int kDoubles = kVectorBytes / sizeof(double);
 
-// The terms of kDoubles columns from element i on, `rows` of them, in double from the start.
+// Sums `rows` terms of each of kDoubles columns, starting at element i, entirely in double.
 template <bool backward, class V, class W, class Lanes>
 __attribute__((noinline)) Vector<double, kDoubles> SumInDouble(const V* v, const W* grad_w,
                                                                int64_t i, int64_t rows,
@@ -78,9 +78,9 @@ __attribute__((noinline)) Vector<double, kDoubles> SumInDouble(const V* v, const
   return sum;
 }
 
-// The lanes, as bits, of small sums that may have lost something. At 2^-100 and above, what
-// underflow takes from a term, less than 2^-149, no longer matters. Overflow leaves an infinity or
-// a NaN. Terms that cancel to 0 are added again for nothing, which costs time only.
+// A bit mask of the lanes whose group sums may be inaccurate. From 2^-100 up, what underflow takes
+// from a term, less than 2^-149, does not matter. Overflow leaves an infinity or a NaN. Terms that
+// cancel to 0 are added again needlessly, which only costs time.
 TFWN_INLINE uint32_t OutOfRange(const Vector<float, kLanes<float>>& sum) {
   return Outside(Absolute<float, kLanes<float>>(sum), 0x1p-100f, std::numeric_limits<float>::max());
 }
@@ -111,14 +111,14 @@ struct Sums {
     if (j < width) AddColumns<count>(row, j, First{width - j}, sums);
   }
 
-  // sums[j] += the terms of `count` rows from `row` on
+  // sums[j] += the terms of `count` rows, starting at `row`
   template <int count, class Lanes>
   TFWN_INLINE void AddColumns(int64_t row, int64_t j, Lanes lanes, double* sums) const {
     const int64_t i = row * terms.stride + j;
     Pair<C> sum = {};
     int64_t at = i;
 #pragma GCC unroll 1
-    for (int k = 0; k < count; ++k) {  // Unrolled, it would run out of registers for addresses.
+    for (int k = 0; k < count; ++k) {  // Unrolling would need too many registers for addresses.
       terms.FetchNext(at);
       terms.Add(at, lanes, &sum);
       at += terms.stride;
@@ -140,7 +140,7 @@ struct Sums {
     }
   }
 
-  // Replaces the small sums of those columns of `lost`.
+  // Replaces the group sums of the columns in `lost` by sums in double.
   TFWN_INLINE void ReplaceInDouble(int64_t i, int count, int64_t columns, uint32_t lost,
                                    double* group) const {
     for (int64_t j = 0; j < columns; j += kDoubles) {
@@ -158,7 +158,7 @@ struct Sums {
     return SumInDouble<backward>(terms.v, terms.grad_w, i, count, stride, lanes);
   }
 
-  // sums[i] = the terms of row i
+  // sums[i] = the sum of the terms of row i
   TFWN_INLINE void Segments(double* sums) const {
     constexpr int64_t kElements = kGroup * kPair<C>;
     for (int64_t row = 0; row < rows; ++row) {
@@ -182,11 +182,11 @@ struct Sums {
     }
   }
 
-  // The sum of the terms of `count` elements from i on. `sum` has lane by lane those of all pairs.
+  // The sum of the terms of `count` elements, starting at i. `sum` holds the sum of each lane.
   TFWN_INLINE Doubles GroupInDouble(int64_t i, int64_t count, const Pair<C>& sum) const {
     const Vector<C, n> both = sum.left + sum.right;
     if constexpr (std::is_same_v<C, float>) {
-      const int64_t lanes = kEvenOdd ? CeilDiv(count, 2) : count;  // The others have no terms.
+      const int64_t lanes = kEvenOdd ? CeilDiv(count, 2) : count;  // The other lanes have no terms.
       const uint32_t lost = OutOfRange(both) & MaskOf<n>(First{lanes});
       if (__builtin_expect(lost != 0, 0)) {
         const int64_t rest = count % kDoubles;
@@ -212,18 +212,18 @@ void Sum(const Block& block, double* sums) {
   }
 }
 
-// A factor of kPair elements: fraction * power, where power is 1 but for blocks that need it.
+// The factors of kPair elements: fraction * power, or fraction alone if the block needs no powers.
 template <class C, bool powers>
 struct Factor {
   Pair<C> fraction, power;
 
-  // One for each column.
+  // One per column.
   TFWN_INLINE void LoadColumns(const Factors& from, int64_t j) {
     fraction = LoadPair<C, false>(static_cast<const C*>(from.fraction) + j);
     if constexpr (powers) power = LoadPair<C, false>(static_cast<const C*>(from.power) + j);
   }
 
-  // One for all.
+  // The same for all elements.
   TFWN_INLINE void LoadSegment(const Factors& from, int64_t row) {
     const Vector<C, kLanes<C>> zero = {};
     fraction.left = fraction.right = zero + static_cast<const C*>(from.fraction)[row];
@@ -236,7 +236,7 @@ struct Factor {
   }
 };
 
-// The factors of a block's columns, in the order in which their elements are loaded.
+// The factors of a block's columns in the even-odd order in which elements are loaded.
 template <class C, bool powers>
 struct EvenOddFactors {
   alignas(64) C parts[powers ? 2 : 1][kMostColumns];
@@ -320,8 +320,8 @@ struct Scaling {
     if (j < width) Column<count>(row, j, First{width - j}, scales, projections);
   }
 
-  // Factors are padded to a multiple of kPair. Row after row is how memory is fastest; but where
-  // the factors of a row fill much of the first-level cache, several rows share a load of them.
+  // Factors are padded to a multiple of kPair. Memory access is fastest row by row, but if the
+  // factors of a row fill much of the L1 cache, several rows share each load of them.
   TFWN_INLINE void Columns(const Factors& scales, const Factors& projections) {
     constexpr int kRows = 4;
     constexpr int64_t kNarrow = 8192 / sizeof(C);

@@ -1,4 +1,4 @@
-// What the kernels work on, and the kernels for each instruction set.
+// The kernels' data structures, and the kernels for each instruction set.
 
 #ifndef TFWN_CSRC_WEIGHT_NORM_CPU_LEVELS_H_
 #define TFWN_CSRC_WEIGHT_NORM_CPU_LEVELS_H_
@@ -30,25 +30,26 @@ struct Bfloat16 {
   uint16_t bits;
 };
 
-// Terms that are added in float before the sum goes on in double.
+// How many terms are added in float before the sum continues in double.
 constexpr int kGroup = 8;
 
-// Part of a matrix: `rows` of `width` elements.
+// Part of a matrix: `rows` rows of `width` elements.
 struct Block {
   int64_t rows, width;
   const void* v;
   const void* grad_w;  // backward only
   void* result;        // w, or grad_v
   int64_t stride;      // elements from row to row
-  // How far ahead of an element memory is asked for those that follow: of v and grad_w where
-  // columns are summed and segments scaled, and of the result.
+  // Prefetch distances, in elements: of v and grad_w when columns are summed or segments are
+  // scaled, and of the result.
   int64_t fetch, fetch_result;
-  bool stream;  // Whether results go past the caches. They begin at cache lines.
+  bool stream;  // Whether results bypass the caches. Their rows begin at cache lines.
 };
 
-// The numbers that multiply a column or a segment: fraction * power, where power is a power of two.
-// Applying power first keeps a product in range whenever the result is, where a single factor such
-// as 1 / norm can be too large for a float. Power is 1 where fraction alone is enough.
+// The factors of columns or segments, each stored as fraction * power, where power is a power of
+// two. A single factor such as 1 / norm can be too large for a float. Multiplying by power first
+// keeps the intermediate product in range whenever the result is. Power is 1 if fraction alone is
+// enough.
 struct Factors {
   void* fraction;
   void* power;
@@ -58,14 +59,15 @@ template <class V, class W>
 using ComputeType =
     std::conditional_t<std::is_same_v<V, double> || std::is_same_v<W, double>, double, float>;
 
-// What weight_norm_cpu_kernels.h has for each pair of types of v and w, each direction, and each
+// The loops of weight_norm_cpu_kernels.h for one pair of types of v and w, one direction, and one
 // way to read a block.
 struct Kernels {
   void (*sum)(const Block& block, double* sums);
   void (*scale)(const Block& block, const Factors& scales, const Factors& projections, bool powers);
 };
 
-// Some units, for the arithmetic on one number per unit. Each pointer is to the first one's.
+// A range of units, for the arithmetic on one number per unit. Pointers are to the first unit's
+// numbers.
 struct UnitBlock {
   int64_t count;
   const double* sums;
@@ -78,15 +80,15 @@ struct UnitBlock {
 
 struct UnitKernels {
   void (*add_rows)(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total);
-  // From sums to norms (forward) or grad_g (backward), and to factors: [floats, doubles]. Return
-  // whether a factor needs its power.
+  // Compute norms (forward) or grad_g (backward) and factors from the sums. Factors are floats for
+  // index 0 and doubles for index 1. Return whether any power is not 1.
   bool (*forward[2])(const UnitBlock& units);
   bool (*backward[2])(const UnitBlock& units);
 };
 
 #if defined(__x86_64__)
-// Whether the processor rounds float to bfloat16. Not all that have AVX-512 do, and the compiler
-// emits the instruction only where it is asked for, which is where this is true.
+// Whether the processor has an instruction that rounds float to bfloat16. Not all processors with
+// AVX-512 do. The compiler emits it only for its intrinsic, which is used only if this is true.
 bool RoundsToBfloat16() {
   static const bool has = (__builtin_cpu_init(), __builtin_cpu_supports("avx512bf16"));
   return has;
@@ -153,7 +155,7 @@ namespace avx512 {
 
 enum class Level { kBaseline, kAvx2, kAvx512 };
 
-// TFWN_SIMD=baseline or avx2 asks for less than the machine has, for tests.
+// For tests, TFWN_SIMD=baseline or avx2 selects a lower level than the machine supports.
 Level FindLevel() {
 #if defined(__x86_64__)
   const char* asked = std::getenv("TFWN_SIMD");

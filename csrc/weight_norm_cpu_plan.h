@@ -1,5 +1,5 @@
-// How the CPU kernels cut a tensor into tasks: by shape alone, so that a result does not depend
-// on the number of threads.
+// How the CPU kernels split a tensor into tasks. The split depends only on the shape, so results do
+// not depend on the number of threads.
 
 #ifndef TFWN_CSRC_WEIGHT_NORM_CPU_PLAN_H_
 #define TFWN_CSRC_WEIGHT_NORM_CPU_PLAN_H_
@@ -18,40 +18,40 @@ inline int64_t RoundUp(int64_t a, int64_t multiple) { return CeilDiv(a, multiple
 // The sums and factors of columns are padded to a multiple of this, so that vectors are full.
 constexpr int64_t kPadding = 32;
 
-// The widest block of columns. Its factors fit in the second-level cache beside much else, and on
-// the stack.
+// The maximum width of a block of columns. Its factors fit on the stack and in a small part of the
+// L2 cache.
 constexpr int64_t kMostColumns = 4096;
 
-// A task is one of
-//   kBlocks    Columns: the tensor is a matrix whose rows are [units, inner], with a sum for each
-//              column, and a task is a block of it. Narrow rows are folded, several into one, so
-//              that vectors are full and many sums are in flight; the last row is then partial.
-//              All tasks are summed before any is scaled.
-//   kRuns      Segments: stretches of `inner` elements of one unit. A unit fits in cache: a task is
-//              a run of whole units, summed and then scaled.
-//   kPieces    The same with larger units: a task is a piece of a segment. All tasks are summed
+// The kinds of tasks:
+//   kBlocks    Columns: the tensor is a matrix with rows of [units, inner] and one sum per column.
+//              A task is a block of this matrix. Several narrow rows are folded into one, so that
+//              vectors are full and many sums are in flight; the last row may then be partial. All
+//              tasks are summed before any is scaled.
+//   kRuns      Segments, each of `inner` consecutive elements of one unit, when a unit fits in
+//              cache. A task is a run of whole units, which it sums and then scales.
+//   kPieces    Segments of larger units. A task is a piece of a segment. All tasks are summed
 //              before any is scaled.
 enum class Tasks { kBlocks, kRuns, kPieces };
 
-// The rows of a task that lie at the same distance from each other.
+// Evenly spaced rows of a task.
 struct Part {
-  int64_t first;  // its first element
+  int64_t first;  // index of its first element
   int64_t rows, width, stride;
-  int64_t sum, factor;  // the first ones of its columns or segments
+  int64_t sum, factor;  // indices of those of its first column or segment
 };
 
 struct Plan {
   int64_t units, size;
-  int64_t inner;  // elements of a unit next to each other
+  int64_t inner;  // consecutive elements of a unit
   int64_t outer;
   Tasks kind;
   int64_t tasks = 0;
   int64_t units_per_task = 0;  // runs
 
   int64_t row = 0;                            // columns: elements of a row
-  int64_t chunks = 0, rows_per_chunk = 0;     // blocks: tasks down
-  int64_t blocks = 0, columns_per_block = 0;  // blocks: and across
-  int64_t pieces = 0, piece = 0;              // pieces: how many, and elements in one
+  int64_t chunks = 0, rows_per_chunk = 0;     // blocks: along a column, and rows in each
+  int64_t blocks = 0, columns_per_block = 0;  // blocks: along a row, and columns in each
+  int64_t pieces = 0, piece = 0;              // pieces: of a segment, and elements in each
 
   // Unit n has `groups` x `folds` x `sums_per_unit` partial sums:
   // [group * group_size + (fold * units + n) * sums_per_unit + i].
@@ -87,7 +87,8 @@ struct Plan {
     blocks = CeilDiv(row, kMostColumns);
     columns_per_block = RoundUp(CeilDiv(row, blocks), kPadding);
     blocks = CeilDiv(row, columns_per_block);
-    // At least 64 rows, so that partial sums are few next to elements; at least 64 KiB of floats.
+    // At least 64 rows, so that there are far fewer partial sums than elements, and at least 64 KiB
+    // of floats.
     const int64_t least = std::max<int64_t>(64, 16384 / columns_per_block);
     chunks = std::min<int64_t>(std::max<int64_t>(rows / least, 1), 64);
     if (chunks > 4) chunks -= chunks % 4;  // evenly shared by 2 or 4 threads
@@ -117,7 +118,7 @@ struct Plan {
 
   int64_t sums() const { return groups * group_size; }
   int64_t factors() const { return columns() ? group_size : units; }
-  // How often a unit's factors are stored.
+  // How many copies of a unit's factors are stored.
   int64_t factors_per_unit() const { return columns() ? folds * inner : 1; }
 
   // Calls body(part) for the parts of a task.
@@ -159,7 +160,7 @@ struct Plan {
     }
   }
 
-  // Columns are summed part after part: their sums start from zero.
+  // Columns are summed part by part, so their sums must start at zero.
   void ClearSums(int64_t task, double* partial) const {
     if (!columns()) return;
     const int64_t column = task % blocks * columns_per_block;

@@ -1,6 +1,6 @@
 // Vectors and conversions for one instruction set. weight_norm_cpu_levels.h includes this file once
-// per set, inside a namespace of its own, with TFWN_VECTOR_BYTES defined; hence no include guard
-// and no #include.
+// per set, inside that set's namespace and with TFWN_VECTOR_BYTES defined, so it has no include
+// guard and no #include.
 
 constexpr int kVectorBytes = TFWN_VECTOR_BYTES;
 
@@ -9,7 +9,7 @@ struct VectorOf {
   typedef T type __attribute__((vector_size(n * sizeof(T))));
 };
 template <class T>
-struct VectorOf<T, 1> {  // A number: for vectors of one lane GCC 12 makes wrong code.
+struct VectorOf<T, 1> {  // A scalar, because GCC 12 miscompiles one-lane vectors.
   using type = T;
 };
 template <class T, int n>
@@ -26,10 +26,11 @@ TFWN_INLINE To BitCast(const From& from) {
   return to;
 }
 
-// In the four functions below Bits is uint32_t or a vector of them, and F is float or a vector.
+// In the four functions below, Bits is uint32_t or a vector of it, and F is float or a vector of
+// it.
 
-// Subnormal halves get their exponent from a subtraction of normal floats, so that it does not
-// matter whether the processor flushes subnormals.
+// Subnormal halves are converted by a subtraction of normal floats, so that the result does not
+// depend on whether the processor flushes subnormals.
 template <class F, class Bits>
 TFWN_INLINE F FloatFromHalfBits(Bits half) {
   const Bits shifted = (half & 0x7fffu) << 13;
@@ -49,7 +50,7 @@ TFWN_INLINE Bits HalfBitsFromFloat(F value) {
   const Bits sign = bits & 0x80000000u;
   bits ^= sign;
   const Bits zero = bits & 0u;
-  // Rounds to nearest even by carrying into the bits that stay.
+  // Rounds to nearest even by carrying into the bits that are kept.
   const Bits normal = (bits - (112u << 23) + 0xfffu + ((bits >> 13) & 1u)) >> 13;
   // Adding 0.5 lets the adder round to the spacing of subnormal halves, 2^-24.
   const Bits half_ulp = zero + (126u << 23);
@@ -70,7 +71,7 @@ template <class Bits, class F>
 TFWN_INLINE Bits RoundToBfloat16(F value) {
   const Bits bits = BitCast<Bits>(value);
   const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Bits quiet_nan = bits | 0x400000u;  // Rounding could carry a NaN into infinity.
+  const Bits quiet_nan = bits | 0x400000u;  // Rounding could turn a NaN into infinity.
   return (bits & 0x7fffffffu) > (255u << 23) ? quiet_nan : rounded;
 }
 
@@ -87,7 +88,7 @@ TFWN_INLINE To LoadBytes(const void* from) {
   return to;
 }
 
-// Which lanes of a vector are in memory: all, or those before `count`. The others read as 0.
+// The lanes of a vector that are in memory: all, or the first `count`. The others read as 0.
 struct All {
   All From(int64_t) const { return {}; }
 };
@@ -163,8 +164,9 @@ TFWN_INLINE void StoreLanes(const Vector<T, n>& from, void* to, First lanes) {
 #endif
 }
 
-// Widens or narrows each lane. The compiler can do it alone, but takes detours through halves of
-// the vector. (The masks are all ones: GCC warns of an undefined value in the unmasked functions.)
+// Widens or narrows each lane. Without the intrinsics, compilers go through halves of the vector.
+// The masks are all ones, and used only because GCC warns of an undefined value in the unmasked
+// ones.
 template <class To, class From, int n>
 TFWN_INLINE Vector<To, n> Convert(const Vector<From, n>& from) {
 #if TFWN_VECTOR_BYTES == 64
@@ -225,8 +227,8 @@ TFWN_INLINE Vector<C, n> Load(const T* from, Lanes lanes = {}) {
   }
 }
 
-// Converts n numbers of type C to type T and stores them. A double is converted to float on its way
-// to a half.
+// Converts n numbers of type C to type T and stores them. A double becomes a 16-bit type by way of
+// float.
 template <class C, int n, class T, class Lanes = All>
 TFWN_INLINE void Store(const Vector<C, n>& from, T* to, Lanes lanes = {}) {
   if constexpr (std::is_same_v<C, T>) {
@@ -291,7 +293,7 @@ TFWN_INLINE void StoreAsDoubles(const Vector<double, kLanes<double>>& from, doub
   Store<double, kLanes<double>>(from, to);
 }
 
-// The lanes, as bits, that are not in [least, most].
+// A bit mask of the lanes that are not in [least, most].
 TFWN_INLINE uint32_t Outside(const Vector<float, kLanes<float>>& x, float least, float most) {
 #if TFWN_VECTOR_BYTES == 64
   const __m512 y = BitCast<__m512>(x);
@@ -308,8 +310,8 @@ TFWN_INLINE uint32_t Outside(const Vector<float, kLanes<float>>& x, float least,
 #endif
 }
 
-// Two vectors of kPair elements that lie next to each other: the first half and the second, or the
-// even and the odd ones, each of which is one instruction away from bfloat16.
+// Two vectors that hold kPair consecutive elements: the first and the second half, or the even and
+// the odd elements, each of which takes one instruction to convert from bfloat16.
 template <class C>
 constexpr int kPair = 2 * kLanes<C>;
 
@@ -332,13 +334,13 @@ TFWN_INLINE Pair<C> LoadPair(const T* from, Lanes lanes = {}) {
   }
 }
 
-// The processor's own rounding to bfloat16: one instruction for ten.
+// Whether the processor's own rounding to bfloat16 applies: one instruction instead of ten.
 template <class C, class T>
 constexpr bool kOwnRounding =
     kVectorBytes == 64 && std::is_same_v<C, float> && std::is_same_v<T, Bfloat16>;
 
 #if TFWN_VECTOR_BYTES == 64
-// Whether all went well: the instruction takes subnormal numbers for 0.
+// Returns false if a number is subnormal, because the instruction would round it to 0.
 template <bool even_odd>
 TFWN_INLINE bool RoundPair(const Pair<float>& from, Vector<uint16_t, 32>* to) {
   constexpr int kSubnormal = 0x20;
@@ -378,11 +380,11 @@ TFWN_INLINE void StorePair(const Pair<C>& from, T* to, Lanes lanes = {}) {
   }
 }
 
-// Whether a pair fills vectors as it is stored. Doubles that become halves do not.
+// Whether a pair fills whole vectors when stored. Doubles stored as a 16-bit type do not.
 template <class C, class T>
 constexpr bool kStreams = kPair<C> * sizeof(T) % kVectorBytes == 0;
 
-// StorePair past the caches, to an address that is a multiple of a vector's size.
+// StorePair that bypasses the caches. The address must be a multiple of a vector's size.
 template <class C, bool even_odd, bool own_rounding, class T>
 TFWN_INLINE void StreamPair(const Pair<C>& from, T* to) {
 #if defined(__x86_64__)
@@ -433,7 +435,7 @@ TFWN_INLINE Pair<C> Merge(const Pair<C>& x, std::integer_sequence<int, k...>) {
       Shuffle<C, n>(x.left, x.right, std::integer_sequence<int, k % 2 * n + (n + k) / 2 ...>())};
 }
 
-// The even and the odd ones of two halves, and the reverse.
+// Converts halves to even and odd elements, and back.
 template <class C>
 TFWN_INLINE Pair<C> EvenOdd(const Pair<C>& halves) {
   return Split(halves, std::make_integer_sequence<int, kLanes<C>>());

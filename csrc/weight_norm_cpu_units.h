@@ -1,9 +1,9 @@
 // The arithmetic on one number per unit, for one instruction set. weight_norm_cpu_levels.h includes
-// this file once per set, after weight_norm_cpu_kernels.h and like it.
+// this file once per set, as it does weight_norm_cpu_kernels.h, on which this file depends.
 //
-// All of it is computed in double, on vectors of units and then on single ones.
+// All computations are in double, on vectors of units first and then on the remaining single units.
 
-// total[j] += the sums of column j
+// total[j] += the sum of column j
 void AddRows(const double* sums, int64_t rows, int64_t width, int64_t stride, double* total) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t j = 0; j < width; ++j) total[j] += sums[row * stride + j];
@@ -54,20 +54,21 @@ TFWN_INLINE Vector<double, n> SquareRoot(Vector<double, n> x) {
   }
 }
 
-// 1 / norm, with the one exception that makes a unit with v = 0 come out as zero.
+// 1 / norm, or 0 for norm = 0, so that a unit with v = 0 gets zero weights and gradients.
 template <int n>
 TFWN_INLINE Vector<double, n> Reciprocal(const Vector<double, n>& norm) {
   return norm == 0.0 ? norm : 1.0 / norm;
 }
 
-// Splits factors into fraction * power, see Factors. Returns whether one of them needs its power.
+// Splits factors into fraction * power (see Factors). Returns whether any power is not 1.
 template <class C, int n>
 TFWN_INLINE bool StoreFactors(const Vector<double, n>& factor, const Factors& to, int64_t i) {
   using Doubles = Vector<double, n>;
   using Bits = Vector<int64_t, n>;
   constexpr int64_t kMost = std::is_same_v<C, double> ? 1022 : 126;
   Bits exponent = ((BitCast<Bits>(factor) >> 52) & 0x7ff) - 1023;
-  // Normal numbers stand alone, and so do zero, infinity and NaN: no 0 * infinity of them.
+  // Normal numbers need no power. Zero, infinity and NaN must not have one, because 0 * infinity is
+  // NaN.
   const auto alone =
       ((exponent >= -kMost) & (exponent <= kMost)) | (exponent == 1024) | (factor == 0.0);
   exponent = exponent < -kMost ? Bits{} - kMost : exponent;
@@ -85,7 +86,7 @@ TFWN_INLINE bool StoreFactors(const Vector<double, n>& factor, const Factors& to
   }
 }
 
-// Units [i, i + n) of a block. Returns whether one of their factors needs its power.
+// Combines units [i, i + n) of a block. Returns whether any power is not 1.
 template <class C, bool backward, int n>
 TFWN_INLINE bool CombineVector(const UnitBlock& units, int64_t i) {
   const auto sum = Load<double, n>(units.sums + i);

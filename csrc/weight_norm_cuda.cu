@@ -1,9 +1,9 @@
 // Forward and backward of weight normalization (weight_norm.h) on CUDA: chooses a plan
 // (weight_norm_cuda_plan.h) and launches its kernels (weight_norm_cuda_kernels.h).
 //
-// There are no atomics, and how the work is cut depends on sizes, types, alignment and the device
-// only, so that a result is the same from run to run. Nothing here waits for the device, and what
-// is looked up about it is kept, so that a call can be captured in a graph and costs little.
+// There are no atomics, and the split of the work depends only on sizes, types, alignment and the
+// device, so results are the same from run to run. Nothing here waits for the device, so calls can
+// be captured in a CUDA graph. The kernels' limits are looked up only once, so a call costs little.
 
 #include <cuda_runtime.h>
 
@@ -23,7 +23,7 @@ namespace tfwn {
 namespace cuda {
 namespace {
 
-// A kernel on one device.
+// The limits of a kernel on one device.
 struct Limits {
   int resident = 0;       // blocks per multiprocessor, with the shared memory of a single stage
   bool sm_90 = false;     // compiled for clusters and overlapping launches
@@ -51,13 +51,13 @@ void SetCluster(int blocks, cudaLaunchAttribute* attribute) {
 cudaError_t LookUp(const void* kernel, const Device& device, int64_t ring_bytes, Limits* limits) {
   cudaFuncAttributes attributes = {};
   cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-  // The limit is the kernel's, not a launch's, and other threads may be launching it: so it is the
-  // device's own.
+  // The limit applies to the kernel, not to a launch, and other threads may be launching it. So it
+  // is set to the device's maximum.
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  device.shared_memory);
   }
-  // Elements are read into shared memory, past the cache that shares its place.
+  // Shared memory gets as much of the L1 cache as possible, because elements bypass that cache.
   if (error == cudaSuccess) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                  cudaSharedmemCarveoutMaxShared);
@@ -79,7 +79,7 @@ cudaError_t LookUp(const void* kernel, const Device& device, int64_t ring_bytes,
     config.numAttrs = 1;
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
-      cudaGetLastError();  // a part of a device may have none: not an error of the call
+      cudaGetLastError();  // clears the error: a partition of a device may support none
       clusters = 0;
     }
     limits->clusters = clusters > 0;
@@ -87,7 +87,7 @@ cudaError_t LookUp(const void* kernel, const Device& device, int64_t ring_bytes,
   return cudaSuccess;
 }
 
-// Looks a kernel up once for each device.
+// Looks up a kernel's limits once per device.
 cudaError_t LimitsOf(const void* kernel, const Device& device, int64_t ring_bytes, Limits* limits) {
   static std::mutex mutex;
   static auto* const known = new std::map<std::pair<const void*, int>, Limits>;
@@ -102,7 +102,7 @@ cudaError_t LimitsOf(const void* kernel, const Device& device, int64_t ring_byte
   return error;
 }
 
-// Forward and backward alike. Tensors are null where only the plan is wanted.
+// A forward or backward call. Tensors are null if only the plan is needed.
 struct Call {
   Work work;
   Type v_type, w_type;
@@ -111,7 +111,7 @@ struct Call {
 
 using KernelPointer = void (*)(Work);
 
-// What a call needs, for one pair of types.
+// The kernels of a call and their parameters, for one pair of types.
 struct Launches {
   Problem problem;
   Work work;
@@ -119,14 +119,14 @@ struct Launches {
   bool overlap;  // the second launch may start while the first one runs
 };
 
-// The number of elements by which a pointer misses the start of a vector.
+// The number of elements between a pointer and the vector boundary before it.
 template <class T>
 int Misalignment(const void* pointer, int vector) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % vector);
 }
 
-// The type of w for which a sum is compiled. Forward, w only matters by the size of a vector and
-// the type of the sum, so that many pairs of types share a kernel.
+// The type of w for which a sum is compiled. In the forward pass, w only determines the size of a
+// vector and the type of the sum, so many pairs of types share a kernel.
 template <class V, class W, bool kBackward>
 using SummedWith = typename std::conditional<!kBackward && kVector<V, W> == kVector<V, V> &&
                                                  std::is_same<Real<V, W>, Real<V, V>>::value,
@@ -263,7 +263,7 @@ template <bool kBackward>
 size_t ScratchFor(const Call& call) {
   if (call.work.layout.size() == 0) return 0;
   Launches launches = {};
-  // An error is reported by Run, which meets it before it touches the scratch.
+  // Run encounters the same error before it uses the scratch, and reports it.
   if (MakeLaunches<kBackward>(call, &launches) != cudaSuccess) return 0;
   const Plan& plan = launches.work.plan;
   if (plan.fused) return 0;

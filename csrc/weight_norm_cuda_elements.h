@@ -1,5 +1,5 @@
-// What weight_norm_cuda_kernels.h works with: a launch's parameter, elements of each type, the
-// arithmetic on one number per unit, and the vectors that a thread visits.
+// The building blocks of weight_norm_cuda_kernels.h: a launch's parameter, elements of each type,
+// the arithmetic on one number per unit, and the vectors that a thread visits.
 
 #ifndef TFWN_CSRC_WEIGHT_NORM_CUDA_ELEMENTS_H_
 #define TFWN_CSRC_WEIGHT_NORM_CUDA_ELEMENTS_H_
@@ -24,8 +24,8 @@ struct Work {
   SharedMemory memory;
   int parts;
   bool ragged;
-  bool vectors;   // v, grad_w and result begin at the same place in a vector,
-  int alignment;  // this many elements after its first one
+  bool vectors;   // v, grad_w and result begin at the same place in a vector:
+  int alignment;  // this many elements from its start
   Type g_type, norm_type;
   const void* grad_w;  // backward only
   const void* v;
@@ -36,7 +36,7 @@ struct Work {
   double* partials;  // [splits, units], two launches only
 };
 
-// Elements of the two types that fit in 16 bytes.
+// How many elements of each of the two types fit in 16 bytes.
 template <class V, class W>
 constexpr int kVector = 16 / (sizeof(V) > sizeof(W) ? sizeof(V) : sizeof(W));
 
@@ -52,8 +52,8 @@ using Real =
     typename std::conditional<std::is_same<V, double>::value || std::is_same<W, double>::value,
                               double, float>::type;
 
-// A number that multiplies elements. In float it has two parts, fraction * power, because alone it
-// might leave float's range.
+// A number that multiplies elements. In float it is stored as fraction * power, because the number
+// itself might not be in float's range.
 template <class R>
 struct Factor {
   R fraction;
@@ -119,15 +119,15 @@ __device__ inline void StoreUnit(double x, void* values, Type type, int64_t unit
 
 __device__ inline void Split(double x, Factor<double>* factor) { factor->fraction = x; }
 
-// Halves x's exponent between the two parts, so that (y * fraction) * power stays in range on the
-// way whenever y and the result are in range.
+// Splits x's exponent evenly between the two parts, so that y * fraction is in range whenever y and
+// (y * fraction) * power are.
 __device__ inline void Split(double x, Factor<float>* factor) {
   int exponent = 0;
   if (x != 0 && isfinite(x)) exponent = max(-126, min(126, ilogb(x) / 2));
   *factor = {static_cast<float>(ldexp(x, -exponent)), ldexpf(1.0f, exponent)};
 }
 
-// Stores the unit's norm, or its grad_g, and returns its factors.
+// Returns the unit's factors, and stores its norm or its grad_g if `store`.
 template <class R, bool kBackward>
 __device__ Factors<R> Finish(const Work& work, double sum, int64_t unit, bool store) {
   const double g = LoadUnit(work.g, work.g_type, unit);
@@ -148,17 +148,17 @@ __device__ Factors<R> Finish(const Work& work, double sum, int64_t unit, bool st
   return factors;
 }
 
-// The vectors that one thread visits. They begin where memory is aligned to a vector, so that of
-// those at the ends of a row or run only the elements from low to high are the tile's.
+// The vectors that one thread visits. They are aligned in memory, so those at the ends of a row or
+// run may contain elements that do not belong to the tile.
 template <int kVec, bool kColumns>
 struct Walk {
   int64_t at;          // the vector's first element
   int count;           // vectors
-  int hops, hop;       // segments: vectors of each run, and elements from one to the next
+  int hops, hop;       // segments: vectors per run, and elements from one to the next
   int64_t step;        // elements from row to row, or from run to run
-  int column;          // columns: the vector's first, in the tile
-  int low, high;       // columns, as they are the same in each row
-  int hops_left;       // segments, as all below
+  int column;          // columns: the vector's first column in the tile
+  int low, high;       // columns: the vector's elements in the tile, the same in each row
+  int hops_left;       // segments, like all fields below
   int64_t begin, end;  // the run's elements
   int lane, alignment;
 
@@ -188,7 +188,7 @@ struct Walk {
   }
 };
 
-// Where block number `split` of the tile has its elements, and this thread its part of them.
+// Returns this thread's part of the elements of the tile's block number `split`.
 template <int kVec, bool kColumns>
 __device__ Walk<kVec, kColumns> MakeWalk(const Work& work, int64_t split, int64_t first_unit,
                                          int count) {

@@ -1,16 +1,18 @@
-// The device code of weight_norm_cuda.cu: one kernel for each phase, way to sum and pair of types.
+// The device code of weight_norm_cuda.cu: a kernel for each phase, direction, way to cut a tile
+// (columns or segments) and pair of types.
 //
 // A block works on a tile of units: it sums v * v (forward) or grad_w * v (backward) over its
-// elements, turns the sum of each unit into the unit's factors, and scales the elements. Threads
-// fetch vectors of 16 bytes into places of their own in shared memory, a group or more ahead of
-// the one in use. In the fused kernel all of a thread's vectors stay there, so that memory is read
-// once; where there are clusters, the blocks of one share a tile and read each other's sums.
-// Otherwise one launch leaves partial sums [splits, units], and the next adds up those of its own
-// units, in order, and scales.
+// elements, computes each unit's factors from the sum, and scales the elements. Threads fetch
+// vectors of 16 bytes into their own slots in shared memory, at least one group ahead of the one in
+// use. In the fused kernel all of a thread's vectors stay there, so memory is read only once. On
+// devices with clusters, the blocks of a cluster share a tile and read each other's sums. If there
+// are two launches instead, the first one stores partial sums [splits, units], and the second one
+// adds up those of its units, in a fixed order, and scales.
 //
-// Sums: a group's terms are added in float and go on in double, so that the error does not grow
-// with the size of a unit, at little cost where double is slow (consumer GPUs run it at 1/64 of
-// float's rate). Terms that leave float's range (|v| near 1e-30, say) are added again in double.
+// Sums: a group's terms are added in float, and the groups' sums in double, so that the error does
+// not grow with the size of a unit. This costs little where double is slow (1/64 of float's rate on
+// consumer GPUs). Groups whose sums leave float's range (|v| near 1e-30, say) are added again in
+// double.
 
 #ifndef TFWN_CSRC_WEIGHT_NORM_CUDA_KERNELS_H_
 #define TFWN_CSRC_WEIGHT_NORM_CUDA_KERNELS_H_
@@ -26,8 +28,8 @@
 #include "weight_norm_cuda_elements.h"
 #include "weight_norm_cuda_plan.h"
 
-// Whether the code being compiled can use clusters and overlapping launches. The launches that do
-// are chosen by what a kernel was compiled for, not by the device alone.
+// Whether the code being compiled can use clusters and overlapping launches. Whether a launch does
+// so depends on what its kernel was compiled for, not on the device alone.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define TFWN_SM_90 0
 #else
@@ -41,8 +43,8 @@ extern __shared__ __align__(16) char shared_memory[];
 
 namespace {
 
-// A thread's own vectors in shared memory: no other thread touches them, so nothing to wait for but
-// the thread's own copies.
+// A thread's own vectors in shared memory. No other thread accesses them, so the thread only needs
+// to wait for its own copies.
 template <class V, class W, int kVec, bool kBackward>
 struct Stage {
   Pack<V, kVec>* v;  // slots are kThreads apart
@@ -62,7 +64,7 @@ struct Stage {
       return;
     }
     *to = Pack<T, kVec>{};
-#pragma unroll 1  // rare, and copied into the code many times
+#pragma unroll 1  // rare, and inlined many times
     for (int i = 0; i < kVec; ++i) {
       if (walk.Has(i)) to->x[i] = from[i];
     }
@@ -75,7 +77,7 @@ struct Stage {
   }
 };
 
-// Fetches the groups of a walk one after another, kAhead before they are used.
+// Fetches the groups of a walk in order, each of them kAhead groups before it is used.
 template <class V, class W, int kVec, bool kBackward, bool kColumns, int kAhead>
 struct Feed {
   static constexpr int kGroup = GroupOf(kBackward);
@@ -92,7 +94,7 @@ struct Feed {
         left(walk.count),
         slot(0),
         slots(static_cast<int>(work.plan.slots)) {
-#pragma unroll 1  // not worth its size
+#pragma unroll 1  // unrolling is not worth the code size
     for (int i = 0; i < kAhead; ++i) FetchGroup();
   }
 
@@ -109,7 +111,7 @@ struct Feed {
     __pipeline_commit();
   }
 
-  // use(first slot, number of vectors) for each group.
+  // Calls use(first slot, number of vectors left) for each group.
   template <class Use>
   __device__ void ForEachGroup(int count, const Use& use) {
     int used = 0;
@@ -144,7 +146,7 @@ __device__ void Accumulate(const Stage<V, W, kVec, kBackward>& stage, int slot, 
         if (kBackward) size[i % kSums] = fmaf(fabsf(x), fabsf(y), size[i % kSums]);
       }
     }
-    // Below 2^-100, terms may be lost to underflow that matter to the others.
+    // Below 2^-100, underflow may have lost terms that matter.
     bool in_range = true;
 #pragma unroll
     for (int i = 0; i < kSums; ++i) {
@@ -171,7 +173,7 @@ __device__ void Accumulate(const Stage<V, W, kVec, kBackward>& stage, int slot, 
   }
 }
 
-// w, or grad_v.
+// Computes a vector of w or grad_v.
 template <class V, class W, int kVec, bool kBackward, class Visit, int kFactors>
 __device__ void Scale(const Stage<V, W, kVec, kBackward>& stage, int slot, const Work& work,
                       const Visit& walk, const Factors<Real<V, W>> (&factors)[kFactors]) {
@@ -203,7 +205,7 @@ __device__ void Scale(const Stage<V, W, kVec, kBackward>& stage, int slot, const
   }
 }
 
-// Leaves the sums of this block's threads in pieces (see Plan).
+// Stores the sums of this block's threads in `pieces` (see Plan).
 template <bool kColumns, int kSums>
 __device__ void LeaveSums(const Plan& plan, const double (&sum)[kSums], int column,
                           double* pieces) {
@@ -225,7 +227,7 @@ __device__ void LeaveSums(const Plan& plan, const double (&sum)[kSums], int colu
   if (threadIdx.x % width == 0) pieces[threadIdx.x / width] = total;
 }
 
-// parts[part, unit] = the sums of rows part, part + parts, ... of sums[row * pitch + unit * width]
+// parts[part, unit] = the sum of rows part, part + parts, ... of sums[row * pitch + unit * width]
 __device__ inline void AddRows(const double* sums, int64_t rows, int64_t pitch, int64_t width,
                                int count, const Work& work, double* parts) {
   const int tile_units = work.plan.tile_units;
@@ -260,7 +262,7 @@ __device__ inline void WaitForCluster() {
 #endif
 }
 
-// The same place in the shared memory of another block of the cluster.
+// The same address in the shared memory of another block of the cluster.
 __device__ inline const double* InBlock([[maybe_unused]] int rank, const double* shared) {
 #if TFWN_SM_90
   return static_cast<const double*>(__cluster_map_shared_rank(shared, rank));
@@ -269,7 +271,7 @@ __device__ inline const double* InBlock([[maybe_unused]] int rank, const double*
 #endif
 }
 
-// Lets the second launch start as soon as there is room, and has it wait for the sums.
+// The second launch may start as soon as there is room, and then waits for the sums.
 __device__ inline void LetNextLaunchStart() {
 #if TFWN_SM_90
   cudaTriggerProgrammaticLaunchCompletion();
@@ -282,8 +284,8 @@ __device__ inline void WaitForLaunchBefore() {
 #endif
 }
 
-// The blocks that a multiprocessor should have registers for: 64 or, where a thread keeps the
-// factors of eight columns, 80 for each thread.
+// How many blocks a multiprocessor should have registers for: with 64 per thread or, if a thread
+// keeps the factors of eight columns, 80.
 template <class V, class W, bool kBackward, Phase kPhase, bool kColumns>
 constexpr int kBlocks =
     kBackward && kColumns && kPhase != Phase::kSum && kVector<V, W> == 8 ? 3 : 4;
@@ -292,9 +294,9 @@ template <class V, class W, bool kBackward, Phase kPhase, bool kColumns>
 __global__ void __launch_bounds__(kThreads, (kBlocks<V, W, kBackward, kPhase, kColumns>))
     Kernel(const Work work) {
   constexpr int kVec = kVector<V, W>;
-  // A column has a sum of its own; a segment's elements may share one.
+  // Each column needs its own sum, but a segment's elements can share sums.
   constexpr int kSums = kColumns || kVec < 4 ? kVec : 4;
-  // Where all of a tile stays, more of it can be on its way.
+  // The fused kernel keeps all of a tile, so more of it can be in flight.
   constexpr int kAhead = kPhase == Phase::kFused ? 3 : 1;
   using R = Real<V, W>;
   const Plan& plan = work.plan;
@@ -307,8 +309,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<V, W, kBackward, kPhase, kC
 
   const int64_t blocks = plan.tiles * splits;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-    // Blocks next to each other read memory next to each other; those of a cluster share a tile.
-    // The second launch starts where the first one ended: what it read last may still be in cache.
+    // Adjacent blocks read adjacent memory, but the blocks of a cluster share a tile. The second
+    // launch goes in reverse, because what the first one read last may still be in cache.
     const int64_t number = kPhase == Phase::kScale ? blocks - 1 - block : block;
     int64_t split = 0, tile = number;
     if (splits > 1 && kPhase == Phase::kFused) {
@@ -385,7 +387,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocks<V, W, kBackward, kPhase, kC
         for (int n = 0; n < walk.count; n += GroupOf(kBackward)) scale(n, walk.count - n);
       }
     }
-    // The others of the cluster have read this block's sums before they are overwritten or gone.
+    // The cluster's other blocks must have read this block's sums before it overwrites them or
+    // exits.
     if (kPhase == Phase::kFused && plan.cluster > 1) WaitForCluster();
   }
 }

@@ -1,5 +1,5 @@
-// How the CUDA kernels cut a layout into blocks and threads: pure functions of sizes and the
-// device, evaluated on the host.
+// How the CUDA kernels split a layout into blocks and threads. All functions are pure functions of
+// the sizes and the device, evaluated on the host.
 
 #ifndef TFWN_CSRC_WEIGHT_NORM_CUDA_PLAN_H_
 #define TFWN_CSRC_WEIGHT_NORM_CUDA_PLAN_H_
@@ -19,7 +19,7 @@ constexpr int kThreadsLog2 = 8;
 constexpr int kThreads = 1 << kThreadsLog2;
 constexpr int kWarpLog2 = 5;
 constexpr int kWarp = 1 << kWarpLog2;
-// The largest cluster that every device with clusters can run.
+// The largest cluster that all devices with clusters support.
 constexpr int kLargestCluster = 8;
 
 // What a launch does: both stages, or one of them.
@@ -28,28 +28,29 @@ enum class Phase { kSum, kScale, kFused };
 // A thread fetches its vectors in groups of 64 bytes, and a group's terms are added in float.
 __host__ __device__ constexpr int GroupOf(bool backward) { return backward ? 2 : 4; }
 
-// A launch that does one stage has two groups in shared memory: one in use, one on its way.
+// In a launch of a single stage, a thread has two groups in shared memory: one in use, one in
+// flight.
 constexpr int RingOf(bool backward) { return 2 * GroupOf(backward); }
 
-// How a layout is cut into blocks, and a block's tile into threads.
+// How a layout is split into blocks, and a block's tile among its threads.
 //
-// Columns: the tile_units units of a tile lie side by side in each row. The block's threads are
-// `lanes` wide along a row and `groups` deep along outer, and each has columns of its own.
-// Segments: each unit has long runs of elements to itself, and a team of threads, (outer part) x
-// (inner part) = groups x lanes, walks along them.
+// Columns: the tile_units units of a tile are adjacent in each row. A block has `lanes` threads
+// along a row and `groups` threads along outer. A thread visits the same columns in all its rows.
+// Segments: each unit consists of long runs of elements. A team of threads, `groups` along outer
+// and `lanes` along inner, walks along the runs of a unit.
 struct Plan {
   bool columns;
   int lanes_log2;
   int groups_log2;
   int tile_units;
   int64_t tiles;
-  int64_t outer_splits, outer_step;  // the part of outer that one block works on
-  int64_t inner_splits, inner_step;  // and of inner, in elements
-  bool fused;                        // one launch does both stages, else two do
-  int cluster;          // blocks that add up their sums in each other's memory: splits() if fused
-  int64_t slots;        // vectors of each tensor that a thread has in shared memory
-  int64_t piece_rows;   // the sums that a block's threads leave for one unit to add up:
-  int64_t piece_pitch;  // pieces[row * piece_pitch + unit * piece_width + i]
+  int64_t outer_splits, outer_step;  // blocks along outer, and rows of each
+  int64_t inner_splits, inner_step;  // and along inner, in elements
+  bool fused;                        // one launch does both stages, instead of two
+  int cluster;                       // blocks that read each other's sums: splits() if fused
+  int64_t slots;                     // vectors of each tensor in shared memory, per thread
+  int64_t piece_rows;                // layout of the threads' sums in shared memory:
+  int64_t piece_pitch;               // pieces[row * piece_pitch + unit * piece_width + i]
   int64_t piece_width;
 
   __host__ __device__ int64_t splits() const { return outer_splits * inner_splits; }
@@ -83,21 +84,22 @@ struct Problem {
   int cluster;            // blocks that a cluster may have, 1 without clusters
 };
 
-// The same elements, in as few axes as possible.
+// The same elements with as few axes as possible.
 inline Layout Collapse(Layout layout) {
   if (layout.units == 1) return {1, 1, layout.size()};
   return layout;
 }
 
-// Short runs of a unit are walked over as columns, so that a warp still reads whole lines.
+// Short runs of a unit are treated as columns, so that a warp still reads whole cache lines.
 inline bool AsColumns(const Layout& layout) { return layout.outer > 1 && layout.inner < kWarp; }
 
-// Rows or runs that begin inside a vector can have one vector more than their size asks for.
+// Rows or runs that begin inside a vector can take one vector more than their size requires.
 inline int64_t VectorsOf(const Problem& problem, int64_t elements) {
   return CeilDiv(elements + (problem.ragged ? problem.vector - 1 : 0), problem.vector);
 }
 
-// How many threads add up the sums of one unit, in about as many steps as there then are parts.
+// How many threads add up the sums of one unit. Each leaves one part, and takes about as many steps
+// as there are parts.
 inline int PartsOf(const Plan& plan, Phase phase) {
   const int64_t rows = phase == Phase::kScale ? plan.splits() : plan.piece_rows;
   int parts = 1;
@@ -105,7 +107,7 @@ inline int PartsOf(const Plan& plan, Phase phase) {
   return parts;
 }
 
-// Where a block's shared memory holds what, in bytes. The threads' sums come first.
+// Offsets into a block's shared memory, and its size, in bytes. The threads' sums come first.
 struct SharedMemory {
   int64_t parts, factors, stage, bytes;
 };
@@ -122,45 +124,47 @@ inline SharedMemory SharedMemoryOf(const Problem& problem, const Plan& plan, Pha
   return memory;
 }
 
-// What any launch that does one stage needs at most for tiles of 128 bytes.
+// The most shared memory that a launch of a single stage needs with tiles 128 bytes wide.
 inline int64_t RingBytes(const Problem& problem) {
   const int64_t vectors = int64_t{kThreads} * problem.vector;
   return vectors * 8 + (4 << 10) + RingOf(problem.backward) * vectors * problem.read_bytes;
 }
 
-// Whether a tile fits in shared memory, and with another block's beside it: one reads while the
-// other writes.
+// Whether a tile fits in shared memory, and whether it does together with another block's, so that
+// one block reads while the other writes.
 inline bool Fits(const Problem& problem, const Plan& plan) {
   return SharedMemoryOf(problem, plan, Phase::kFused).bytes <= problem.shared_memory;
 }
 
 inline bool FitsTwice(const Problem& problem, const Plan& plan) {
-  const int64_t reserved = 1 << 10;  // by the system, for each block
+  const int64_t reserved = 1 << 10;  // by the system, per block
   return 2 * (SharedMemoryOf(problem, plan, Phase::kFused).bytes + reserved) <=
          problem.shared_memory + reserved;
 }
 
-// Enough blocks that the uneven share of the last ones costs little.
+// Whether there are enough blocks for an incomplete last wave to cost little.
 inline bool FillsDevice(const Problem& problem, const Plan& plan) {
   return 2 * plan.blocks() >= 3 * problem.multiprocessors;
 }
 
-// Whether one launch of a plan that fits is worth it, rather than two launches of more blocks: it
-// is if it has enough blocks, or little for each of them to read.
+// Whether one launch of a plan that fits beats two launches of more blocks: if it has enough
+// blocks, or if each of them has little to read.
 inline bool OneLaunchPays(const Problem& problem, const Plan& plan) {
   if (plan.tiles == 0) return false;
   const SharedMemory memory = SharedMemoryOf(problem, plan, Phase::kFused);
   return 2 * plan.blocks() >= problem.multiprocessors || memory.bytes - memory.stage <= 32 << 10;
 }
 
-// Blocks of two launches: all run at once, because one too many would be a second wave.
+// How many splits let all blocks of one of two launches run at once. One block more would take a
+// second wave.
 inline int64_t SplitsToFill(const Problem& problem, const Plan& plan) {
   const int64_t places = int64_t{problem.resident} * problem.multiprocessors;
   return std::max<int64_t>(1, places / plan.tiles);
 }
 
-// No plan has more partial sums, splits x units: splits are at most places / tiles, a tile that is
-// split has at most 128 bytes of each row, and no multiprocessor runs more than 2048 threads.
+// An upper bound of the partial sums of any plan, splits x units. It holds because splits are at
+// most places / tiles, a tile that is split has at most 128 bytes of each row, and a multiprocessor
+// runs at most 2048 threads.
 inline int64_t MostPartials(const Layout& layout, int multiprocessors) {
   constexpr int64_t kMostResident = 2048 / kThreads, kMostTileUnits = 128 / 2;
   return layout.units +
@@ -173,7 +177,8 @@ inline void UseTwoLaunches(const Problem& problem, Plan* plan) {
   plan->slots = RingOf(problem.backward);
 }
 
-// One launch of blocks `lanes` wide, whose clusters share a tile. tile_units is 0 if no unit fits.
+// One launch of blocks `lanes` wide. The blocks of a cluster share a tile. tile_units is 0 if no
+// unit fits.
 inline Plan ColumnsOf(const Problem& problem, int lanes_log2, int cluster) {
   const Layout& layout = problem.layout;
   const int64_t lane_columns = int64_t{problem.vector} << lanes_log2;
@@ -184,7 +189,7 @@ inline Plan ColumnsOf(const Problem& problem, int lanes_log2, int cluster) {
   plan.groups_log2 = kThreadsLog2 - lanes_log2;
   plan.tile_units = static_cast<int>(std::min(layout.units, whole_columns / layout.inner));
   if (plan.tile_units < layout.units && !problem.ragged) {
-    // Tiles begin where a vector begins.
+    // Tiles must begin at a vector boundary.
     const int64_t multiple = problem.vector / std::gcd(layout.inner, int64_t{problem.vector});
     plan.tile_units -= plan.tile_units % multiple;
   }
@@ -204,17 +209,16 @@ inline Plan ColumnsOf(const Problem& problem, int lanes_log2, int cluster) {
 inline Plan PlanColumns(const Problem& problem) {
   const Layout& layout = problem.layout;
   const int vector_log2 = Log2Ceil(problem.vector);
-  // As wide as a row of 32 vectors, or wider if there are too few rows to have some for each
-  // thread. In ragged rows, all that a thread visits must begin at the same place in a vector: they
-  // are a multiple of a vector's elements apart if `groups` is.
+  // At most 32 vectors wide, or wider if there are too few rows for all threads. All rows that a
+  // thread visits must begin at the same place in a vector. For ragged rows, this holds if
+  // `groups`, the distance between a thread's rows, is a multiple of a vector's elements.
   const int all = Log2Ceil(VectorsOf(problem, layout.units * layout.inner));
   const int deep = Log2Ceil(CeilDiv(layout.outer, 4));
   const int most = problem.ragged ? kThreadsLog2 - vector_log2 : kThreadsLog2 - 1;
   const int widest =
       std::min({all, most, std::max(kWarpLog2, kThreadsLog2 - std::min(deep, kThreadsLog2))});
   // One launch: the smallest cluster and the widest tile that fill the device. A tile narrower than
-  // a sector (32 bytes) of v would read the rest of it for nothing; with clusters, tiles can be
-  // wider.
+  // a sector (32 bytes) of v would waste the rest of the sector. With clusters, tiles can be wider.
   const int64_t least_bytes = problem.cluster > 1 ? 64 : 32;
   const int least = Log2Ceil(CeilDiv(least_bytes, problem.vector * problem.v_bytes));
   Plan best = {};
@@ -227,12 +231,12 @@ inline Plan PlanColumns(const Problem& problem) {
     }
   }
   if (OneLaunchPays(problem, best)) return best;
-  // Two launches of tiles as wide as a cache line, or as one unit of each vector's elements needs.
+  // Two launches, with tiles as wide as a cache line, or wider if a unit does not fit.
   int lanes_log2 = std::min(widest, Log2Ceil(CeilDiv(128, problem.vector * problem.v_bytes)));
   Plan plan = ColumnsOf(problem, lanes_log2, 1);
   while (plan.tile_units == 0) plan = ColumnsOf(problem, ++lanes_log2, 1);
-  // The partial sums that a block reads in the second should cost less than its part of v and w:
-  // splits <= sqrt(outer * bytes of the two / 16).
+  // The partial sums that a block reads in the second launch should cost less than its part of v
+  // and w, so splits <= sqrt(outer * bytes of an element of v and of w / 16).
   int64_t splits = SplitsToFill(problem, plan);
   splits = std::min(splits, CeilDiv(layout.outer, int64_t{4} << plan.groups_log2));
   while (splits > 1 && splits * splits > layout.outer * problem.v_bytes / 8) --splits;
@@ -242,13 +246,13 @@ inline Plan PlanColumns(const Problem& problem) {
   return plan;
 }
 
-// One launch, whose clusters share a unit. tiles is 0 if units are too small to be shared.
+// One launch. The blocks of a cluster share a unit. tiles is 0 if units are too small to be shared.
 inline Plan SegmentsOf(const Problem& problem, int cluster) {
   const Layout& layout = problem.layout;
   const int64_t inner_vectors = VectorsOf(problem, layout.inner);
   const int64_t vectors = layout.outer * inner_vectors;
   Plan plan = {};
-  // Four vectors for each thread, or fewer where there are multiprocessors without a block.
+  // Four vectors per thread, or fewer if some multiprocessors would have no block.
   int team_log2 = std::min(kThreadsLog2, Log2Ceil(CeilDiv(vectors, 4)));
   while (team_log2 < kThreadsLog2 && (int64_t{1} << team_log2) < vectors &&
          CeilDiv(layout.units, kThreads >> team_log2) < problem.multiprocessors) {
@@ -262,7 +266,7 @@ inline Plan SegmentsOf(const Problem& problem, int cluster) {
   plan.piece_width = plan.piece_pitch / plan.tile_units;
   plan.fused = true;
   plan.cluster = cluster;
-  // Along inner as far as each block gets a round of vectors, and then along outer.
+  // Splits along inner as long as each block gets a round of vectors, and then along outer.
   plan.inner_splits = 1;
   while (plan.inner_splits < cluster && 2 * plan.inner_splits <= inner_vectors >> plan.lanes_log2) {
     plan.inner_splits *= 2;
@@ -290,7 +294,8 @@ inline Plan PlanSegments(const Problem& problem) {
     if (vectors < int64_t{2 * 4 * kThreads} * cluster) break;  // halves would be too small
   }
   if (OneLaunchPays(problem, best)) return best;
-  // Two launches: several blocks for each of a few long units, with two rounds of vectors or more.
+  // Two launches: a few long units are split among several blocks, each with at least two rounds of
+  // vectors.
   Plan plan = SegmentsOf(problem, 1);
   int64_t splits = 1;
   if (plan.tile_units == 1) {

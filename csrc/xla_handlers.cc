@@ -26,7 +26,8 @@ using Attribute = ffi::Span<const int64_t>;
 using Argument = ffi::AnyBuffer;
 using Result = ffi::Result<ffi::AnyBuffer>;
 
-// From buffers to the kernels' arguments. Returns what is wrong with them.
+// Conversion of buffers to kernel arguments. Functions that return a string return an error
+// message, or an empty string if all is well.
 
 std::string TypeOf(const char* name, ffi::DataType type, Type* result) {
   switch (type) {
@@ -61,7 +62,7 @@ std::string FirstOf(std::initializer_list<std::string> errors) {
 std::string CheckNorm(Type v, const Argument& norm) {
   const bool wide = NormType(v) == Type::kDouble;
   if (norm.element_type() == (wide ? ffi::DataType::F64 : ffi::DataType::F32)) return "";
-  return wide ? "norm must be float64, as v is" : "norm must be float32, as v is not float64";
+  return wide ? "norm must be float64, because v is" : "norm must be float32 unless v is float64";
 }
 
 std::string GetLayout(Attribute axis, const Argument& v, const Argument& g, Layout* layout) {
@@ -112,7 +113,8 @@ ffi::Error InvalidArgument(const std::string& error) {
 
 constexpr size_t kHostAlignment = 64, kCudaAlignment = 256;
 
-// `bytes` of scratch from an aligned address on. XLA aligns by less than the kernels ask for.
+// Sets *scratch to an aligned address followed by `bytes` bytes, because XLA aligns buffers less
+// than the kernels require.
 ffi::Error GetScratch(Result buffer, size_t bytes, size_t alignment, void** scratch) {
   *scratch = buffer->untyped_data();
   size_t space = buffer->size_bytes();
@@ -125,13 +127,13 @@ ffi::Error GetScratch(Result buffer, size_t bytes, size_t alignment, void** scra
 
 // On the host.
 
-// The least memory traffic that is worth a thread of its own. XLA runs one custom call after
-// another, so no other operation needs the processors meanwhile.
+// The minimum memory traffic per thread. XLA runs custom calls one after another, so no other
+// operation needs the cores in the meantime.
 constexpr int64_t kBytesPerThread = 256 << 10;
 
-// Whoever is free takes the next piece of the work: threads of the pool, and the one that waits for
-// the result. That one may be a thread of the pool itself, and all the others may be waiting like
-// it: so it waits for nothing but pieces that another thread has begun.
+// Work that is shared by the pool's threads and the caller: each takes the next piece when it is
+// free. The caller may itself be a thread of the pool while all other threads are waiting in the
+// same way, so it must wait only for pieces that another thread has already started.
 class Job {
  public:
   Job(int64_t n, int64_t step, const std::function<void(int64_t, int64_t)>& body)
@@ -153,7 +155,7 @@ class Job {
 
  private:
   const int64_t n_, step_;
-  const std::function<void(int64_t, int64_t)>& body_;  // gone once all is done
+  const std::function<void(int64_t, int64_t)>& body_;  // invalid once all is done
   std::atomic<int64_t> next_{0}, done_{0};
 };
 
@@ -168,7 +170,7 @@ ffi::Error RunOnHost(ffi::ThreadPool& pool, Result scratch_buffer, const Argumen
                    const std::function<void(int64_t, int64_t)>& body) {
              if (n == 0) return;
              const int64_t threads = std::min(n, n * bytes_per_task / kBytesPerThread);
-             // Asking the pool takes longer than a small weight.
+             // Querying the pool takes longer than the work on a small weight.
              const int64_t pieces = threads <= 1 ? 1 : std::min(threads, pool.num_threads());
              if (pieces <= 1) return body(0, n);
              const auto job = std::make_shared<Job>(n, (n + pieces - 1) / pieces, body);
@@ -193,7 +195,7 @@ ffi::Error BackwardOnHost(ffi::ThreadPool pool, Attribute axis, Argument grad_w,
   return error.empty() ? RunOnHost(pool, scratch, arguments) : InvalidArgument(error);
 }
 
-// On CUDA: nothing here allocates or waits, so that XLA may capture a call in a CUDA graph.
+// On CUDA. Nothing here allocates or waits, so that XLA can capture calls in a CUDA graph.
 
 #ifdef TFWN_CUDA
 
@@ -239,7 +241,7 @@ int64_t ScratchBytesAnywhere(const Arguments& arguments) {
   size_t bytes = cpu::ScratchBytes(arguments) + kHostAlignment;
 #ifdef TFWN_CUDA
   int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;  // no driver: no CUDA handler runs
+  if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;  // no driver, so no handler runs
   for (int device = 0; device < devices; ++device) {
     int multiprocessors = 0;
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);

@@ -1,13 +1,14 @@
-// The kernels as targets of XLA's custom calls (typed FFI), for any program that compiles with XLA:
-// TensorFlow (tensorflow_xla.cc), or JAX by jax.ffi.register_ffi_target.
+// The kernels as targets of XLA custom calls (typed FFI), for any program that compiles with XLA:
+// TensorFlow (tensorflow_xla.cc), or JAX with jax.ffi.register_ffi_target.
 //
 //   tfwn_weight_norm_*        v, g               ->  w, norm, scratch
 //   tfwn_weight_norm_grad_*   grad_w, v, g, norm ->  grad_v, grad_g, scratch
 //
-// All arrays are row-major. The attribute `axis`, an array of int64, names consecutive axes of v,
-// in ascending order; none is one norm for the whole of v. scratch is uint8 of any one shape with
-// at least XlaScratchBytes elements: XLA allocates it, since a handler in a GPU's command buffer
-// must not. A grad_v that is grad_w's memory is allowed where both have one type.
+// All arrays are row-major. The attribute `axis`, an int64 array, lists consecutive axes of v in
+// ascending order; an empty array means one norm for the whole of v. scratch is a uint8 array of
+// any shape with at least XlaScratchBytes elements. XLA allocates it, because a handler in a GPU
+// command buffer must not allocate. grad_v may be the same memory as grad_w if both have the same
+// type.
 
 #ifndef TFWN_CSRC_XLA_HANDLERS_H_
 #define TFWN_CSRC_XLA_HANDLERS_H_
@@ -28,7 +29,7 @@ TFWN_EXPORT XLA_FFI_Error* tfwn_weight_norm_grad_cuda(XLA_FFI_CallFrame* frame);
 
 namespace tfwn {
 
-// Enough for either platform, on any device of this machine. Pointers are not looked at.
+// Enough for both platforms and every device of this machine. Ignores the pointers.
 int64_t XlaScratchBytes(const Forward& arguments);
 int64_t XlaScratchBytes(const Backward& arguments);
 

@@ -201,7 +201,7 @@ def test_an_interrupted_demo_says_how_to_go_on(tmp_path):
         assert told.splitlines()[1] == "training"
         os.killpg(process.pid, signal.SIGINT)  # Like Ctrl-C: make, its shell and the program.
         told += process.communicate(timeout=60)[0]
-        assert ("Run make demo again to go on\n" in told) == goes_on, told
+        assert ("Run make demo again to continue\n" in told) == goes_on, told
         assert f"Error {status}" in told
         assert process.returncode != 0
 
@@ -235,7 +235,7 @@ def test_compiling_says_which_files_and_compiles_only_what_changed(
     assert all(path.exists() for path in objects.values())
     lines = capsys.readouterr().out.splitlines()
     compiler = pathlib.Path(setup_module.CXX[0]).name
-    assert lines[0] == f"Compiling 2 of 2 files with {compiler}: some minutes"
+    assert lines[0] == f"Compiling 2 of 2 files with {compiler} (takes minutes)"
     assert [line.split(",")[0] for line in lines[1:]] == ["[1/2] a.cc", "[2/2] b.cc"]
     setup_module.compile_all(commands, "", 1)
     assert capsys.readouterr().out == ""

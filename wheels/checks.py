@@ -1,6 +1,6 @@
-"""What must work where a wheel is installed; `wheels/try_out.py` runs it in a fresh environment.
+"""Checks an installed wheel; `wheels/try_out.py` runs this file in a fresh environment.
 
-Prints a line for each thing that does.
+Prints a line for each check that passes.
 """
 
 import pathlib
@@ -30,7 +30,7 @@ LABELS = (IMAGES.mean((1, 2, 3)) > 0).astype(np.int32)
 
 
 def keras_model():
-    """A small classifier, every layer of it weight-normalized."""
+    """A small classifier with weight normalization in every layer."""
     layers = [keras.layers.Conv2D(8, 3, activation="relu"), keras.layers.Dense(2)]
     conv, dense = (tfwn.keras.WeightNormalization(layer) for layer in layers)
     pool = keras.layers.GlobalAveragePooling2D()
@@ -42,13 +42,13 @@ def keras_model():
 
 
 def check_trained_step():
-    """One step of Keras, from the import on."""
+    """One training step in Keras."""
     assert np.isfinite(keras_model().train_on_batch(IMAGES, LABELS))
 
 
-# The values by hand: ||v|| = 5, grad_g = 3 / 5, grad_v = 10 / 5 * ([1, 0] - grad_g / 5 * v).
+# Expected values, by hand: ||v|| = 5, grad_g = 3 / 5, grad_v = 10 / 5 * ([1, 0] - grad_g / 5 * v).
 def check_op():
-    """Values and gradients eager, in a graph and under XLA; the kernels without TensorFlow."""
+    """Values and gradients eagerly, in a graph and under XLA; the kernels without TensorFlow."""
     v, g = np.array([[3], [4]], np.float32), np.array([10], np.float32)
 
     def w_and_gradients(v, g):
@@ -71,7 +71,7 @@ def check_op():
 
 
 def check_keras_fit():
-    """`fit` with and without XLA lowers the loss."""
+    """`fit` lowers the loss, with and without XLA."""
     for jit in (False, True):
         model = keras_model()
         model.jit_compile = jit
@@ -121,7 +121,7 @@ np.testing.assert_allclose(outputs, np.load(folder + "/outputs.npy"), rtol=1e-4,
 
 
 def check_saved_model():
-    """A folded model served by a process without tfwn; one with the op, loaded with tfwn."""
+    """A folded model, served by a process without tfwn, and one with the op, loaded with tfwn."""
     model = keras_model()
     outputs = model(IMAGES)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""Tries the wheels of dist/ as a user gets them: fresh environments, nothing but Python on PATH.
+"""Tests the wheels in dist/ as users install them: in fresh environments, with only Python on PATH.
 
     python -m wheels.try_out [--this]
 
-Each wheel is installed by pip beside its TensorFlow, for each Python that it names, and
-`wheels/checks.py` is run. Then the wheel for another TensorFlow, if there is one, is put in its
-place: its import must fail with an error that names both versions.
+For each Python that a wheel names, pip installs TensorFlow and the wheel, and `wheels/checks.py`
+runs. Then each wheel for another TensorFlow, if there is one, replaces it. Importing that one must
+fail with an error that names both versions.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TENSORFLOWS = ("tensorflow", "tensorflow-cpu")
 
 
 def call(environment: Path, *words: object) -> subprocess.Popen:
-    """Starts a program of an environment, with nothing of this process's environment but pip's."""
+    """Starts an environment's Python, with no environment variables of this process but pip's."""
     variables = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
     return subprocess.Popen(
         [environment / "bin" / "python", *map(str, words)],
@@ -37,7 +37,7 @@ def call(environment: Path, *words: object) -> subprocess.Popen:
 
 
 def pip(environment: Path, *words: object) -> float:
-    """Runs pip; returns the seconds that it took."""
+    """Runs pip install and returns the seconds that it took."""
     begin = time.monotonic()
     options = ["--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
     process = call(environment, "-m", "pip", "install", *options, *words)
@@ -48,13 +48,13 @@ def pip(environment: Path, *words: object) -> float:
 
 
 def try_wheel(python: str, wheel: Path, minor: str, others: list[Path]) -> str:
-    """Tries one wheel in one Python; returns the cells of the table with the seconds it took."""
+    """Tests one wheel with one Python. Returns its timings, in seconds, as cells of the table."""
     with tempfile.TemporaryDirectory() as folder:
         environment = Path(folder, "environment")
         subprocess.run([python, "-m", "venv", environment], check=True)
         tensorflow = pip(environment, f"tensorflow-cpu=={minor}.*")
 
-        # By name, as from a package index: pip has to choose the wheel for this TensorFlow.
+        # By name, as from a package index, so that pip has to choose the wheel for this TensorFlow.
         begin = time.monotonic()
         named = f"{PACKAGE}[tensorflow-cpu]"
         install = pip(environment, "--no-index", "--find-links", wheel.parent, named)
@@ -80,22 +80,22 @@ def try_wheel(python: str, wheel: Path, minor: str, others: list[Path]) -> str:
                 rf"ImportError: tfwn was built for TensorFlow {built[1]}.* is TensorFlow {minor}"
             )
             if not re.match(expected, last):
-                raise SystemExit(f"{other.name} beside TensorFlow {minor}: {error}")
-            print(f"{other.name} beside TensorFlow {minor}: {last}", flush=True)
+                raise SystemExit(f"{other.name} with TensorFlow {minor}: {error}")
+            print(f"{other.name} with TensorFlow {minor}: {last}", flush=True)
     return f"{tensorflow:.0f} | {install:.0f} | {trained:.0f}"
 
 
 def this() -> tuple[str, str]:
-    """Returns the minor versions of the TensorFlow and the Python that run this."""
+    """Returns the minor versions of this environment's TensorFlow and Python."""
     (version,) = {d.version for d in distributions() if d.name.replace("_", "-") in TENSORFLOWS}
     return ".".join(version.split(".")[:2]), "{}.{}".format(*sys.version_info)
 
 
 def main() -> None:
-    """Tries the wheels, and prints a table of how long it took."""
+    """Tests the wheels and prints a table of the times."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--this", action="store_true", help="only for the Python and the TensorFlow that run this"
+        "--this", action="store_true", help="only with this environment's Python and TensorFlow"
     )
     only = this() if parser.parse_args().this else None
     wheels = sorted((ROOT / "dist").glob("*.whl"))
@@ -111,7 +111,7 @@ def main() -> None:
                 seconds = try_wheel(python, wheel, match[1], others)
                 rows.append(f"| {match[1]} | {version} | {seconds} |")
     if not rows:
-        raise SystemExit(f"wheels.try_out: no such wheel in {ROOT / 'dist'}: make wheels")
+        raise SystemExit(f"wheels.try_out: no such wheel in {ROOT / 'dist'}. Run make wheels")
     print("| TensorFlow | Python | seconds for TensorFlow | for the wheel | to a trained step |")
     print("|---|---|---|---|---|", *rows, sep="\n")
 

@@ -2,10 +2,10 @@
 
     python -m benchmarks.dqn [--rounds 15] [--threads 2] [--only NAME ...] [--out build/benchmarks]
 
-Agent steps per second in the steady state: Space Invaders, the network of Mnih et al. 2015,
-minibatches of 64, one update per 4 steps, 10% random actions. Each contender lives in a process
-of its own and they take turns in windows of a few seconds; a ratio is the median over the rounds of
-two windows' quotient. Ours is the program's own loop body (models.dqn.training.advance).
+Measures agent steps per second in the steady state: Space Invaders, the network of Mnih et al.
+2015, minibatches of 64, one update per 4 steps, 10% random actions. Each contender runs in its own
+process, and they take turns in windows of a few seconds. A ratio is the median over all rounds of
+the quotient of two windows. Ours is the program's own loop body (models.dqn.training.advance).
 """
 
 import argparse
@@ -25,10 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.dqn", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=15, help="windows each, default %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="windows per contender, default %(default)s"
+    )
     parser.add_argument("--window", type=float, default=2.0, help="seconds, default %(default)s")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--only", nargs="+", default=[], help="contenders by name")
+    parser.add_argument("--only", nargs="+", default=[], help="names of contenders")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="%(default)s")
     arguments = parser.parse_args()
     if unknown := set(arguments.only) - set(CONTENDERS):
@@ -43,7 +45,7 @@ def main() -> None:
     for contender in made.values():
         contender.close()
     compared = [name for name in (CLEANRL, SB3, SB3_8, TUNED) if name in times]
-    table = Table(title="agent steps per second; ratios: median of windows, ± half the quartiles")
+    table = Table(title="agent steps per second; median ratios ± half the interquartile range")
     table.add_column("")
     table.add_column("steps/s", justify="right")
     for peer in compared:

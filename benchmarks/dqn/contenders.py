@@ -1,4 +1,4 @@
-"""What benchmarks.dqn compares, each in a process of its own."""
+"""The contenders of benchmarks.dqn, each in its own process."""
 
 import functools
 import multiprocessing
@@ -18,7 +18,7 @@ from models.dqn.replay import Replay
 from models.dqn.training import advance, keep_freed_memory
 from models.dqn.vector import Games
 
-STEPS = 64  # Of one call.
+STEPS = 64  # Per call.
 WARM_UP = 2_048
 CLEANRL, SB3, SB3_8, TUNED = "CleanRL", "SB3, 1 game", "SB3, 8 games", "tuned PyTorch, bfloat16"
 OURS = {
@@ -33,7 +33,7 @@ PLAIN = "weight norm in plain TensorFlow"
 
 
 def ours(parameterization: Any, dtype: tf.DType, num_envs: int) -> Callable[[], object]:
-    """The program itself, without tests, checkpoints and metrics."""
+    """The program itself, without evaluations, checkpoints and metrics."""
     config = Config(
         parameterization=parameterization,
         num_envs=num_envs,
@@ -85,7 +85,7 @@ CONTENDERS: dict[str, Callable[[], Callable[[], object]]] = {
 
 
 class Contender:
-    """Calls a contender in its process, where nothing that another one loads or sets is felt."""
+    """Runs a contender in its own process, unaffected by what the others load or set."""
 
     def __init__(self, name: str, threads: int):
         context = multiprocessing.get_context("spawn")

@@ -1,14 +1,14 @@
-"""Times games without a learner, and with one that costs as much as on a GPU.
+"""Times games without a learner, and with a simulated one that is as fast as on a GPU.
 
     taskset -c 0,1 python -m benchmarks.dqn.games [--games 8] [--learner-ms 0.5] [--rounds 9]
 
-First, agent steps per second of 8 games of Space Invaders, all actions random: ours in this process
-and in others, ale-py's own vector environment (a thread for each core), and gymnasium's
-AtariPreprocessing in its two vector environments. The number of cores is that of `taskset`.
+First, agent steps per second of 8 games of Space Invaders with random actions: ours in this process
+and in other ones, ale-py's own vector environment (a thread per core), and gymnasium's
+AtariPreprocessing in its two vector environments. `taskset` sets the number of cores.
 
-Then the program's own loop (models.dqn.training.advance) with a learner that takes
-`--learner-ms` per update of 64 transitions on a device of its own and nothing on the CPU: what
-bounds training when the updates are fast.
+Then the program's own loop (models.dqn.training.advance) with a learner that takes `--learner-ms`
+per update of 64 transitions on a separate device, and no CPU time. This shows what limits training
+when updates are fast.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from rich.table import Table
 
 from benchmarks import timing
 
-# What loads TensorFlow is imported where it is used: the games' processes import this module too.
-STEPS = 20  # Of each game in one call.
+# Functions import what loads TensorFlow, because the games' processes import this module too.
+STEPS = 20  # Per game and call.
 
 
 def preprocessed() -> Any:
-    """A game as gymnasium's users make it: 84 x 84, gray, maximum of two frames, areas averaged."""
+    """A game as gymnasium users make it: 84 x 84, gray, maximum of two frames, area averages."""
     import ale_py
     import gymnasium
 
@@ -78,7 +78,7 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
 
 
 class StandIn:
-    """A learner on a device of its own: an update takes some time there, and none here."""
+    """A simulated learner, whose updates take time on a separate device but none here."""
 
     def __init__(self, games: int, actions: int, milliseconds: float):
         import tensorflow as tf
@@ -87,7 +87,7 @@ class StandIn:
         self._q = tf.random.uniform([games, actions], seed=0)
 
     def act(self, states: Any) -> Any:
-        """Returns Q-values once the device has done what it was given before."""
+        """Returns Q-values after the device has finished all earlier updates."""
         while (left := self._idle - time.perf_counter()) > 0:
             time.sleep(left)
         return self._q
@@ -100,7 +100,7 @@ class StandIn:
 
 
 def training(count: int, milliseconds: float) -> Callable[[], object]:
-    """The program with a stand-in for its learner."""
+    """The program with a simulated learner."""
     from models.dqn.agent import Actor
     from models.dqn.config import Config
     from models.dqn.replay import Replay
@@ -144,10 +144,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.dqn.games", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--games", type=int, default=8, help="without a learner, %(default)s")
-    parser.add_argument("--learner-ms", type=float, default=0.5, help="default %(default)s")
-    parser.add_argument("--num-envs", type=int, nargs="*", default=[1, 8, 32], help="with one")
-    parser.add_argument("--rounds", type=int, default=9, help="windows each, default %(default)s")
+    parser.add_argument(
+        "--games", type=int, default=8, help="games without a learner, default %(default)s"
+    )
+    parser.add_argument(
+        "--learner-ms", type=float, default=0.5, help="time per update, default %(default)s"
+    )
+    parser.add_argument(
+        "--num-envs", type=int, nargs="*", default=[1, 8, 32], help="games with a learner"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="windows per contender, default %(default)s"
+    )
     parser.add_argument("--window", type=float, default=0.5, help="seconds, default %(default)s")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), help="%(default)s")
     options = parser.parse_args()

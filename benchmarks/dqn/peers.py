@@ -1,7 +1,7 @@
 """DQN in PyTorch, for benchmarks.dqn: CleanRL's dqn_atari.py, Stable-Baselines3, and a tuned one.
 
-Each makes a function that plays and learns for a number of agent steps in the steady state:
-Space Invaders, minibatches of 64, one update per 4 steps, 10% of the actions random.
+Each returns a function that plays and learns for a given number of agent steps in the steady state:
+Space Invaders, minibatches of 64, one update per 4 steps, 10% random actions.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ GAME = "ALE/SpaceInvaders-v5"
 
 
 def make_gymnasium() -> gymnasium.Env:
-    """The wrappers of both peers."""
+    """Returns a game in the wrappers that both peers use."""
     env = gymnasium.make(GAME, frameskip=1, repeat_action_probability=0.0)
     env = gymnasium.wrappers.RecordEpisodeStatistics(env)
     return atari_wrappers.AtariWrapper(env)
@@ -46,7 +46,7 @@ def network(actions: int) -> nn.Sequential:
 
 
 def cleanrl(warm_up: int) -> Callable[[int], None]:
-    """CleanRL's algorithm: one environment, SB3's buffer, Adam, mean squared error, clipping."""
+    """CleanRL's algorithm: one game, SB3's buffer, Adam, mean squared error, clipped rewards."""
     env = _games(1)
     online, target = network(env.action_space.n), network(env.action_space.n)
     target.load_state_dict(online.state_dict())
@@ -108,7 +108,7 @@ def stable_baselines3(environments: int) -> Callable[[int], None]:
 
 
 def tuned(warm_up: int, environments: int = 8) -> Callable[[int], None]:
-    """Our games and memory, stepping while it learns; channels-last and bfloat16 in PyTorch."""
+    """PyTorch in channels-last bfloat16, with our memory, and our games running during updates."""
     games = Games(Config(game=GAME), environments, 0)
     memory = Replay(MEMORY, environments)
     stack = FrameStack(environments)
