@@ -17,8 +17,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import plain, timing
 from models.cifar.config import PAPER, Config
@@ -137,15 +135,8 @@ def main() -> None:
 
     times = timing.interleave(contenders, rounds=options.rounds)
     title = f"A training step, {options.dtype}, width {options.width}, batch {options.batch_size}"
-    table = Table("", "seconds", "times normal", "times ours (weight_norm)", title=title)
-    for name in contenders:
-        normal = f"{times.ratio(name, 'normal'):.3f}" if "normal" in times else ""
-        table.add_row(name, f"{times[name]:.3f}", normal, f"{times.ratio(name, 'weight_norm'):.3f}")
-    Console().print(table)
-    results = [{"name": n, "seconds": times.seconds[n].tolist()} for n in contenders]
     path = options.out / f"cifar-{options.dtype}-{options.width}.json"
-    timing.write_json(path, {**machine, "threads": threads, **vars(config)}, results)
-    print(f"wrote {path}")
+    timing.report_steps(times, title, path, {**machine, "threads": threads, **vars(config)})
 
 
 if __name__ == "__main__":

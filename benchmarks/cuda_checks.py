@@ -258,7 +258,7 @@ def check_large(gpu: Gpu, native, random: np.random.Generator, least: int = 2**3
             if result.shape != shape:
                 first.append(result.numpy())
                 continue
-            size = v.nbytes * (copies if copies < 1024 else 1024)
+            size = v.nbytes * min(copies, 1024)
             for begin in range(0, result.nbytes, size):
                 blocks = result.read(begin, min(size, result.nbytes - begin)).reshape(-1, v.nbytes)
                 if begin == 0:

@@ -20,8 +20,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.nn import functional
 
 from benchmarks import plain, timing
@@ -180,17 +178,10 @@ def main() -> None:
         first[COMPILED] = f"{seconds:.1f}"
 
     times = timing.interleave(contenders, rounds=options.rounds)
-    columns = ["seconds", "times normal", "times ours (weight_norm)", "graph + first step, seconds"]
     title = f"A training step, {options.glimpses} glimpses, batch {options.batch_size}"
-    table = Table("", *columns, title=title)
-    for name in contenders:
-        normal, own = times.ratio(name, "normal"), times.ratio(name, OURS)
-        table.add_row(name, f"{times[name]:.3f}", f"{normal:.3f}", f"{own:.3f}", first[name])
-    Console().print(table)
-    results = [{"name": n, "seconds": times.seconds[n].tolist()} for n in contenders]
     path = options.out / f"draw-{options.glimpses}-{options.batch_size}.json"
-    timing.write_json(path, {**machine, "threads": threads, **vars(config)}, results)
-    print(f"wrote {path}")
+    machine |= {"threads": threads, **vars(config)}
+    timing.report_steps(times, title, path, machine, OURS, ("graph + first step, seconds", first))
 
 
 if __name__ == "__main__":

@@ -135,6 +135,35 @@ def describe_machine(*distributions: str) -> dict[str, object]:
     }
 
 
+def report_steps(
+    times: Times,
+    title: str,
+    path: Path,
+    machine: dict[str, object],
+    ours: str = "weight_norm",
+    more: tuple[str, dict[str, str]] | None = None,
+) -> None:
+    """Prints seconds per training step and ratios to "normal" and to `ours`, and writes JSON.
+
+    `more` is the heading of a last column and its cells by contender.
+    """
+    from rich.console import Console  # benchmarks.cuda needs nothing but NumPy.
+    from rich.table import Table
+
+    heading, cells = more or ("", {})
+    columns = ["", "seconds", "times normal", f"times ours ({ours})", *filter(None, [heading])]
+    table = Table(*columns, title=title)
+    for name in times.seconds:
+        normal = f"{times.ratio(name, 'normal'):.3f}" if "normal" in times else ""
+        row = [name, f"{times[name]:.3f}", normal, f"{times.ratio(name, ours):.3f}"]
+        table.add_row(*row, *([cells[name]] if more else []))
+    Console().print(table)
+    write_json(
+        path, machine, [{"name": n, "seconds": s.tolist()} for n, s in times.seconds.items()]
+    )
+    print(f"wrote {path}")
+
+
 def write_json(path: Path, machine: dict[str, object], results: list[dict[str, object]]) -> None:
     """Writes the times of all windows of a run, for later analysis."""
     path.parent.mkdir(parents=True, exist_ok=True)

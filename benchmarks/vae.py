@@ -17,8 +17,6 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import tensorflow as tf
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import plain, timing, vae_peer
 from models.common import runtime
@@ -97,19 +95,8 @@ def main() -> None:
         f"A training step, {options.dataset}, preset {options.preset}, {options.dtype}, "
         f"batch {options.batch_size}"
     )
-    table = Table("", "seconds", "times normal", "times ours (weight_norm)", title=title)
-    for name in contenders:
-        table.add_row(
-            name,
-            f"{times[name]:.3f}",
-            f"{times.ratio(name, 'normal'):.3f}",
-            f"{times.ratio(name, 'weight_norm'):.3f}",
-        )
-    Console().print(table)
-    results = [{"name": n, "seconds": times.seconds[n].tolist()} for n in contenders]
     path = options.out / f"vae-{options.dataset}-{options.preset}-{options.dtype}.json"
-    timing.write_json(path, {**machine, **dataclasses.asdict(config)}, results)
-    print(f"wrote {path}")
+    timing.report_steps(times, title, path, {**machine, **dataclasses.asdict(config)})
 
 
 if __name__ == "__main__":
