@@ -361,9 +361,9 @@ def test_plain_array_errors():
     with pytest.raises(ValueError, match=r"w/g must have shape \(3,\), got \(2,\)"):
         tfwn.convert.to_normal({"w/v": np.ones([2, 3]), "w/g": np.ones(2)})
     integers = np.ones([2, 2], np.int32)
-    with pytest.raises(ValueError, match="w must be of a floating type, got int32"):
+    with pytest.raises(ValueError, match="w must have a float dtype, got int32"):
         tfwn.convert.to_weight_norm({"w": integers}, select=lambda name: True)
-    with pytest.raises(ValueError, match="w/v must be of a floating type, got int32"):
+    with pytest.raises(ValueError, match="w/v must have a float dtype, got int32"):
         tfwn.convert.to_normal({"w/v": integers, "w/g": np.ones(2)})
 
 
