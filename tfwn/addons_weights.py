@@ -109,7 +109,7 @@ def _of_wrapper(wrapper, name, arrays) -> list[tuple[Any, Any]]:
         v = own.pop(variable.name)
         one = next((n for n in wrapper.normalized if n.v is variable), None)
         last = (v.ndim - 1,)
-        # Addons' wrapper set g in its first call.
+        # Addons' wrapper set g only in its first call.
         own_g = g if started else array_norm(v, last).reshape(-1)
         if variable.name == normalized and (one is None or one.axis != last):
             v = array_weight_norm(v, own_g, last)

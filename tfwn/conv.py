@@ -319,10 +319,9 @@ class Conv3DTranspose(_ConvNDTranspose):
 class DepthwiseConv2D(_Conv):
     """Depthwise 2D convolution: each channel has its own filters (eq. 2 with one g per filter).
 
-    Output channel c * depth_multiplier + m is act(x_c * w_cm + b_cm) with
-    w_cm = g_cm * v_cm / ||v_cm||.
-    The variables are weight.v [height, width, in, depth_multiplier], weight.g [in,
-    depth_multiplier] and b [in * depth_multiplier].
+    Output channel c * depth_multiplier + m is act(x_c * w_cm + b_cm), where w_cm = g_cm * v_cm /
+    ||v_cm||. The variables are weight.v [height, width, in, depth_multiplier],
+    weight.g [in, depth_multiplier] and b [in * depth_multiplier].
 
     Arguments:
       kernel_size, padding, data_format, dilation_rate, activation, use_bias: see `tfwn.Conv2D`.

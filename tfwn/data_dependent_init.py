@@ -258,7 +258,7 @@ def _components(variable) -> tuple:
 
 
 def _strategy_of(batch, model) -> tf.distribute.Strategy | None:
-    """Returns the strategy with which to run the model, or None for a batch in one piece."""
+    """Returns the strategy whose replicas run the model, None if the batch is not distributed."""
     if not any(isinstance(x, tf.distribute.DistributedValues) for x in tf.nest.flatten(batch)):
         return None
     found = [getattr(variable, "distribute_strategy", None) for variable in variables(model)]

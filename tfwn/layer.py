@@ -65,7 +65,7 @@ def initialize(layer, t) -> None:
 
 
 def refuse_initialization(layer) -> None:
-    """Raises RuntimeError during data-dependent initialization, which cannot set `layer`."""
+    """Raises RuntimeError if data-dependent initialization is running; it cannot set `layer`."""
     if is_initializing():
         raise RuntimeError(
             f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}. It "
@@ -106,7 +106,7 @@ class Layer(tf.Module):
                 f"{self.name!r} creates its variables in the call of a Keras layer or model. Keras "
                 "neither trains nor saves the variables of a tf.Module: use a Keras layer in "
                 "tfwn.keras.WeightNormalization instead",
-                stacklevel=5,  # The caller of a feed-forward layer.
+                stacklevel=5,  # Points to the caller of a feed-forward layer.
             )
 
 

@@ -79,9 +79,9 @@ class MeanOnlyBatchNormalization(Layer):
         return self._center(t, tf.convert_to_tensor(self.b), mean, axis)
 
     def _center(self, t, b, mean, axis):
-        """Returns t - mean + b. The gradient of t is eq. 8, which includes the path through mean.
+        """Returns t - mean + b. The gradient for t is eq. 8, which includes the path through mean.
 
-        Automatic differentiation would first broadcast the path's gradient to the size of t.
+        Automatic differentiation would first broadcast this path's gradient to the size of t.
         """
 
         @tf.custom_gradient
@@ -125,7 +125,7 @@ class MeanOnlyBatchNormalization(Layer):
             tf.zeros([features], self.dtype),
             trainable=False,
             name="moving_mean",
-            # Each replica has its own. Reading across replicas, as for a checkpoint, averages them.
+            # Each replica has its own; reading across replicas, as for a checkpoint, averages them.
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.MEAN,
         )

@@ -34,7 +34,7 @@ def attributes(module) -> Iterator[tuple[str, Any]]:
 
 
 def submodules(root) -> list:
-    """Returns all tf.Modules, Keras layers and generators in `root`, itself and containers too."""
+    """Returns the tf.Modules, Keras layers and generators in `root`, which may be one itself."""
     found: dict[int, Any] = {}
     stack = [root]
     while stack:

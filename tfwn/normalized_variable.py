@@ -56,7 +56,7 @@ class Normalized:
         return self.assign(self.w() - delta, read_value=read_value)
 
     def sparse_read(self, indices, name=None) -> tf.Tensor:
-        """Returns rows of w; with axis=0 and no mask, only these rows are normalized."""
+        """Returns the rows of w at `indices`; with axis=0 and no mask, normalizes only these."""
         if self.axis != (0,) or self.mask is not None:
             return tf.gather(self.w(), indices, name=name)
         flat = tf.reshape(indices, [-1])

@@ -36,7 +36,7 @@ def _load_library(folder: pathlib.Path) -> types.ModuleType:
     if not path.exists():
         raise ImportError(
             f"tfwn's op is not compiled: there is no {path}. If tfwn is installed, start Python "
-            f"outside the checkout, whose tfwn/ Python would import instead. Otherwise: {rebuild}"
+            f"outside the checkout, because inside it imports the sources. Otherwise: {rebuild}"
         )
     try:
         library = tf.load_op_library(str(path))
@@ -103,7 +103,7 @@ def weight_norm(
       axis: an int, a sequence of ints, or None for one norm over the whole tensor. Negative axes
         count from the end. Axes that are not consecutive and ascending need a transpose.
       out_dtype: the dtype of w. Default: that of v. Use it to compute half-precision weights from
-        float32 parameters without a cast. Sums are accumulated in at least float32 in any case.
+        float32 parameters without a cast. Sums are always accumulated in at least float32.
       name: a name for the operation.
 
     Returns:

@@ -36,18 +36,18 @@ def reparameterize(
     become v, and each gets a new variable g. A unit with w = 0 gets a random direction v and g = 0,
     so that it can learn. `fold` is the inverse.
 
-    - In a tf.Module (from Sonnet or your own), an attribute that holds a variable w is set to an
-      object that TensorFlow converts to the tensor w = g * v / ||v||, so the module's own code runs
-      unchanged. Variables in lists, tuples and dicts are replaced, too.
-    - Layers of tfwn change their parameterization from "normal" to "weight_norm".
+    - In a tf.Module (from Sonnet or your own), an attribute that holds a variable w is replaced
+      with an object that TensorFlow converts to the tensor w = g * v / ||v||, so the module's own
+      code runs unchanged. This includes variables in lists, tuples and dicts.
+    - tfwn's own layers switch from the parameterization "normal" to "weight_norm".
     - In a Keras model of any kind, layers are wrapped in `tfwn.keras.WeightNormalization`, in
       place, and a built optimizer is recreated without its state. A single Keras layer is returned
       in its wrapper.
 
     Arguments:
       model: the model, after its first call, so that its variables exist. Its methods that are
-        tf.functions are retraced. A tf.function outside the model that was traced with the old w
-        keeps it, so call `reparameterize` before tracing such functions.
+        tf.functions are retraced. A tf.function outside the model keeps the old w if it is already
+        traced, so call `reparameterize` before tracing it.
       select: for tf.Modules, a function that returns whether a variable is a weight. Default:
         trainable variables of rank 2 or more whose units have more than one element and whose name
         is not "b", "bias", "offset", "scale", "beta" or "gamma".
@@ -63,7 +63,7 @@ def reparameterize(
 
     Raises:
       ValueError: if no weight is found, an axis or mask is invalid, `kernel_mask` returns no mask,
-        a Keras model is not built or is passed with `select` or `axis`, or an attribute of the
+        a Keras model is not built, `select` or `axis` is passed for one, or an attribute of the
         model holds a tf.function that is already traced.
       TypeError: if the model contains layers of Keras 2.
 

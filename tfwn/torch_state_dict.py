@@ -31,7 +31,7 @@ def from_torch(source, layers, *, strict: bool = True) -> None:
     |----------------------------------|-----------------------------------------------------------|
     | Linear                           | Dense                                                     |
     | Conv1d, Conv2d, Conv3d           | Conv1D, Conv2D, Conv3D                                    |
-    | Conv2d with a group per channel  | DepthwiseConv2D                                           |
+    | Conv2d, one group per channel    | DepthwiseConv2D                                           |
     | ConvTranspose1d, 2d, 3d          | Conv1DTranspose, Conv2DTranspose, Conv3DTranspose         |
     | Embedding                        | Embedding                                                 |
     | RNN, LSTM, GRU and their cells   | SimpleRNN, LSTM, GRU and their cells                      |
@@ -51,8 +51,8 @@ def from_torch(source, layers, *, strict: bool = True) -> None:
 
     Raises:
       ValueError: if a name is missing or superfluous, a shape does not match, or a module or layer
-        has no counterpart, as a transposed convolution with groups. In this case, no weights are
-        loaded.
+        has no counterpart, for example a transposed convolution with groups. In this case, no
+        weights are loaded.
 
     >>> layer = tfwn.Dense(1)
     >>> state = {"weight_v": [[3.0, 4.0]], "weight_g": [[10.0]], "bias": [0.5]}

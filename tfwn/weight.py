@@ -123,7 +123,7 @@ def directed(v, g, axis: tuple[int, ...], mask=None) -> tuple[tf.Tensor, tf.Tens
 
 
 def check_mask(mask, shape, dtype, name="mask") -> np.ndarray:
-    """Returns the mask as an array of this shape and dtype; raises ValueError if it cannot be."""
+    """Returns the mask as an array broadcast to this shape; raises ValueError if that fails."""
     mask = np.asarray(mask, tf.as_dtype(dtype).as_numpy_dtype)
     try:
         return np.broadcast_to(mask, shape)
@@ -166,8 +166,8 @@ class Weight(tf.Module):
     With "weight_norm", the variables are v and g, and w = g * v / ||v|| (eq. 2). `exponential_g`
     replaces g with s, where g = exp(s). With "normal", the only variable is w. Both start from the
     same w: v comes from `initializer`, g is ||v|| or comes from `g_initializer`, and "normal"
-    computes w from these. Calling a Weight computes w. Do so only once if w is used several times,
-    as in a loop.
+    computes w from these. Each call of a Weight computes w, so call it only once where w is used
+    several times, as in a loop.
 
     A unit with v = 0 has w = 0 for any g and would never learn. It gets a random direction and
     g = 0, so its w is unchanged but can learn.

@@ -43,7 +43,7 @@ def makes_its_layers(cls: type[keras.layers.Layer]) -> bool:
 
 
 def stored(variable: keras.Variable) -> tf.Variable:
-    """Returns the variable as stored, where Keras would cast it for mixed precision."""
+    """Returns the variable as stored, without Keras' cast for mixed precision."""
     with backend.AutocastScope(None):
         return variable.value
 

@@ -182,7 +182,7 @@ def option(value, v, default=None) -> Any:
 
 
 def normalize(wrapper, owner, v) -> NormalizedKernel:
-    """Adds g to the wrapper for a variable v of `owner`, the layer or a layer in it."""
+    """Adds g to the wrapper for a variable v of `owner` and returns the NormalizedKernel."""
     if v.constraint is not None:
         raise ValueError(
             f"{v.path} has the constraint {v.constraint!r}, which would act on v and not on "

@@ -1,4 +1,4 @@
-"""Saves models that were changed after construction together with the change.
+"""Saves a model that was changed after its construction, together with the change.
 
 When a .keras file is loaded, the constructor of a user's class creates its original layers: plain
 layers for a model that was reparameterized, or wrapped layers for one that was folded. Such an
@@ -66,4 +66,4 @@ def _changed_class(original, change: str):
 
 
 for _change in _NAMES:
-    _changed_class(keras.Model, _change)  # Registers from_config, which all have in common.
+    _changed_class(keras.Model, _change)  # To load files; all share one from_config.

@@ -113,8 +113,8 @@ def _unwrapped(layer):
 class _Change:
     """Replaces layers of a model in place.
 
-    With `separate`, layers that share a kernel (tied weights) are not replaced themselves. Instead,
-    the layer that they have in common is.
+    With `separate`, layers that share a kernel (tied weights) are not replaced themselves. The
+    inner layer that they have in common is replaced instead.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class _Change:
 
     @staticmethod
     def _holds_layers(layer) -> bool:
-        """Returns whether to replace the layers in it instead: it is a model or holds wrappers."""
+        """Returns whether to replace its inner layers instead: it is a model or has wrappers."""
         if isinstance(layer, WeightNormalization):
             return False
         return isinstance(layer, keras.Model) or bool(_wrappers_in(layer))

@@ -114,8 +114,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             self.kernel_mask = {name: np.asarray(mask) for name, mask in kernel_mask.items()}
         self.supports_masking = layer.supports_masking
         self.normalized: tuple[NormalizedKernel, ...] = ()
-        # Whether data-dependent initialization has set this layer. Saved with the model but not one
-        # of its weights, so that arithmetic on weights cannot change it. Created here, so that a
+        # Whether data-dependent initialization has set this layer. Saved with the model, but not
+        # among its weights, so that arithmetic on weights cannot change it. Created here, so that a
         # checkpoint can be restored before the layer is built.
         self.initialized = None
         self.built_while_initializing = False
@@ -139,7 +139,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             )
         self._check_names({v.name for _, v in found})
         self._forget_traces()
-        # A tuple, because Keras would track a list as one of the layer's lists of variables.
+        # A tuple, because Keras' tracker would wrap a list in one of its own.
         self.normalized = tuple(normalize(self, *one) for one in found)
         # tf.train.Checkpoint saves attributes only.
         for i, one in enumerate(self.normalized):
@@ -172,7 +172,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
                 )
 
     def _forget_traces(self):
-        """Drops traces of the layer's own tf.functions, which read its kernels as they were."""
+        """Drops traces of the layer's tf.functions, which read its kernels as they were then."""
         layers = internals.layers_in(self.layer)
         for layer in layers:
             check_traces(layer, ignored=internals.TRACED_BY_KERAS)
