@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name):
-    # tfwn.keras needs Keras 3, the rest does not.
+    # Imported lazily, because only tfwn.keras needs Keras 3.
     if name == "keras":
         return importlib.import_module("tfwn.keras")
     raise AttributeError(f"module 'tfwn' has no attribute {name!r}")

@@ -1,10 +1,10 @@
-"""Keras' names for activations, as functions of TensorFlow: whatever backend Keras runs on."""
+"""Activations by their Keras names, in plain TensorFlow: independent of Keras and its backend."""
 
 import tensorflow as tf
 
 
 def get_activation(activation):
-    """Returns an activation, given as a Keras name, a callable, or None."""
+    """Returns the activation for a Keras name; a callable or None is returned unchanged."""
     if not isinstance(activation, str):
         return activation
     if activation not in _ACTIVATIONS:
@@ -58,7 +58,7 @@ def _sparse_sigmoid(x):
 
 
 def _sparsemax(x):
-    """The point of the simplex that is nearest to x (Martins & Astudillo 2016)."""
+    """Returns the point of the simplex nearest to x (Martins & Astudillo 2016)."""
     descending = tf.sort(x, direction="DESCENDING")
     total = tf.cumsum(descending, -1)
     count = tf.range(1, tf.shape(x)[-1] + 1)
@@ -79,7 +79,7 @@ def _tanh_shrink(x):
 
 
 _ACTIVATIONS = {
-    "celu": tf.nn.elu,  # with its default alpha=1
+    "celu": tf.nn.elu,  # Equal for celu's default, alpha=1.
     "elu": tf.nn.elu,
     "exponential": tf.exp,
     "gelu": tf.nn.gelu,

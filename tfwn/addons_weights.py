@@ -1,4 +1,4 @@
-"""Weights files of TensorFlow Addons' WeightNormalization, into models with tfwn's wrapper."""
+"""Loads weights files of TensorFlow Addons' WeightNormalization into models with tfwn's wrapper."""
 
 import os
 from typing import Any
@@ -8,26 +8,27 @@ import numpy as np
 from tfwn.torch_state_dict import array_norm, array_weight_norm
 from tfwn.weight import directed
 
-# What Addons' wrapper adds with data_init=True: an unused copy of the layer.
+# With data_init=True, Addons' wrapper also saves an unused copy of the layer under this name.
 _COPY = "data_dep_init"
 
 
 def from_addons(path: str | os.PathLike, model) -> None:
     """Loads a weights file (.h5) of a Keras model with TensorFlow Addons' WeightNormalization.
 
-    The model is the same with `tfwn.keras.WeightNormalization`: its layers with weights must be
-    those of the file, in this order. Addons' normalized the kernel, of recurrent layers the
-    recurrent kernel, over all axes but the last. If the wrapper has another axis, as for transposed
-    convolutions, or normalizes more kernels, w is loaded: v = w and g = ||w||. With Addons'
-    data_init=True the layers count as initialized if they were when the file was saved.
+    `model` must be the same model with `tfwn.keras.WeightNormalization`: its layers with weights
+    must be those of the file, in the same order. Addons normalized the kernel, or the recurrent
+    kernel of a recurrent layer, over all axes but the last. Where tfwn's wrapper uses another axis,
+    as for transposed convolutions, or normalizes more kernels, w is loaded: v = w and g = ||w||.
+    With Addons' data_init=True, layers that were initialized when the file was saved are marked as
+    initialized.
 
     Arguments:
       path: the file, from Keras 2's `model.save_weights("weights.h5")` or `model.save("model.h5")`.
       model: the Keras model, built.
 
     Raises:
-      ValueError: another number of layers; wrappers that are not direct layers of the model; names
-        or shapes of weights that are not the layer's. No layer is changed then.
+      ValueError: if the number of layers differs, a wrapper is not a direct layer of the model, or
+        the names or shapes of weights differ. In this case, no layer is changed.
 
     >>> import keras
     >>> model = keras.Sequential(
@@ -35,7 +36,7 @@ def from_addons(path: str | os.PathLike, model) -> None:
     ... )
     >>> tfwn.convert.from_addons("weights.h5", model)  # doctest: +SKIP
     """
-    import h5py  # Keras brings it.
+    import h5py  # Installed with Keras.
 
     from tfwn.keras import WeightNormalization
 
@@ -47,8 +48,8 @@ def from_addons(path: str | os.PathLike, model) -> None:
     layers = [layer for layer in model.layers if layer.weights]
     if len(saved) != len(layers):
         raise ValueError(
-            f"{path} has {len(saved)} layers with weights, {[name for name, _ in saved]}, and the "
-            f"model {len(layers)}, {[layer.name for layer in layers]}: build the same model"
+            f"{path} has {len(saved)} layers with weights, {[name for name, _ in saved]}, but the "
+            f"model has {len(layers)}, {[layer.name for layer in layers]}: build the same model"
         )
     values: list[tuple[Any, Any]] = []
     for layer, (name, arrays) in zip(layers, saved, strict=True):
@@ -56,21 +57,21 @@ def from_addons(path: str | os.PathLike, model) -> None:
             values += _of_wrapper(layer, name, arrays)
         elif any(isinstance(one, WeightNormalization) for one in layer._flatten_layers()):
             raise ValueError(
-                f"{layer.name!r} holds weight-normalized layers, and only direct layers of the "
-                "model can be loaded: call this for each inner model with its own file"
+                f"{layer.name!r} contains weight-normalized layers, but only direct layers of the "
+                "model can be loaded: load each inner model from a file of its own"
             )
         else:
             variables = layer.trainable_weights + layer.non_trainable_weights
             if len(variables) != len(arrays):
                 raise ValueError(
-                    f"{layer.name!r} has {len(variables)} weights, and {name!r} in the file has "
+                    f"{layer.name!r} has {len(variables)} weights, but {name!r} in the file has "
                     f"{len(arrays)}"
                 )
             values += [(v, array) for v, (_, array) in zip(variables, arrays, strict=True)]
     for variable, array in values:
         if tuple(variable.shape) != array.shape:
             raise ValueError(
-                f"{variable.name} has shape {tuple(variable.shape)} in the model and {array.shape} "
+                f"{variable.name} has shape {tuple(variable.shape)} in the model but {array.shape} "
                 "in the file"
             )
     for variable, array in values:
@@ -78,7 +79,7 @@ def from_addons(path: str | os.PathLike, model) -> None:
 
 
 def _arrays(group) -> list[tuple[str, np.ndarray]]:
-    """Returns names and values of a layer's weights, in the order in which Keras 2 saved them."""
+    """Returns the names and values of a layer's weights, in the order Keras 2 saved them."""
     names = [_text(name) for name in group.attrs["weight_names"]]
     return [(name, np.asarray(group[name])) for name in names]
 
@@ -95,7 +96,7 @@ def _of_wrapper(wrapper, name, arrays) -> list[tuple[Any, Any]]:
     }
     if "g" not in own or "initialized" not in own:
         raise ValueError(
-            f"{wrapper.name!r} is weight-normalized, and {name!r} in the file is not: it has "
+            f"{wrapper.name!r} is weight-normalized, but {name!r} in the file is not: it contains "
             f"{sorted(own)}"
         )
     started = bool(own.pop("initialized"))
@@ -108,7 +109,7 @@ def _of_wrapper(wrapper, name, arrays) -> list[tuple[Any, Any]]:
         v = own.pop(variable.name)
         one = next((n for n in wrapper.normalized if n.v is variable), None)
         last = (v.ndim - 1,)
-        # Before its first call Addons' wrapper had no g yet.
+        # Addons' wrapper set g only in its first call.
         own_g = g if started else array_norm(v, last).reshape(-1)
         if variable.name == normalized and (one is None or one.axis != last):
             v = array_weight_norm(v, own_g, last)
@@ -120,7 +121,7 @@ def _of_wrapper(wrapper, name, arrays) -> list[tuple[Any, Any]]:
             values.append((one.g, own_g))
         values.append((variable, v))
     if own:
-        raise ValueError(f"{wrapper.name!r} has no {sorted(own)}, which {name!r} in the file has")
+        raise ValueError(f"{wrapper.name!r} has no {sorted(own)}, but {name!r} in the file does")
     if getattr(wrapper, "initialized", None) is not None:
         with_data = any(_COPY in path.split("/") for path, _ in arrays)
         values.append((wrapper.initialized, np.asarray(started and with_data)))

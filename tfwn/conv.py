@@ -1,4 +1,4 @@
-"""Convolutions, their transposes and the depthwise convolution."""
+"""Convolutions, transposed convolutions and the depthwise convolution."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Conv(FeedForward):
-    """What the convolutions share: the window, padding and data format."""
+    """Base of all convolutions: window, padding and data format."""
 
     _spatial_rank: int
     _paddings: tuple[str, ...] = ("valid", "same")
@@ -44,7 +44,7 @@ class _Conv(FeedForward):
                 raise ValueError(f"{name} must be one of {rule}, got {value!r}")
         super().__init__(activation, use_bias, **options)
         self._rank = self._spatial_rank + 2
-        # Always given: the gradient of Conv3D needs it in eager mode.
+        # Always passed on, because the gradient of Conv3D needs it in eager mode.
         self._format = ("NWC", "NHWC", "NDHWC")[self._spatial_rank - 1]
 
     def _sizes(self, name, value, least=1) -> tuple[int, ...]:
@@ -54,8 +54,8 @@ class _Conv(FeedForward):
             not isinstance(size, numbers.Integral) or size < least for size in sizes
         ):
             raise ValueError(
-                f"{name} must be one or {self._spatial_rank} integers of at least {least}, "
-                f"got {value!r}"
+                f"{name} must be an integer or a sequence of {self._spatial_rank}, each at least "
+                f"{least}, got {value!r}"
             )
         return tuple(map(int, sizes))
 
@@ -65,9 +65,9 @@ class _Conv(FeedForward):
     def _refuse_dilated_strides(self):
         if max(self.strides) > 1 and max(self.dilation_rate) > 1:
             raise ValueError(
-                "strides and dilation_rate must not both be above 1, got strides="
-                f"{self.strides} and dilation_rate={self.dilation_rate}: TensorFlow has no such "
-                "convolution"
+                "strides and dilation_rate must not both exceed 1, got strides="
+                f"{self.strides} and dilation_rate={self.dilation_rate}: TensorFlow does not "
+                "support the combination"
             )
 
 
@@ -114,7 +114,7 @@ class _ConvND(_Conv):
         if padding == "CAUSAL":
             padding = "VALID"
             x = tf.pad(x, [[0, 0], [self.dilation_rate[0] * (self.kernel_size[0] - 1), 0], [0, 0]])
-        # TensorFlow finds the groups from the shapes, except its CPU kernels in 3D and in float64.
+        # TensorFlow infers the groups from the shapes, but not on the CPU in 3D or in float64.
         split = self.groups if self._spatial_rank == 3 or x.dtype == tf.float64 else 1
         outputs = [
             tf.nn.convolution(x_i, w_i, self.strides, padding, self._format, self.dilation_rate)
@@ -126,26 +126,28 @@ class _ConvND(_Conv):
 class Conv1D(_ConvND):
     """1D convolution: act(x * w + b), w = g * v / ||v|| with one g per filter (eq. 2).
 
-    Names and defaults are Keras', but v is drawn from N(0, 0.05) (paper, section 3). The variables
-    are weight.v [kernel, in / groups, filters], weight.g [filters] and b [filters].
+    Argument names and defaults are those of Keras, except that v is initialized from a normal
+    distribution with standard deviation 0.05 (paper, section 3). The variables are
+    weight.v [kernel, in / groups, filters], weight.g [filters] and b [filters].
 
     Arguments:
-      filters: number of outputs per position.
-      kernel_size, strides, dilation_rate: one integer, or one per axis. Not both strides and
-        dilation_rate may be above 1.
+      filters: number of output channels.
+      kernel_size, strides, dilation_rate: one integer, or one per axis. strides and dilation_rate
+        must not both exceed 1.
       padding: "valid", "same" or "causal".
       data_format: "channels_last" (default) or "channels_first".
-      groups: number of groups of input channels; filters / groups filters see each group.
+      groups: number of groups of input channels. Each group has filters / groups filters.
       activation: a callable, a Keras name, or None. `layer.pre_activation(x)` returns x * w + b.
       use_bias: whether to add b.
-      options: kernel_initializer, bias_initializer, kernel_mask, name, see `tfwn.Dense`;
+      options: kernel_initializer, bias_initializer, kernel_mask and name, see `tfwn.Dense`;
         parameterization, exponential_g, g_initializer, dtype, compute_dtype, see `tfwn.Weight`.
 
     Raises:
-      ValueError: invalid options; inputs of another rank; a number of input channels that is
-        unknown or differs from the first call.
+      ValueError: if an option is invalid, the inputs have the wrong rank, or the number of input
+        channels is unknown or differs from the first call.
 
-    Inputs are [batch, steps, in], outputs [batch, new_steps, filters] in compute_dtype.
+    Inputs have shape [batch, steps, in], or [batch, in, steps] for "channels_first". Outputs have
+    shape [batch, new_steps, filters] or [batch, filters, new_steps], in compute_dtype.
 
     >>> tfwn.Conv1D(4, 3, padding="causal")(tf.ones([8, 10, 2])).shape
     TensorShape([8, 10, 4])
@@ -161,7 +163,8 @@ class Conv2D(_ConvND):
     Same arguments and errors as `tfwn.Conv1D`; padding is "valid" or "same". The variables are
     weight.v [height, width, in / groups, filters], weight.g [filters] and b [filters].
 
-    Inputs are [batch, height, width, in] (or [batch, in, height, width] for "channels_first").
+    Inputs have shape [batch, height, width, in], or [batch, in, height, width] for
+    "channels_first".
 
     >>> layer = tfwn.Conv2D(4, 3, strides=2, padding="same", activation="relu")
     >>> layer(tf.ones([8, 10, 12, 3])).shape
@@ -177,7 +180,7 @@ class Conv3D(_ConvND):
     Same arguments and errors as `tfwn.Conv1D`; padding is "valid" or "same". The variables are
     weight.v [depth, height, width, in / groups, filters], weight.g [filters] and b [filters].
 
-    Inputs are [batch, depth, height, width, in].
+    Inputs have shape [batch, depth, height, width, in].
 
     >>> tfwn.Conv3D(4, (1, 3, 3))(tf.ones([2, 5, 6, 7, 3])).shape
     TensorShape([2, 5, 4, 5, 4])
@@ -217,7 +220,7 @@ class _ConvNDTranspose(_Conv):
         if output_padding is not None:
             self.output_padding = self._sizes("output_padding", output_padding, least=0)
             for i, (pad, stride) in enumerate(zip(self.output_padding, self.strides, strict=True)):
-                # The lengths of output from which a convolution returns the input's length.
+                # A convolution maps outputs of these lengths back to the input's length.
                 least = 1 - self._window(i) % 2 if self.padding == "same" else 0
                 if not least <= pad < least + stride:
                     raise ValueError(
@@ -257,21 +260,23 @@ class _ConvNDTranspose(_Conv):
 class Conv1DTranspose(_ConvNDTranspose):
     """Transposed 1D convolution: act(x *' w + b), w = g * v / ||v||, one g per filter (eq. 2).
 
-    Names and defaults are Keras', but v is drawn from N(0, 0.05) (paper, section 3). The variables
-    are weight.v [kernel, filters, in], weight.g [filters] and b [filters]: the norm runs over the
-    window and the INPUT channels, the last axis.
+    Argument names and defaults are those of Keras, except that v is initialized from a normal
+    distribution with standard deviation 0.05 (paper, section 3). The variables are
+    weight.v [kernel, filters, in], weight.g [filters] and b [filters]. The norm is over the window
+    and the INPUT channels, which are the last axis.
 
     Arguments:
       filters, kernel_size, strides, data_format, dilation_rate, activation, use_bias, options: see
         `tfwn.Conv1D`.
       padding: "valid" or "same".
-      output_padding: the length of the output above the minimum, one integer or one per axis.
-        None: Keras' rule, where "same" gives n * strides.
+      output_padding: length of the output beyond the minimum; one integer, or one per axis. None
+        follows Keras, where "same" multiplies the length by strides.
 
     Raises:
-      ValueError: see `tfwn.Conv1D`; output_padding out of range.
+      ValueError: as for `tfwn.Conv1D`, or if output_padding is out of range.
 
-    Inputs are [batch, steps, in], outputs [batch, new_steps, filters] in compute_dtype.
+    Inputs have shape [batch, steps, in], or [batch, in, steps] for "channels_first". Outputs have
+    shape [batch, new_steps, filters] or [batch, filters, new_steps], in compute_dtype.
 
     >>> tfwn.Conv1DTranspose(4, 3, strides=2, padding="same")(tf.ones([8, 10, 2])).shape
     TensorShape([8, 20, 4])
@@ -286,7 +291,8 @@ class Conv2DTranspose(_ConvNDTranspose):
     Same arguments and errors as `tfwn.Conv1DTranspose`. The variables are
     weight.v [height, width, filters, in], weight.g [filters] and b [filters].
 
-    Inputs are [batch, height, width, in] (or [batch, in, height, width] for "channels_first").
+    Inputs have shape [batch, height, width, in], or [batch, in, height, width] for
+    "channels_first".
 
     >>> tfwn.Conv2DTranspose(4, 5, strides=2)(tf.ones([8, 7, 7, 3])).shape
     TensorShape([8, 17, 17, 4])
@@ -301,7 +307,7 @@ class Conv3DTranspose(_ConvNDTranspose):
     Same arguments and errors as `tfwn.Conv1DTranspose`. The variables are
     weight.v [depth, height, width, filters, in], weight.g [filters] and b [filters].
 
-    Inputs are [batch, depth, height, width, in].
+    Inputs have shape [batch, depth, height, width, in].
 
     >>> tfwn.Conv3DTranspose(4, 2, strides=2)(tf.ones([2, 3, 4, 5, 3])).shape
     TensorShape([2, 6, 8, 10, 4])
@@ -313,24 +319,24 @@ class Conv3DTranspose(_ConvNDTranspose):
 class DepthwiseConv2D(_Conv):
     """Depthwise 2D convolution: each channel has its own filters (eq. 2 with one g per filter).
 
-    Output channel c * depth_multiplier + m is act(x_c * w_cm + b_cm), w_cm = g_cm v_cm / ||v_cm||.
-    The variables are weight.v [height, width, in, depth_multiplier], weight.g [in,
-    depth_multiplier] and b [in * depth_multiplier].
+    Output channel c * depth_multiplier + m is act(x_c * w_cm + b_cm), where w_cm = g_cm * v_cm /
+    ||v_cm||. The variables are weight.v [height, width, in, depth_multiplier],
+    weight.g [in, depth_multiplier] and b [in * depth_multiplier].
 
     Arguments:
       kernel_size, padding, data_format, dilation_rate, activation, use_bias: see `tfwn.Conv2D`.
-      strides: one integer, or the same for both axes.
-      depth_multiplier: number of outputs per input channel.
-      depthwise_initializer: of v, see `tfwn.Weight`.
+      strides: one integer, or two that are equal.
+      depth_multiplier: number of output channels per input channel.
+      depthwise_initializer: initializer of v; see `tfwn.Weight`.
       bias_initializer, kernel_mask, name: see `tfwn.Dense`.
-      weight_options: parameterization, exponential_g, g_initializer, dtype, compute_dtype, see
+      weight_options: parameterization, exponential_g, g_initializer, dtype and compute_dtype, see
         `tfwn.Weight`.
 
     Raises:
-      ValueError: see `tfwn.Conv2D`; unequal strides.
+      ValueError: as for `tfwn.Conv2D`, or if the strides are not equal.
 
-    Inputs are [batch, height, width, in], outputs [batch, new_height, new_width,
-    in * depth_multiplier] in compute_dtype.
+    Inputs have shape [batch, height, width, in], outputs [batch, new_height, new_width,
+    in * depth_multiplier], in compute_dtype.
 
     >>> tfwn.DepthwiseConv2D(3, depth_multiplier=2)(tf.ones([8, 10, 10, 3])).shape
     TensorShape([8, 8, 8, 6])

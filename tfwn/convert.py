@@ -1,4 +1,4 @@
-"""Weights from and to other forms: named arrays, PyTorch, files of TensorFlow Addons."""
+"""Converts weights: named arrays, PyTorch state dicts, files of TensorFlow Addons."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,19 +18,20 @@ def to_weight_norm(
     *,
     select: Callable[[str], bool] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Splits named weights w into v = w, under name + "/v", and g = ||w||, under name + "/g".
+    """Splits each named weight w into v = w, under name + "/v", and g = ||w||, under name + "/g".
 
     Arguments:
       weights: arrays by name.
-      axis: the axis or axes that index units, as for `tfwn.weight_norm`, or a function of the name.
-      select: whether the array of this name is a weight. Default: those of rank 2 and more, of a
-        floating type.
+      axis: the axis or axes that index units, as for `tfwn.weight_norm`, or a function of the name
+        that returns them.
+      select: a function of the name that returns whether the array is a weight. Default:
+        floating-point arrays of rank 2 or more are weights.
 
     Returns:
-      A new dict; what is no weight is in it unchanged. `to_normal` is the inverse.
+      A new dict. It contains all other arrays unchanged. `to_normal` is the inverse.
 
     Raises:
-      ValueError: a bad axis; a weight that is not of a floating type.
+      ValueError: if an axis is invalid or a weight is not a floating-point array.
 
     >>> parts = tfwn.convert.to_weight_norm({"w": [[3.0, 0.0], [4.0, 1.0]], "b": [0.0, 0.0]})
     >>> sorted(parts), parts["w/g"]
@@ -53,18 +54,18 @@ def to_normal(
     weights: Mapping[str, Any],
     axis: int | Sequence[int] | Callable[[str], Any] | None = -1,
 ) -> dict[str, np.ndarray]:
-    """Folds each pair v, under name + "/v", and g, under name + "/g", into w = g * v / ||v||.
+    """Folds each pair of v, under name + "/v", and g, under name + "/g", into w = g * v / ||v||.
 
     Arguments:
       weights: arrays by name, as from `to_weight_norm`.
       axis: as for `to_weight_norm`.
 
     Returns:
-      A new dict; what belongs to no pair is in it unchanged.
+      A new dict. It contains all arrays that belong to no pair unchanged.
 
     Raises:
-      ValueError: a bad axis; a g whose shape is not that of v along `axis`; a v that is not of a
-        floating type.
+      ValueError: if an axis is invalid, the shape of a g is not that of its v along `axis`, or a v
+        is not a floating-point array.
 
     >>> tfwn.convert.to_normal({"w/v": [[3.0], [4.0]], "w/g": [10.0]})
     {'w': array([[6.],
@@ -88,9 +89,9 @@ def to_normal(
 
 
 def _is_floating(array: np.ndarray) -> bool:
-    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"  # Which NumPy has from others.
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"  # Its kind is "V".
 
 
 def _check_floating(name: str, array: np.ndarray) -> None:
     if not _is_floating(array):
-        raise ValueError(f"{name} must be of a floating type, got {array.dtype}: convert it first")
+        raise ValueError(f"{name} must have a float dtype, got {array.dtype}: convert it first")

@@ -14,7 +14,7 @@ from tfwn.modules import refuse_keras_2, submodules, variables
 
 InitScale = float | Callable[[Any], float]
 
-# A standard deviation this far below the mean is rounding of float32, not variation.
+# Relative to the mean, a standard deviation this small is float32 rounding, not variation.
 _ZERO_STDDEV = 8 * 2.0**-23
 
 
@@ -23,39 +23,39 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
 
         t = v . x / ||v||,  g = 1 / sigma[t],  b = -mu[t] / sigma[t]       (paper, eq. 5 and 6)
 
-    Runs the model once, eagerly. While it runs, tf.functions run eagerly in all threads. Dense and
-    the convolutions of tfwn, in both parameterizations, and `tfwn.keras.WeightNormalization` are
-    set in the order of their calls, each on the output of the layers before it, which are set
-    already. A layer that is called several times is set at its first call. Only g (or w, by the
-    same factor, with the normal parameterization), b and the layer's mark `initialized` change.
-    Whatever else a forward pass changes, such as running means and random seeds, is restored.
+    Runs the model once, eagerly. Meanwhile, tf.functions run eagerly in all threads. tfwn's Dense
+    and convolution layers, in both parameterizations, and `tfwn.keras.WeightNormalization` are set
+    in the order of their calls, so each receives the outputs of layers that are already set. A
+    layer that is called several times is set in its first call. Only g (with the normal
+    parameterization, w is scaled instead), b and the layer's flag `initialized` change. Anything
+    else that a forward pass changes, such as running means and random seeds, is restored.
 
-    In a layer without b, g alone is set. That is what mean-only batch normalization needs; its own
-    b stays 0. A unit whose t does not vary keeps its g and gets b = -mu[t] * g. So does a unit with
-    w = 0: it stays 0, with a random direction v if it has none, so that it learns.
+    In a layer without b, only g is set. This is what mean-only batch normalization needs; its own b
+    is not changed. A unit whose t does not vary keeps its g and gets b = -mu[t] * g. A unit with
+    w = 0 keeps w = 0, and if v = 0, it gets a random direction so that it can learn.
 
-    With variables of tf.distribute.MirroredStrategy, `batch` may be an element of the strategy's
-    distributed data set. The moments are then those of the global batch, on all replicas.
+    If the variables belong to a tf.distribute.MirroredStrategy, `batch` may be an element of its
+    distributed dataset. The moments are then those of the global batch, over all replicas.
 
     Arguments:
       model: a tf.Module, Keras model or layer, or any function that calls them, like
-        `lambda x: decoder(encoder(x))`; it may be a tf.function.
-      batch: the model's one argument. At least 100 examples like those that it will train on.
-      init_scale: the standard deviation of the pre-activations, or a callable(layer) that returns
-        it for a layer.
-      training: passed to a model that has this argument: whether noise and dropout are active and
-        batch normalization uses the batch. In the paper's experiments they are and it does.
+        `lambda x: decoder(encoder(x))`. It may be a tf.function.
+      batch: the model's only input. Use at least 100 examples, preprocessed as for training.
+      init_scale: standard deviation of the pre-activations, or a callable(layer) that returns it.
+      training: passed on to the model if it has this argument: whether noise and dropout are active
+        and batch normalization uses batch statistics, as in the paper's experiments.
 
     Returns:
       The model's output for `batch`, after the initialization.
 
     Raises:
-      RuntimeError: a layer was initialized before, by this call or in a restored checkpoint; the
-        model called a recurrent layer or an embedding; called in a tf.function or in strategy.run.
-      ValueError: a distributed batch for a model that is not of a strategy; the model called no
-        layer that can be set; moments that are not finite; an empty batch; init_scale is not
-        positive; `training=False` for a model without that argument.
-      After any error, of the model too, all variables are as they were before.
+      RuntimeError: if a layer is already initialized, by this function or a restored checkpoint;
+        the model calls a recurrent layer, an embedding or another layer that cannot be set; or this
+        function is called in a tf.function or in strategy.run.
+      ValueError: if the batch is distributed but the model's variables are not; the model calls no
+        layer that can be set; the moments are not finite; the batch is empty; init_scale is not
+        positive; or `training=False` and the model does not have this argument.
+      After any error, including one from the model, all variables have their previous values.
 
     >>> layer = tfwn.Dense(3)
     >>> x = tf.random.normal([100, 5], mean=2.0)
@@ -69,7 +69,7 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     if not tf.executing_eagerly():
         raise RuntimeError(
             "data_dependent_init must be called eagerly, once, before training; it was called "
-            "while a tf.function is traced: call it outside (the model itself may be a tf.function)"
+            "while a tf.function is traced: call it outside (the model itself may be one)"
         )
     if tf.distribute.has_strategy() and not tf.distribute.in_cross_replica_context():
         raise RuntimeError(
@@ -85,7 +85,7 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     first_pass = _FirstPass(before, init_scale)
 
     def forward(batch):
-        seen: set[int] = set()  # One for each replica: all of them contribute to all moments.
+        seen: set[int] = set()  # One per replica, because all replicas contribute to the moments.
         with initializing(lambda layer, t: first_pass.initialize(layer, t, seen)):
             return model(batch, **arguments)
 
@@ -95,8 +95,8 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
         if not (first_pass.changed or first_pass.reached):
             refuse_keras_2(model)
             raise ValueError(
-                "data_dependent_init reached no layer that it could set: the model must call "
-                "tfwn's Dense or convolutions, or Keras layers in tfwn.keras.WeightNormalization"
+                "data_dependent_init reached no layer that it can set: the model must call tfwn's "
+                "Dense or convolutions, or Keras layers in tfwn.keras.WeightNormalization"
             )
     except BaseException:
         before.restore()
@@ -112,12 +112,12 @@ def _check_scale(init_scale: float, layer: str = "") -> float:
 
 
 def is_initialized(model) -> bool:
-    """Whether `data_dependent_init` has set all layers of a model that it can set.
+    """Returns whether `data_dependent_init` has set all layers of the model that it can set.
 
-    The answer is saved with the model, in checkpoints, SavedModels and .keras files. A restored
-    checkpoint sets it also for layers that make their other variables in their first call. False
-    for a model without layers that can be set, and before the first call of a model that makes its
-    layers themselves in it.
+    Each layer's flag is saved with the model, in checkpoints, SavedModels and .keras files.
+    Restoring a checkpoint sets it even in layers whose other variables do not exist yet. Returns
+    False for a model without layers that can be set, which includes a model that creates its layers
+    in its first call and has not been called.
 
     >>> layer = tfwn.Dense(3)
     >>> tfwn.is_initialized(layer)
@@ -132,7 +132,7 @@ def is_initialized(model) -> bool:
 def _has_mark(module) -> bool:
     if isinstance(module, FeedForward):
         return True
-    # Keras is not imported for this: if there is a wrapper, its module is loaded.
+    # No need to import Keras: if the module is a wrapper, tfwn.keras is already loaded.
     keras_module = sys.modules.get("tfwn.keras")
     return (
         keras_module is not None
@@ -142,13 +142,13 @@ def _has_mark(module) -> bool:
 
 
 class _FirstPass:
-    """Sets each layer at its first call, and collects what it changed."""
+    """Sets each layer in its first call and collects the variables that it changed."""
 
     def __init__(self, before: "_Snapshot", init_scale: InitScale):
         self._before = before
         self._init_scale = init_scale
         self.changed: set[int] = set()
-        self.reached = False  # A layer that this call built, and a checkpoint then restored.
+        self.reached = False  # Whether a checkpoint restored a layer while this call built it.
 
     @tf.autograph.experimental.do_not_convert  # A model that is a tf.function calls this eagerly.
     def initialize(self, layer, t, seen):
@@ -163,12 +163,12 @@ class _FirstPass:
             raise RuntimeError(
                 f"{layer.name!r} is initialized already, and another initialization would undo "
                 "what it has learned since: skip data_dependent_init if tfwn.is_initialized(model) "
-                "(for a model that makes its layers in its first call: after this call), or call "
-                "layer.initialized.assign(False) for the layers to set again"
+                "(if the model creates its layers in its first call, check after this call), or "
+                "call layer.initialized.assign(False) for each layer to set again"
             )
         mean, stddev = _moments(t, layer.name)
         old_g = tf.reshape(tf.cast(layer.weight.get_g(), mean.dtype), [-1])
-        # A unit with g = 0 is meant to start with w = 0, as the last layer of a residual branch.
+        # A unit with g = 0 is meant to start with w = 0, as in the last layer of a residual branch.
         zero = (stddev <= _ZERO_STDDEV * tf.abs(mean)) | (old_g == 0)
         scale = self._init_scale
         if callable(scale):
@@ -185,24 +185,24 @@ class _FirstPass:
 
 
 def _moments(t, name):
-    """Returns mean and standard deviation of each unit, over the batch, space and all replicas."""
+    """Returns each unit's mean and standard deviation over the batch, space and all replicas."""
     t = tf.cast(t, tf.float64 if t.dtype == tf.float64 else tf.float32)
     count = _sum_over_replicas(tf.cast(tf.size(t) / tf.shape(t)[-1], t.dtype))
     mean = _sum(t) / count
-    # The rounding error of the first sum; it is small, so that its own is negligible.
+    # Corrects the rounding error of the first sum. The correction's own error is negligible.
     rest = _sum(t - mean) / count
     mean += rest
     stddev = tf.sqrt(_sum(tf.square(t - mean)) / count)
     if not bool(tf.reduce_all(tf.math.is_finite(mean) & tf.math.is_finite(stddev))):
         raise ValueError(
             f"the pre-activations of {name!r} have no finite moments on this batch (shape "
-            f"{t.shape}): the batch is empty, or it or v holds infinities or NaN"
+            f"{t.shape}): the batch is empty, or it or v contains infinities or NaN"
         )
     return mean, stddev
 
 
 def _sum(t):
-    """Returns the sum over all axes except the last, one at a time, so that rounding is small."""
+    """Returns the sum over all axes but the last, one at a time to keep rounding errors small."""
     for _ in range(t.shape.rank - 1):
         t = tf.reduce_sum(t, -2)
     return _sum_over_replicas(t)
@@ -216,7 +216,7 @@ def _sum_over_replicas(x):
 
 
 def _in_all_replicas(function, *values):
-    """Calls function(*values), which assigns variables; all replicas have the same values."""
+    """Calls function(*values), which assigns variables; the values are equal in all replicas."""
     context = tf.distribute.get_replica_context()
     if context is None or not tf.distribute.has_strategy():
         function(*values)
@@ -230,7 +230,7 @@ def _in_all_replicas(function, *values):
 
 
 class _Snapshot:
-    """The values of variables, of each component if the replicas have their own."""
+    """Saved values of variables, one per replica where each replica has its own."""
 
     def __init__(self):
         self._values = {}
@@ -238,7 +238,7 @@ class _Snapshot:
     def take(self, variables):
         for variable in variables:
             if id(variable) not in self._values:
-                # TensorFlow copies a buffer only when it is written to.
+                # Cheap, because TensorFlow copies a buffer only when it is written to.
                 values = [(part, tf.identity(part)) for part in _components(variable)]
                 self._values[id(variable)] = (variable, values)
 
@@ -258,15 +258,15 @@ def _components(variable) -> tuple:
 
 
 def _strategy_of(batch, model) -> tf.distribute.Strategy | None:
-    """Returns the strategy whose replicas are to run the model; None for a batch in one piece."""
+    """Returns the strategy whose replicas run the model, None if the batch is not distributed."""
     if not any(isinstance(x, tf.distribute.DistributedValues) for x in tf.nest.flatten(batch)):
         return None
     found = [getattr(variable, "distribute_strategy", None) for variable in variables(model)]
     strategy = next((s for s in found if s is not None), tf.distribute.get_strategy())
     if strategy.num_replicas_in_sync == 1 and not tf.distribute.has_strategy() and not any(found):
         raise ValueError(
-            "batch is distributed, but the model has no variables of a strategy: make the model, "
-            "and call data_dependent_init, in strategy.scope()"
+            "batch is distributed, but the model has no variables of a strategy: create the model "
+            "and call data_dependent_init in strategy.scope()"
         )
     return strategy
 
@@ -288,8 +288,8 @@ _eager_lock = threading.RLock()
 
 @contextlib.contextmanager
 def _eager_functions():
-    """Runs tf.functions as Python: those traced earlier would skip the initialization."""
-    # The switch is global, so that initializations in several threads take turns.
+    """Runs tf.functions eagerly, because those already traced would skip the initialization."""
+    # The switch is global, so initializations in several threads take turns.
     with _eager_lock:
         eager = tf.config.functions_run_eagerly()
         tf.config.run_functions_eagerly(True)

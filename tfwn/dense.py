@@ -1,4 +1,4 @@
-"""Dense, the fully connected layer."""
+"""Dense: the fully connected layer."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ if TYPE_CHECKING:
 class Dense(FeedForward):
     """Fully connected layer: act(x . w + b), w = g * v / ||v|| with one g per unit (eq. 1 and 2).
 
-    Names and defaults are Keras', but v is drawn from N(0, 0.05) (paper, section 3). The variables
-    are weight.v [in, units], weight.g [units] and b [units].
+    Argument names and defaults are those of Keras, except that v is initialized from a normal
+    distribution with standard deviation 0.05 (paper, section 3). The variables are
+    weight.v [in, units], weight.g [units] and b [units].
 
     Arguments:
       units: number of outputs.
       activation: a callable, a Keras name, or None. `layer.pre_activation(x)` returns x . w + b.
       use_bias: whether to add b.
-      kernel_initializer: of v, see `tfwn.Weight`.
-      bias_initializer: of b.
-      kernel_mask: fixed mask on v, [in, units] or a shape that broadcasts to it.
-      name: of the layer.
+      kernel_initializer: initializer of v; see `tfwn.Weight`.
+      bias_initializer: initializer of b.
+      kernel_mask: fixed mask of v, an array that broadcasts to [in, units]; see `tfwn.Weight`.
+      name: name of the layer.
       parameterization, exponential_g, g_initializer, dtype, compute_dtype: see `tfwn.Weight`.
 
     Raises:
-      ValueError: invalid options; inputs of rank below 2; a number of input channels that is
-        unknown or differs from the first call.
+      ValueError: if an option is invalid, the inputs have a rank below 2, or the number of input
+        channels is unknown or differs from the first call.
 
-    Inputs are [..., in], outputs [..., units] in compute_dtype.
+    Inputs have shape [..., in]. Outputs have shape [..., units], in compute_dtype.
 
     >>> layer = tfwn.Dense(4, activation="relu")
     >>> layer(tf.ones([8, 3])).shape

@@ -1,4 +1,4 @@
-"""Embedding: integers to rows of a table."""
+"""Embedding: looks up rows of a table by integer ids."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ if TYPE_CHECKING:
 
 
 class Embedding(Layer):
-    """Embedding: row i of w, w_i = g_i * v_i / ||v_i|| with one g per row (eq. 2).
+    """Embedding: maps id i to row i of w, w_i = g_i * v_i / ||v_i|| with one g per row (eq. 2).
 
-    Names and defaults are Keras'. Only the rows that are looked up are normalized, and the
-    gradients of v and g are sparse. The variables are weight.v [input_dim, output_dim] and weight.g
-    [input_dim].
+    Argument names and defaults are those of Keras. Only the rows that are looked up are normalized,
+    and the gradients of v and g are sparse. The variables are weight.v [input_dim, output_dim] and
+    weight.g [input_dim].
 
     Arguments:
       input_dim: number of rows; ids lie in [0, input_dim).
       output_dim: length of a row.
-      embeddings_initializer: of v, see `tfwn.Weight`. Default: Keras' "uniform".
+      embeddings_initializer: initializer of v; see `tfwn.Weight`. Default: Keras' "uniform".
       mask_zero: whether id 0 is padding; `compute_mask` then returns a mask.
-      name: of the layer.
-      weight_options: parameterization, exponential_g, g_initializer, dtype, compute_dtype, see
+      name: name of the layer.
+      weight_options: parameterization, exponential_g, g_initializer, dtype and compute_dtype, see
         `tfwn.Weight`.
 
     Raises:
-      ValueError: invalid options; ids that are not integers.
-      RuntimeError: data-dependent initialization reached the layer.
+      ValueError: if an option is invalid or the ids are not integers.
+      RuntimeError: if data-dependent initialization reaches the layer.
 
-    Ids may have any shape; outputs have that shape and a last axis of output_dim, in compute_dtype.
+    Ids may have any shape. Outputs have this shape plus a last axis of size output_dim, in
+    compute_dtype.
 
     >>> tfwn.Embedding(10, 4)(tf.constant([[1, 2, 1]])).shape
     TensorShape([1, 3, 4])

@@ -1,4 +1,4 @@
-"""Keras' names for initializers, as TensorFlow's own: whatever backend Keras runs on."""
+"""Initializers by their Keras names, in plain TensorFlow: independent of Keras and its backend."""
 
 import re
 from collections.abc import Callable
@@ -9,10 +9,7 @@ _v1 = tf.compat.v1
 
 
 def initial_value(initializer, shape, dtype) -> tf.Tensor:
-    """Returns the tensor that an initializer makes.
-
-    The initializer is a number, a Keras name or a callable(shape, dtype).
-    """
+    """Returns the value of an initializer: a number, a Keras name or a callable(shape, dtype)."""
     shape = tuple(tf.TensorShape(shape).as_list())
     if isinstance(initializer, str):
         # TensorFlow has no QR decomposition, which "orthogonal" needs, in half precision.
@@ -24,7 +21,7 @@ def initial_value(initializer, shape, dtype) -> tf.Tensor:
 
 
 def snake_case(name: str) -> str:
-    """Returns a class name in Keras' snake case, conv2d_transpose where tf.Module has conv2_d."""
+    """Converts a class name to Keras' snake case: conv2d, where tf.Module would use conv2_d."""
     return re.sub("([a-z])([A-Z])", r"\1_\2", re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)).lower()
 
 

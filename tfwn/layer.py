@@ -1,10 +1,10 @@
-"""What all layers share: variables made once, and the feed-forward computation act(x . w + b).
+"""Base classes of all layers: variables created once, and the computation act(x . w + b).
 
-Data-dependent initialization (paper, section 3) enters here and nowhere else: while
-`initializing(callback)` is active, each feed-forward layer passes its t = x . v / ||v||, with the
-units along the last axis, to callback(layer, t) before it computes its output. The callback sets g
-with layer.weight.set_g(g), layer.b unless it is None, and layer.initialized; the layer then
-computes its output with these values.
+Data-dependent initialization (paper, section 3) hooks in here and nowhere else. While
+`initializing(callback)` is active, each feed-forward layer passes t = x . v / ||v||, with the units
+on the last axis, to callback(layer, t) before it computes its output. The callback sets g with
+layer.weight.set_g(g), layer.b unless it is None, and layer.initialized. The layer then computes its
+output with the new values.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tfwn.initializers import initial_value, snake_case
 from tfwn.weight import Weight, WeightOptions, check_weight_options
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # A dependency of TensorFlow's.
+    from typing_extensions import Unpack  # Installed with TensorFlow.
 
-# One lock for all layers, so that a layer can be copied and pickled. Reentrant: layers nest.
+# Shared, because a layer with its own lock could not be copied. Reentrant, because layers nest.
 _lock = threading.RLock()
 _callback: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
     "tfwn_initialization", default=None
@@ -35,7 +35,7 @@ _callback: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
 
 
 class LayerOptions(WeightOptions, total=False):
-    """The keyword arguments that Dense and the convolutions have in common, see `tfwn.Dense`."""
+    """Keyword arguments common to Dense and the convolutions; see `tfwn.Dense`."""
 
     kernel_initializer: Any
     bias_initializer: Any
@@ -45,7 +45,7 @@ class LayerOptions(WeightOptions, total=False):
 
 @contextlib.contextmanager
 def initializing(callback):
-    """While active in this thread, feed-forward layers call callback(layer, t); see above."""
+    """While active, feed-forward layers in this thread call callback(layer, t); see above."""
     token = _callback.set(callback)
     try:
         yield
@@ -54,37 +54,37 @@ def initializing(callback):
 
 
 def is_initializing() -> bool:
-    """Whether a data-dependent initialization is running in this thread."""
+    """Returns whether data-dependent initialization is running in this thread."""
     return _callback.get() is not None
 
 
 def initialize(layer, t) -> None:
-    """Passes layer and t to the initialization that is running in this thread."""
+    """Passes layer and t to the initialization running in this thread, if any."""
     if callback := _callback.get():
         callback(layer, t)
 
 
 def refuse_initialization(layer) -> None:
-    """Raises an error if an initialization reaches `layer`, which it cannot set."""
+    """Raises RuntimeError if data-dependent initialization is running; it cannot set `layer`."""
     if is_initializing():
         raise RuntimeError(
             f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}. It "
             "is not for recurrent layers (paper, section 3) or embeddings: initialize only the "
-            "feed-forward part of the model, with the output of this layer as its batch"
+            "feed-forward part of the model, using the output of this layer as the batch"
         )
 
 
 class Layer(tf.Module):
-    """A module that makes its variables once, in `_initialize`, when it first sees an input."""
+    """A module that creates its variables in `_initialize`, when it receives its first input."""
 
     def __init__(self, name=None):
         super().__init__(name=name or snake_case(type(self).__name__))
         self._built = False
 
     def build(self, input_shape) -> None:
-        """Makes the variables for inputs of this shape; does nothing if they exist.
+        """Creates the variables for inputs of this shape; does nothing if they exist.
 
-        Calling the layer does this too. It is safe in several threads and inside a tf.function.
+        Calling the layer also builds it. Safe in several threads and inside a tf.function.
         """
         if self._built:
             return
@@ -99,33 +99,33 @@ class Layer(tf.Module):
         raise NotImplementedError
 
     def _warn_in_keras(self) -> None:
-        # Keras has no public way to ask, and is not imported for this.
+        # Keras has no public interface for this. Looking in sys.modules avoids importing it.
         state = sys.modules.get("keras.src.backend.common.global_state")
         if state and state.get_global_attribute("current_call_ctx"):
             warnings.warn(
-                f"{self.name!r} makes its variables in the call of a Keras layer or model. Keras "
-                "neither trains nor saves the variables of a tf.Module: use Keras' layers in "
-                "tfwn.keras.WeightNormalization there",
-                stacklevel=5,  # The caller of a feed-forward layer.
+                f"{self.name!r} creates its variables in the call of a Keras layer or model. Keras "
+                "neither trains nor saves the variables of a tf.Module: use a Keras layer in "
+                "tfwn.keras.WeightNormalization instead",
+                stacklevel=5,  # Points to the caller of a feed-forward layer.
             )
 
 
 def check_positive(name: str, value) -> int:
-    """Returns `value` as an int if it is a positive integer."""
+    """Returns `value` as an int; raises ValueError unless it is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
 
 
 class FeedForward(Layer):
-    """act(x . w + b): what Dense and the convolutions share. Subclasses define shapes and x . w.
+    """Base of Dense and the convolutions: act(x . w + b). Subclasses define the shapes and x . w.
 
-    A subclass sets `_rank` (the rank of the inputs; 0 means at least 2), and implements
+    A subclass sets `_rank` (the rank of the inputs; 0 means at least 2) and implements
     `_weight_shape` and `_linear`. `data_format` is "channels_last" unless the subclass changes it.
     """
 
-    # The mark `initialized` is saved with the layer, but is none of its numbers: averages, noise
-    # and norms over `variables` must not see it.
+    # `initialized` is saved with the layer but is not in `variables`, because averages, noise and
+    # norms over these must not include it.
     _TF_MODULE_IGNORED_PROPERTIES = frozenset(
         {"initialized", *tf.Module._TF_MODULE_IGNORED_PROPERTIES}
     )
@@ -155,8 +155,8 @@ class FeedForward(Layer):
         self.compute_dtype = self._weight_options["compute_dtype"]
         self._channels = None
         self.b = None
-        # Whether data-dependent initialization has set this layer. Made here and not with the other
-        # variables, so that a restored checkpoint sets it at once.
+        # Whether data-dependent initialization has set this layer. Created here rather than with
+        # the other variables, so that restoring a checkpoint sets it at once.
         with tf.init_scope(), self.name_scope:
             self.initialized = tf.Variable(False, trainable=False, name="initialized")
 
@@ -164,23 +164,23 @@ class FeedForward(Layer):
         """Returns act(x . w + b).
 
         Arguments:
-          inputs: x; cast to the layer's compute_dtype.
-          w: the effective weight if the caller has it already, as in a loop; default
+          inputs: x, cast to the layer's compute_dtype.
+          w: the effective weight, if the caller has already computed it, as in a loop. Default:
             `self.weight()`.
         """
         outputs = self.pre_activation(inputs, w)
         return outputs if self.activation is None else self.activation(outputs)
 
     def pre_activation(self, inputs, w=None) -> tf.Tensor:
-        """Returns x . w + b; the arguments are those of the call."""
+        """Returns x . w + b, without the activation; same arguments as calling the layer."""
         x = tf.cast(inputs, self.compute_dtype)
         self._check_rank(x.shape)
         self.build(x.shape)
         self._check_channels(x.shape)
         first = self.data_format == "channels_first"
         if first:
-            # TensorFlow's CPU kernels support channels_last only; on a GPU Grappler and XLA remove
-            # the transposes that are not needed.
+            # TensorFlow's CPU kernels support channels_last only. On a GPU, Grappler and XLA remove
+            # unneeded transposes.
             x = tf.transpose(x, [0, *range(2, self._rank), 1])
         if is_initializing():
             initialize(self, self._linear(x, self.weight.direction()))
@@ -201,7 +201,7 @@ class FeedForward(Layer):
             raise ValueError(
                 f"inputs of {self.name!r} must have a known number of channels (the "
                 f"{'second' if self.data_format == 'channels_first' else 'last'} axis) when the "
-                f"layer makes its variables, got shape {input_shape}: set it with tf.ensure_shape"
+                f"layer creates its variables, got shape {input_shape}: set it with tf.ensure_shape"
             )
         self.weight = Weight(
             self._weight_shape(channels),
@@ -227,8 +227,8 @@ class FeedForward(Layer):
         channels = shape[1 if self.data_format == "channels_first" else -1]
         if channels is not None and channels != self._channels:
             raise ValueError(
-                f"inputs of {self.name!r} must have {self._channels} channels, the number with "
-                f"which the layer was built, got {channels} in shape {shape}"
+                f"inputs of {self.name!r} must have {self._channels} channels, as when the layer "
+                f"was built, got {channels} in shape {shape}"
             )
 
     def _weight_shape(self, channels: int) -> list[int]:

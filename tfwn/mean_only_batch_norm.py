@@ -10,24 +10,27 @@ from tfwn.weight import check_axis, check_float
 class MeanOnlyBatchNormalization(Layer):
     """Mean-only batch normalization: t - mu[t] + b (paper, section 4, eq. 7).
 
-    Use it after a weight-normalized layer WITHOUT a bias; the bias b is here. mu[t] is the mean
-    over the batch and all axes except `axis`. Gradients flow through it, which centers them
-    (eq. 8). At test time a running mean replaces mu[t]. Data-dependent initialization sets the g of
-    the layer before, and changes neither b nor the running mean.
+    Use it after a weight-normalized layer WITHOUT a bias, because it adds the bias b itself. mu[t]
+    is the mean over the batch and all axes except `axis`. Gradients flow through mu[t], which
+    centers them (eq. 8). At test time, a running mean replaces mu[t]. Data-dependent initialization
+    sets g of the preceding layer and changes neither b nor the running mean.
 
     Arguments:
-      axis: of the features; -1, or 1 for "channels_first".
-      momentum: m <- momentum * m + (1 - momentum) * mu[t] at each call in training.
-      bias_initializer: of b.
-      synchronized: whether mu[t] is over the batches of all replicas of a tf.distribute strategy.
-      dtype: of b and the running mean.
-      compute_dtype: of the outputs; default `dtype`. mu[t] is computed in at least float32.
-      name: of the layer.
+      axis: axis of the features: -1, or 1 for "channels_first".
+      momentum: momentum of the running mean m. Each training call sets m to
+        momentum * m + (1 - momentum) * mu[t].
+      bias_initializer: initializer of b.
+      synchronized: whether mu[t] is the mean over all replicas of a tf.distribute strategy.
+      dtype: dtype of b and the running mean.
+      compute_dtype: dtype of the outputs. Default: `dtype`. mu[t] is computed in at least float32.
+      name: name of the layer.
 
     Raises:
-      ValueError: invalid options; an unknown rank or number of features.
+      ValueError: if an option is invalid, or the rank or number of features is unknown.
+      RuntimeError: if `synchronized` is set and a training call is not made in a replica.
 
-    Variables: b [features] and moving_mean [features], which starts at 0.
+    Outputs have the shape of the inputs, in compute_dtype. The variables are b [features] and
+    moving_mean [features], which is initialized to 0.
 
     >>> layer = tfwn.MeanOnlyBatchNormalization()
     >>> print(layer(tf.constant([[1.0], [3.0]]), training=True).numpy().ravel())
@@ -76,9 +79,9 @@ class MeanOnlyBatchNormalization(Layer):
         return self._center(t, tf.convert_to_tensor(self.b), mean, axis)
 
     def _center(self, t, b, mean, axis):
-        """Returns t - mean + b. Its gradient for t is eq. 8, which includes the part through mean.
+        """Returns t - mean + b. The gradient for t is eq. 8, which includes the path through mean.
 
-        Automatic differentiation would broadcast that part to the size of t before it adds it.
+        Automatic differentiation would first broadcast this path's gradient to the size of t.
         """
 
         @tf.custom_gradient
@@ -93,15 +96,15 @@ class MeanOnlyBatchNormalization(Layer):
         return center(t, b, mean)
 
     def _mean(self, total, t):
-        """Returns the mean of t from its sum, over all replicas if `synchronized`."""
+        """Returns the mean of t from its sum `total`, over all replicas if `synchronized`."""
         count = tf.cast(tf.size(t) / tf.size(total), total.dtype)
         if self.synchronized:
             replica = tf.distribute.get_replica_context()
-            # An initialization without replicas has the whole batch.
+            # Outside of replicas, data-dependent initialization receives the whole batch.
             if replica is None and not is_initializing():
                 raise RuntimeError(
                     f"{self.name!r} with synchronized=True must be called in a replica, as in "
-                    "strategy.run(step), got a call across replicas"
+                    "strategy.run(step), but was called in a cross-replica context"
                 )
             if replica is not None:
                 total, count = replica.all_reduce(tf.distribute.ReduceOp.SUM, [total, count])
@@ -122,7 +125,7 @@ class MeanOnlyBatchNormalization(Layer):
             tf.zeros([features], self.dtype),
             trainable=False,
             name="moving_mean",
-            # Each replica has its own; a read across replicas, as for a checkpoint, averages them.
+            # Each replica has its own; reading across replicas, as for a checkpoint, averages them.
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.MEAN,
         )
@@ -132,12 +135,12 @@ def _sum(t, axis):
     """Returns the sum over all axes except `axis`, in at least float32."""
     t = tf.cast(t, tf.float64 if t.dtype == tf.float64 else tf.float32)
     others = [a for a in range(t.shape.rank) if a != axis]
-    # On a CPU two steps are twice as fast as one, with a tenth of the error.
+    # On a CPU, two steps are twice as fast as one and have a tenth of the error.
     return tf.reduce_sum(tf.reduce_sum(t, others[1:], keepdims=True), others)
 
 
 def _along(axis, x, t):
-    """Returns x, one number per feature, in t's type and a shape that broadcasts to t."""
+    """Returns x [features] in t's dtype and in a shape that broadcasts to t."""
     shape = [1] * t.shape.rank
     shape[axis] = -1
     return tf.cast(tf.reshape(x, shape), t.dtype)

@@ -1,4 +1,4 @@
-"""The parts of a model: tf.Modules, Keras layers, random generators, and their variables."""
+"""Finds a model's submodules (tf.Modules, Keras layers, random generators) and variables."""
 
 import sys
 from collections.abc import Iterator
@@ -8,33 +8,33 @@ import tensorflow as tf
 
 
 def is_keras_layer(value) -> bool:
-    """Whether `value` is a layer or model of Keras 3, which is not imported for this."""
+    """Returns whether `value` is a Keras 3 layer or model, without importing Keras."""
     keras = sys.modules.get("keras")
     return keras is not None and isinstance(value, keras.layers.Layer)
 
 
 def refuse_keras_2(model) -> None:
-    """Raises an error for layers and models of Keras 2, which are tf.Modules of their own kind."""
+    """Raises TypeError for Keras 2 layers and models, which are tf.Modules but not supported."""
     keras_2 = sys.modules.get("tf_keras")
     layers = [m for m in submodules(model) if keras_2 and isinstance(m, keras_2.layers.Layer)]
     if layers:
         raise TypeError(
             f"{layers[0].name!r} is a {type(layers[0]).__name__} of Keras 2 (tf_keras), which tfwn "
-            "cannot normalize: make the model with Keras 3 (import keras, without "
-            "TF_USE_LEGACY_KERAS), or with tfwn's own layers, which layers and models of Keras 2 "
-            "can have as attributes"
+            "cannot normalize: create the model with Keras 3 (import keras, without "
+            "TF_USE_LEGACY_KERAS), or use tfwn's own layers, which may be attributes of Keras 2 "
+            "layers and models"
         )
 
 
 def attributes(module) -> Iterator[tuple[str, Any]]:
-    """Yields the attributes that `module` itself set, without those that TensorFlow added."""
+    """Yields (name, value) of the module's attributes, without those that TensorFlow adds."""
     for name, value in list(vars(module).items()):
         if not name.startswith("_self_"):
             yield name, value
 
 
 def submodules(root) -> list:
-    """Returns `root` and the tf.Modules, Keras layers and generators in it; lists and dicts too."""
+    """Returns the tf.Modules, Keras layers and generators in `root`, which may be one itself."""
     found: dict[int, Any] = {}
     stack = [root]
     while stack:
@@ -57,7 +57,7 @@ def submodules(root) -> list:
 
 
 def variables(root) -> list[tf.Variable]:
-    """Returns all variables in `root`; those of Keras as the tf.Variables that they hold."""
+    """Returns all variables in `root`; Keras variables are returned as their tf.Variables."""
     found = {}
     for module in submodules(root):
         generator = isinstance(module, tf.random.Generator)

@@ -1,4 +1,4 @@
-"""What stands for a variable w = g * v / ||v||, and is used as one."""
+"""Stand-ins for a variable w that is computed as g * v / ||v||."""
 
 import tensorflow as tf
 
@@ -7,11 +7,12 @@ from tfwn.weight import check_axis, check_mask, directed, in_scope_of, masked, n
 
 
 class Normalized:
-    """w = g * v / ||v|| (paper, eq. 2), used as a variable; v is multiplied by `mask` before.
+    """Acts as a variable w = g * v / ||v|| (paper, eq. 2), where `mask` first multiplies v.
 
-    TensorFlow converts it to the tensor w. A tf.function that has it as an argument gets this
-    tensor. What a tf.Variable can do and this cannot, such as an update of single rows, raises an
-    AttributeError that says so. It is not a tf.Variable for isinstance and tf.is_tensor.
+    TensorFlow converts it to the tensor w. A tf.function called with it receives this tensor.
+    Methods of a tf.Variable that it does not support, such as updates of single rows, raise an
+    AttributeError that says so. It is neither an instance of tf.Variable nor a tensor for
+    tf.is_tensor.
     """
 
     def __init__(self, v, g, axis: tuple[int, ...], mask=None):
@@ -21,7 +22,7 @@ class Normalized:
         self.mask = mask
 
     def w(self, dtype=None) -> tf.Tensor:
-        """Returns w, of type `dtype`, by default v's."""
+        """Returns w in `dtype`, by default that of v."""
         return weight_norm(masked(self.v, self.mask), self.g, self.axis, out_dtype=dtype)
 
     def value(self) -> tf.Tensor:
@@ -55,7 +56,7 @@ class Normalized:
         return self.assign(self.w() - delta, read_value=read_value)
 
     def sparse_read(self, indices, name=None) -> tf.Tensor:
-        """Returns the rows of w at `indices`; with axis 0 only these are normalized."""
+        """Returns the rows of w at `indices`; with axis=0 and no mask, normalizes only these."""
         if self.axis != (0,) or self.mask is not None:
             return tf.gather(self.w(), indices, name=name)
         flat = tf.reshape(indices, [-1])
@@ -77,7 +78,7 @@ class Normalized:
     def numpy(self):
         """Returns w as an array."""
         if not tf.executing_eagerly():
-            # Where TensorFlow tries __array__ first, as tf.stack does, it expects this error.
+            # TensorFlow expects this error where it tries __array__ first, as tf.stack does.
             raise NotImplementedError("numpy() is only available in eager execution")
         return self.w().numpy()
 
@@ -99,10 +100,10 @@ class Normalized:
     def __repr__(self):
         return (
             f"<tfwn.{type(self).__name__} {self.name!r} shape={tuple(self.shape)} "
-            f"dtype={tf.as_dtype(self.dtype).name} axis={self.axis}, whose variables are .v and .g>"
+            f"dtype={tf.as_dtype(self.dtype).name} axis={self.axis}, with variables .v and .g>"
         )
 
-    # By identity, unlike ==, which compares elements.
+    # Hashes by identity, although == compares elements.
     __hash__ = object.__hash__
 
     def __getattr__(self, name):
@@ -131,15 +132,15 @@ for _name in tf.Tensor.OVERLOADABLE_OPERATORS | {"__bool__", "__int__", "__float
 
 _ONLY_OF_VARIABLES = {
     *(name for name in dir(tf.Variable) if not name.startswith("_")),
-    *("_unique_id", "_id", "handle", "is_initialized"),  # "_id" is what a GradientTape asks for.
+    *("_unique_id", "_id", "handle", "is_initialized"),  # A GradientTape reads "_id".
 } - set(dir(Normalized))
 
 
 class NormalizedVariable(Normalized, tf.Module):
-    """What `reparameterize` puts in the place of a variable of a tf.Module; see `Normalized`.
+    """The object with which `reparameterize` replaces a tf.Module's variable; see `Normalized`.
 
     Arguments:
-      v: the variable; it is not changed. `assign_v_and_g` gives a direction to units that are zero.
+      v: the variable, which is not changed here. `assign_v_and_g` gives a direction to zero units.
       axis: the axis or axes that index the units.
       mask: fixed array that broadcasts to v, or None.
     """

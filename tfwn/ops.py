@@ -1,4 +1,4 @@
-"""The op: w = g * v / ||v|| (paper, eq. 2), its gradient (eq. 3) and its gradient's gradient."""
+"""The op w = g * v / ||v|| (paper, eq. 2), its gradient (eq. 3) and the gradient of eq. 3."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _TYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
 def _load_library(folder: pathlib.Path) -> types.ModuleType:
-    """Loads the compiled op, and with it the kernels for XLA if this TensorFlow can load them."""
+    """Loads the compiled op, and the XLA kernels if this TensorFlow can load them."""
     minor = ".".join(tf.__version__.split(".")[:2])
     rebuild = (
-        f"Install the wheel that has +tf{minor} in its name, or build for the TensorFlow you have, "
-        "in a checkout of the source: pip install --force-reinstall --no-deps ."
+        f"Install the wheel with +tf{minor} in its name, or build for your TensorFlow in a source "
+        "checkout: pip install --force-reinstall --no-deps ."
     )
     build_info = folder / "_build_info.json"
     if build_info.exists():
@@ -36,7 +36,7 @@ def _load_library(folder: pathlib.Path) -> types.ModuleType:
     if not path.exists():
         raise ImportError(
             f"tfwn's op is not compiled: there is no {path}. If tfwn is installed, start Python "
-            f"outside the checkout, whose tfwn/ comes first. Otherwise: {rebuild}"
+            f"outside the checkout, because inside it imports the sources. Otherwise: {rebuild}"
         )
     try:
         library = tf.load_op_library(str(path))
@@ -71,15 +71,15 @@ def weight_norm(
     out_dtype: tf.types.experimental.DTypeLike | None = None,
     name: str | None = None,
 ) -> tf.Tensor:
-    """Returns the weights w of direction v and length g.
+    """Returns weights w with direction v and length g.
 
         w = g * v / ||v||                                       (Salimans & Kingma 2016, eq. 2)
 
-    `axis` names the axes of v that index the output units; the norm runs over all the others, and
-    g has one element per unit. The gradient (eq. 3) is a fused kernel as well, and can itself be
-    differentiated any number of times. Neither has an epsilon: the result is the formula's for
-    every v, except that a unit with v = 0 gets w = 0 and zero gradients. In float32 norms may lie
-    anywhere from 1e-30 to 1e+30.
+    `axis` names the axes of v that index the output units. The norm is over all other axes, and g
+    has one element per unit. The gradient (eq. 3) is also a fused kernel and can itself be
+    differentiated any number of times. Neither adds an epsilon, so the result follows the formula
+    for every v, except that a unit with v = 0 gets w = 0 and zero gradients. In float32, norms may
+    range from 1e-30 to 1e+30.
 
     | weights                          | v               | `axis`   | g        |
     |----------------------------------|-----------------|----------|----------|
@@ -96,23 +96,23 @@ def weight_norm(
     array([[ 0.6,  0. ],
            [ 0.8, 10. ]], dtype=float32)
 
-    Args:
-      v: the direction, a tensor of any shape. float16, bfloat16, float32 or float64.
-      g: the length, of shape [v.shape[a] for a in axis]. Any of the same types, not necessarily
-        v's. Its gradient has its type.
+    Arguments:
+      v: the direction, a float16, bfloat16, float32 or float64 tensor of any shape.
+      g: the length, of shape [v.shape[a] for a in axis]. Any of these dtypes, not necessarily that
+        of v. Its gradient has the dtype of g.
       axis: an int, a sequence of ints, or None for one norm over the whole tensor. Negative axes
-        count from the end. Axes that are not consecutive and ascending cost a transpose.
-      out_dtype: the type of w, v's by default. Half precision weights come straight from float32
-        parameters this way, without a cast. Sums are in float32 at least, whatever the types.
+        count from the end. Axes that are not consecutive and ascending need a transpose.
+      out_dtype: the dtype of w. Default: that of v. Use it to compute half-precision weights from
+        float32 parameters without a cast. Sums are always accumulated in at least float32.
       name: a name for the operation.
 
     Returns:
-      w, of v's shape.
+      w, a tensor of v's shape in `out_dtype`.
 
     Raises:
-      tf.errors.InvalidArgumentError: `axis` does not name distinct axes of v, g does not have the
-        shape above, or a type is not supported. Raised while the graph is built as far as shapes
-        are known then, else when it runs.
+      tf.errors.InvalidArgumentError: if `axis` does not name distinct axes of v, g does not have
+        the shape above, or a dtype is not supported. In a tf.function, shapes that are known are
+        checked during tracing, all others when the graph runs.
     """
     with tf.name_scope(name or "weight_norm"):
         v = tf.convert_to_tensor(v, name="v")
@@ -135,7 +135,7 @@ def _as_dtype(dtype: tf.types.experimental.DTypeLike) -> tf.DType:
     try:
         return tf.as_dtype(dtype)
     except TypeError:
-        raise _invalid(f"out_dtype must be a type, but is {dtype!r}") from None
+        raise _invalid(f"out_dtype must be a dtype, but is {dtype!r}") from None
 
 
 def _as_list(axis: int | Sequence[int] | None) -> list[int]:
@@ -151,7 +151,7 @@ def _as_list(axis: int | Sequence[int] | None) -> list[int]:
 
 
 def _call(op, *inputs, **attributes):
-    """Calls an op of the library, with the same exception from its shape function as from it."""
+    """Calls an op of the library; errors of its shape function raise InvalidArgumentError too."""
     try:
         return op(*inputs, **attributes)
     except ValueError as error:
@@ -159,7 +159,7 @@ def _call(op, *inputs, **attributes):
 
 
 def _units_last(v: tf.Tensor, axis: list[int]) -> list[int] | tf.Tensor | None:
-    """Returns the transpose of v that puts its `axis` last, None if the op can do without."""
+    """Returns the permutation that moves `axis` of v last, or None if the op does not need it."""
     rank = v.shape.rank
     if rank is None:
         if all(b == a + 1 for a, b in itertools.pairwise(axis)) and 0 not in axis[1:]:
@@ -176,7 +176,7 @@ def _units_last(v: tf.Tensor, axis: list[int]) -> list[int] | tf.Tensor | None:
     kept = [a + rank if a < 0 else a for a in axis]
     consecutive = kept == list(range(kept[0], kept[0] + len(kept))) if kept else True
     valid = len(set(kept)) == len(kept) and set(kept) <= set(range(rank))
-    if consecutive or not valid:  # The op says what is wrong.
+    if consecutive or not valid:  # The op reports an invalid axis.
         return None
     return [a for a in range(rank) if a not in kept] + kept
 
@@ -213,20 +213,21 @@ def _backward(grad_w, v, g, norm, axis):
     return grad_v, grad_g
 
 
-# The norm is an output of the op only to save its gradient the work. As in TensorFlow's own fused
-# normalizations no gradient passes through it: the gradient's gradient is that of eq. 3 as a
-# function of grad_w, v and g alone, with the norm understood as v's.
+# The op outputs the norm only so that its gradient need not recompute it. As in TensorFlow's own
+# fused normalizations, no gradient flows through this output. The gradient of eq. 3 therefore
+# treats it as a function of grad_w, v and g alone, in which the norm depends on v.
 
 
 def _register(decorator):
-    """Applies a decorator that registers a function, also where this module is imported anew.
+    """Applies a decorator that registers a function, even if this module is imported again.
 
-    TensorFlow keeps the first function and refuses another: the first calls what is here now.
+    TensorFlow keeps the first function and rejects later ones, so the first one calls the function
+    that currently has its name in this module.
     """
 
     def register(function):
         name = function.__name__
-        with contextlib.suppress(KeyError, AssertionError):  # An earlier import registered it.
+        with contextlib.suppress(KeyError, AssertionError):  # Registered by an earlier import.
             decorator(lambda *arguments: getattr(sys.modules[__name__], name)(*arguments))
         return function
 
@@ -242,7 +243,7 @@ def _weight_norm_gradient(op, grad_w, _):
 
 @_register(tf.RegisterGradient("Tfwn>WeightNormGrad"))
 def _weight_norm_gradient_gradient(op, a, b):
-    """The gradient of sum(a * grad_v) + sum(b * grad_g), in plain TensorFlow.
+    """Computes the gradient of sum(a * grad_v) + sum(b * grad_g), in plain TensorFlow.
 
     With the unit vector u = v / ||v|| and p(x) = x - (u.x) u, eq. 3 reads grad_g = u.grad_w and
     grad_v = (g / ||v||) p(grad_w).
@@ -257,14 +258,15 @@ def _weight_norm_gradient_gradient(op, a, b):
     def dot(x, y):
         return tf.reduce_sum(x * y, [0, 2], keepdims=True)
 
-    # Divided by their largest element, no v has squares that underflow or overflow.
+    # Dividing by the largest element keeps the squares from underflowing or overflowing.
     largest = tf.stop_gradient(tf.reduce_max(tf.abs(v_), [0, 2], keepdims=True))
     zero, one = tf.zeros([], wide), tf.ones([], wide)
     largest = tf.where(largest > 0, largest, one)
     u = v_ / largest
     square = dot(u, u)
-    # An element alone in its unit has to cancel. Multiplied by 1 / length, it would not: rsqrt and
-    # the reciprocal are approximate, and graphs make the one of a division by sqrt itself.
+    # In a unit with a single element, the terms must cancel exactly. They would not if u were
+    # multiplied by 1 / length, because the reciprocal is approximate. So is rsqrt, which graph
+    # optimizers substitute for a division by a plain sqrt.
     length = tf.where(square == 0, one, tf.sqrt(tf.where(square == 0, one, square)))
     u /= length
     inverse = tf.where(square == 0, zero, 1 / length) / largest
@@ -285,7 +287,7 @@ def _weight_norm_gradient_gradient(op, a, b):
 
 
 def _layout(v: tf.Tensor, axis: list[int]) -> tf.Tensor:
-    """Returns [outer, units, inner], to which the shape of v collapses for consecutive axes."""
+    """Returns [outer, units, inner], the collapsed shape of v; `axis` must be consecutive."""
     shape = tf.shape(v, out_type=tf.int64)
     first = axis[0] if axis else 0
     parts = shape[:first], shape[first:][: len(axis)], shape[first:][len(axis) :]
@@ -293,9 +295,9 @@ def _layout(v: tf.Tensor, axis: list[int]) -> tf.Tensor:
 
 
 def _vectorization(op_type: str):
-    """Returns a decorator for how tf.vectorized_map and tf.GradientTape.jacobian batch an op.
+    """Returns a decorator that defines how tf.vectorized_map and GradientTape.jacobian batch an op.
 
-    They would loop otherwise. TensorFlow has no public interface for it.
+    They would loop over it otherwise. TensorFlow has no public interface for this.
     """
     try:
         from tensorflow.python.ops.parallel_for import pfor
@@ -306,7 +308,7 @@ def _vectorization(op_type: str):
 
 
 def _batched(converter, function, *options):
-    """Calls function(*inputs, axis, *options) on the stacked inputs, and wraps what it returns."""
+    """Calls function(*inputs, axis, *options) on the stacked inputs and wraps its results."""
     from tensorflow.python.ops.parallel_for.pfor import wrap
 
     converter.stack_inputs()

@@ -1,4 +1,4 @@
-"""Recurrent layers: a cell in the loop over time."""
+"""Recurrent layers: a cell in a loop over time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LoopOptions(TypedDict, total=False):
-    """The keyword arguments of `tfwn.RNN`, which all recurrent layers have."""
+    """Keyword arguments of `tfwn.RNN`, common to all recurrent layers."""
 
     return_sequences: bool
     return_state: bool
@@ -24,11 +24,11 @@ class LoopOptions(TypedDict, total=False):
 
 
 class SimpleRNNOptions(RecurrentOptions, LoopOptions, total=False):
-    """The keyword arguments of `tfwn.SimpleRNN`: see `tfwn.SimpleRNNCell` and `tfwn.RNN`."""
+    """Keyword arguments of `tfwn.SimpleRNN`; see `tfwn.SimpleRNNCell` and `tfwn.RNN`."""
 
 
 class LSTMOptions(SimpleRNNOptions, total=False):
-    """The keyword arguments of `tfwn.LSTM`: see `tfwn.LSTMCell` and `tfwn.RNN`."""
+    """Keyword arguments of `tfwn.LSTM`; see `tfwn.LSTMCell` and `tfwn.RNN`."""
 
     unit_forget_bias: bool
     peepholes: bool
@@ -36,36 +36,36 @@ class LSTMOptions(SimpleRNNOptions, total=False):
 
 
 class GRUOptions(SimpleRNNOptions, total=False):
-    """The keyword arguments of `tfwn.GRU`: see `tfwn.GRUCell` and `tfwn.RNN`."""
+    """Keyword arguments of `tfwn.GRU`; see `tfwn.GRUCell` and `tfwn.RNN`."""
 
     reset_after: bool
 
 
 def _split(options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the options of the cell, and those of the loop."""
+    """Splits the options into those of the cell and those of the loop."""
     loop = {name: options.pop(name) for name in LoopOptions.__annotations__ if name in options}
     return options, loop
 
 
 class RNN(Layer):
-    """Runs a cell over time: h_t = cell(x_t, h_{t-1}); w (eq. 2) is computed once, before the loop.
+    """Runs a cell over time, h_t = cell(x_t, h_{t-1}), computing w (eq. 2) once before the loop.
 
     Arguments:
       cell: a `tfwn.SimpleRNNCell`, `tfwn.LSTMCell` or `tfwn.GRUCell`.
-      return_sequences: whether to return the outputs of all times, or only the last one.
-      return_state: whether to return the last states as well.
-      go_backwards: whether to run from the last time to the first; outputs have that order.
-      unroll: whether to make a graph of all steps instead of a loop. For few steps, whose number
-        must be known. A folded layer then converts to TensorFlow Lite.
-      name: of the layer.
+      return_sequences: whether to return the outputs of all time steps instead of only the last.
+      return_state: whether to return the final states as well.
+      go_backwards: whether to process the sequence in reverse; the outputs then have this order.
+      unroll: whether to build a graph of all steps instead of a loop. Suitable for few steps; their
+        number must be known. A folded layer then converts to TensorFlow Lite.
+      name: name of the layer.
 
     Raises:
-      ValueError: another kind of cell; inputs whose rank is not 3; unroll with an unknown number of
-        steps; a mask of another shape; a wrong number of states.
-      RuntimeError: data-dependent initialization reached the layer.
+      ValueError: if the cell is of another type, the inputs do not have rank 3, `unroll` is set and
+        the number of steps is unknown, or the mask's shape or the number of states is wrong.
+      RuntimeError: if data-dependent initialization reaches the layer.
 
-    Inputs are [batch, time, in]; outputs are [batch, units], or [batch, time, units] with
-    return_sequences, in the cell's compute_dtype.
+    Inputs have shape [batch, time, in]. Outputs have shape [batch, units], or [batch, time, units]
+    with return_sequences, in the cell's compute_dtype.
 
     >>> layer = tfwn.RNN(tfwn.GRUCell(4), return_sequences=True, return_state=True)
     >>> output, h = layer(tf.ones([8, 5, 3]))
@@ -96,13 +96,13 @@ class RNN(Layer):
         self.unroll = unroll
 
     def __call__(self, sequences, initial_state=None, mask=None):
-        """Returns the output, or with return_state the tuple of the output and the last states.
+        """Returns the output or, with return_state, a tuple of the output and the final states.
 
         Arguments:
-          sequences: x, [batch, time, in].
-          initial_state: list of [batch, units], one for each of the cell's states; default zeros.
-          mask: [batch, time], False or 0 for steps to skip: the states stay as they are, and the
-            output is that of the previous step (0 before the first).
+          sequences: x [batch, time, in], cast to the cell's compute_dtype.
+          initial_state: list of [batch, units], one for each of the cell's states. Default: zeros.
+          mask: [batch, time], False or 0 for steps to skip. A skipped step leaves the states
+            unchanged and repeats the output of the previous step (0 before the first).
         """
         refuse_initialization(self)
         cell = self.cell
@@ -110,7 +110,10 @@ class RNN(Layer):
         if x.shape.rank != 3:
             raise ValueError(f"inputs of {self.name!r} must have rank 3, got shape {x.shape}")
         if self.unroll and x.shape[1] is None:
-            raise ValueError(f"unroll=True needs a known number of steps, got shape {x.shape}")
+            raise ValueError(
+                f"unroll=True needs a known number of steps, got shape {x.shape}: set it with "
+                "tf.ensure_shape"
+            )
         self.build(x.shape)
         batch, steps = (n if n is not None else tf.shape(x)[i] for i, n in enumerate(x.shape[:2]))
         zeros = cell.get_initial_state(batch)
@@ -132,13 +135,13 @@ class RNN(Layer):
         run = self._unrolled if self.unroll and steps else self._loop
         output, states = run(step, steps, projected, masks, zeros[0], states)
         if self.return_sequences:
-            # The shape of a stack of no steps is not known otherwise.
+            # Without the reshape, a stack of no steps would have an unknown shape.
             output = tf.transpose(tf.reshape(output, [steps, batch, cell.units]), [1, 0, 2])
         output = tf.ensure_shape(output, [*x.shape[: output.shape.rank - 1], cell.units])
         return (output, *states) if self.return_state else output
 
     def _unrolled(self, step, steps, projected, masks, output, states):
-        """Returns the outputs, time first, or the last one, and the last states."""
+        """Returns the outputs (time-major) or only the last one, and the final states."""
         outputs = []
         all_masks = [None] * steps if masks is None else tf.unstack(masks, steps)
         for projected_t, mask in zip(tf.unstack(projected, steps), all_masks, strict=True):
@@ -147,7 +150,7 @@ class RNN(Layer):
         return tf.stack(outputs) if self.return_sequences else output, states
 
     def _loop(self, step, steps, projected, masks, output, states):
-        """As `_unrolled`."""
+        """Like `_unrolled`, but with a tf.while_loop."""
         by_time = _array(projected, steps)
         masks_by_time = None if masks is None else _array(masks, steps)
         units = output.shape[-1]
@@ -193,14 +196,14 @@ def _array(values, steps) -> tf.TensorArray:
 
 
 class SimpleRNN(RNN):
-    """Simple recurrent net over time: `tfwn.SimpleRNNCell` (eq. 2) in `tfwn.RNN`.
+    """Simple recurrent layer: runs a `tfwn.SimpleRNNCell` (eq. 2) over time in a `tfwn.RNN`.
 
     Arguments:
       units, activation, use_bias, options: see `tfwn.SimpleRNNCell`.
       return_sequences, return_state, go_backwards, unroll, name: see `tfwn.RNN`.
 
     Raises:
-      ValueError, RuntimeError: see both.
+      ValueError, RuntimeError: as for `tfwn.SimpleRNNCell` and `tfwn.RNN`.
 
     >>> tfwn.SimpleRNN(4)(tf.ones([8, 5, 3])).shape
     TensorShape([8, 4])
@@ -219,7 +222,7 @@ class SimpleRNN(RNN):
 
 
 class LSTM(RNN):
-    """Long short-term memory over time: `tfwn.LSTMCell` (eq. 2) in `tfwn.RNN`.
+    """Long short-term memory: runs a `tfwn.LSTMCell` (eq. 2) over time in a `tfwn.RNN`.
 
     Arguments:
       units, activation, recurrent_activation, use_bias, unit_forget_bias, peepholes,
@@ -227,7 +230,7 @@ class LSTM(RNN):
       return_sequences, return_state, go_backwards, unroll, name: see `tfwn.RNN`.
 
     Raises:
-      ValueError, RuntimeError: see both.
+      ValueError, RuntimeError: as for `tfwn.LSTMCell` and `tfwn.RNN`.
 
     >>> layer = tfwn.LSTM(4, return_sequences=True)
     >>> ids = tf.constant([[3, 1, 0, 0]])
@@ -249,14 +252,14 @@ class LSTM(RNN):
 
 
 class GRU(RNN):
-    """Gated recurrent unit over time: `tfwn.GRUCell` (eq. 2) in `tfwn.RNN`.
+    """Gated recurrent unit: runs a `tfwn.GRUCell` (eq. 2) over time in a `tfwn.RNN`.
 
     Arguments:
       units, activation, recurrent_activation, use_bias, reset_after, options: see `tfwn.GRUCell`.
       return_sequences, return_state, go_backwards, unroll, name: see `tfwn.RNN`.
 
     Raises:
-      ValueError, RuntimeError: see both.
+      ValueError, RuntimeError: as for `tfwn.GRUCell` and `tfwn.RNN`.
 
     >>> output, h = tfwn.GRU(4, return_state=True)(tf.ones([8, 5, 3]))
     >>> output.shape, h.shape

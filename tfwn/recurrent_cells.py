@@ -1,4 +1,4 @@
-"""One step of recurrent layers: the cells SimpleRNN, LSTM and GRU."""
+"""Recurrent cells: one time step of SimpleRNN, LSTM and GRU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RecurrentOptions(WeightOptions, total=False):
-    """The keyword arguments that all recurrent layers have in common, see `tfwn.SimpleRNNCell`."""
+    """Keyword arguments common to all recurrent layers; see `tfwn.SimpleRNNCell`."""
 
     kernel_initializer: Any
     recurrent_initializer: Any
@@ -24,16 +24,16 @@ class RecurrentOptions(WeightOptions, total=False):
 
 
 class CellOptions(RecurrentOptions, total=False):
-    """The keyword arguments that all cells have in common, see `tfwn.SimpleRNNCell`."""
+    """Keyword arguments common to all cells; see `tfwn.SimpleRNNCell`."""
 
     name: str | None
 
 
 class Cell(Layer):
-    """What the cells share: a kernel for the input, one for the state, one step of time.
+    """Base of the cells: an input kernel, a recurrent kernel and one time step.
 
-    A step has two parts: `project`, x . w + b, which needs no state, so that it runs for all times
-    at once, and `step`, the rest. Both take the effective weights as an argument, which are
+    A time step has two parts. `project` computes x . w + b, which needs no state and therefore runs
+    for all time steps at once. `step` computes the rest. Both take the effective weights, which are
     computed once per call, outside the loop.
     """
 
@@ -65,12 +65,13 @@ class Cell(Layer):
         self.b = None
 
     def __call__(self, inputs, states, weights=None) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Returns the output [batch, units] and the new states after one time step.
+        """Returns the output [batch, units] and the list of new states after one time step.
 
         Arguments:
-          inputs: [batch, in].
+          inputs: x [batch, in], cast to the cell's compute_dtype.
           states: list of [batch, units], from `get_initial_state` or the previous step.
-          weights: `self.effective_weights()`, if the caller has it already, as in a loop.
+          weights: the effective weights, if the caller has already computed them, as in a loop.
+            Default: `self.effective_weights()`.
         """
         refuse_initialization(self)
         x = tf.cast(inputs, self.compute_dtype)
@@ -80,15 +81,15 @@ class Cell(Layer):
         return self.step(self.project(x, weights), states, weights)
 
     def effective_weights(self) -> list[tf.Tensor]:
-        """Returns the w of the input and the w of the state."""
+        """Returns w of the input kernel and w of the recurrent kernel."""
         return [self.weight(), self.recurrent_weight()]
 
     def get_initial_state(self, batch_size) -> list[tf.Tensor]:
-        """Returns zeros, one [batch_size, units] per state."""
+        """Returns a list of zeros [batch_size, units], one for each state."""
         return [tf.zeros([batch_size, self.units], self.compute_dtype)] * self._state_count
 
     def check_states(self, states) -> list[tf.Tensor]:
-        """Returns the states as a list of tensors in compute_dtype; checks their number."""
+        """Returns the states as a list in compute_dtype; raises ValueError for a wrong number."""
         states = list(states) if isinstance(states, list | tuple) else [states]
         if len(states) != self._state_count:
             raise ValueError(
@@ -103,15 +104,15 @@ class Cell(Layer):
         return projected + self._input_bias() if self.use_bias else projected
 
     def step(self, projected, states, weights) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Returns the output and the new states; `projected` is what `project` returned."""
+        """Returns the output and the new states; `projected` is the result of `project`."""
         raise NotImplementedError
 
     def _initialize(self, input_shape):
         features = None if input_shape.rank is None else input_shape[-1]
         if features is None:
             raise ValueError(
-                f"inputs of {self.name!r} must have a known last axis, got shape {input_shape}: "
-                "set it with tf.ensure_shape"
+                f"inputs of {self.name!r} must have a last axis of known size, got shape "
+                f"{input_shape}: set it with tf.ensure_shape"
             )
         size = self._gates * self.units
         self.weight = Weight(
@@ -134,27 +135,30 @@ class Cell(Layer):
 
 
 class SimpleRNNCell(Cell):
-    """One step of a simple recurrent net: h' = act(x . w + h . u + b), with eq. 2 for w and u.
+    """One step of a simple recurrent network: h' = act(x . w + h . u + b), with eq. 2 for w and u.
 
-    Names and defaults are Keras', initializers included, because data-dependent initialization is
-    not for recurrent layers (paper, section 3). The variables are weight.v [in, units],
-    weight.g [units], recurrent_weight.v [units, units], recurrent_weight.g [units] and b [units].
+    Argument names and defaults, including the initializers, are those of Keras, because
+    data-dependent initialization is not for recurrent layers (paper, section 3). The variables are
+    weight.v [in, units], weight.g [units], recurrent_weight.v [units, units],
+    recurrent_weight.g [units] and b [units].
 
     Arguments:
-      units: size of the state and the output.
+      units: size of the state and of the output.
       activation: a callable, a Keras name, or None.
       use_bias: whether to add b.
-      kernel_initializer, recurrent_initializer: of the two v, see `tfwn.Weight`.
-      bias_initializer: of b.
-      name: of the cell.
-      weight_options: parameterization, exponential_g, g_initializer, dtype, compute_dtype, see
+      kernel_initializer, recurrent_initializer: initializers of the two v; see `tfwn.Weight`.
+      bias_initializer: initializer of b.
+      name: name of the cell.
+      weight_options: parameterization, exponential_g, g_initializer, dtype and compute_dtype, see
         `tfwn.Weight`.
 
     Raises:
-      ValueError: invalid options; inputs whose last axis is unknown; a wrong number of states.
-      RuntimeError: data-dependent initialization reached the layer.
+      ValueError: if an option is invalid, the size of the inputs' last axis is unknown, or the
+        number of states is wrong.
+      RuntimeError: if data-dependent initialization reaches the cell.
 
-    Inputs are [batch, in]; the output and the one state are [batch, units].
+    Inputs have shape [batch, in]. The output and the only state have shape [batch, units], in
+    compute_dtype.
 
     >>> cell = tfwn.SimpleRNNCell(4)
     >>> output, states = cell(tf.ones([8, 3]), cell.get_initial_state(8))
@@ -174,25 +178,26 @@ class LSTMCell(Cell):
     """One step of a long short-term memory, with eq. 2 for both matrices and one g per column.
 
     i, f, a, o = split(x . w + h . u + b); c' = s(f) c + s(i) act(a); h' = s(o) act(c'), where s is
-    the recurrent activation. With `peepholes`, which are diagonal, p_i c is added to i, p_f c to f
-    and p_o c' to o.
+    the recurrent activation. `peepholes` add the diagonal terms p_i c to i, p_f c to f and p_o c'
+    to o.
 
-    Names and defaults, gate order included, are Keras', as for `tfwn.SimpleRNNCell`. The variables
-    are weight.v [in, 4 units], weight.g [4 units], recurrent_weight.v [units, 4 units],
+    Argument names, defaults and the order of the gates are those of Keras. The variables are
+    weight.v [in, 4 units], weight.g [4 units], recurrent_weight.v [units, 4 units],
     recurrent_weight.g [4 units], b [4 units] and peephole [3, units] (p_i, p_f, p_o). The peepholes
-    are not normalized: with one weight per unit, only its sign would remain.
+    are not normalized, because normalizing a single weight per unit would leave only its sign.
 
     Arguments:
       units, activation, use_bias, options: see `tfwn.SimpleRNNCell`.
-      recurrent_activation: of the gates.
-      unit_forget_bias: whether b is initialized to 1 for the forget gate.
-      peepholes: whether the gates see c.
-      peephole_initializer: of p.
+      recurrent_activation: activation of the gates.
+      unit_forget_bias: whether to initialize the forget gate's b to 1.
+      peepholes: whether the gates depend on c.
+      peephole_initializer: initializer of p.
 
     Raises:
-      ValueError, RuntimeError: see `tfwn.SimpleRNNCell`.
+      ValueError, RuntimeError: as for `tfwn.SimpleRNNCell`.
 
-    Inputs are [batch, in]; the output and the two states h, c are [batch, units].
+    Inputs have shape [batch, in]. The output and the two states, h and c, have shape
+    [batch, units], in compute_dtype.
 
     >>> cell = tfwn.LSTMCell(4, peepholes=True)
     >>> output, (h, c) = cell(tf.ones([8, 3]), cell.get_initial_state(8))
@@ -254,21 +259,22 @@ class GRUCell(Cell):
 
     z, r = s(x . w + b + h . u + d); a = act(x . w + b + r (h . u + d)), or without `reset_after`
     act(x . w + b + (r h) . u); h' = z h + (1 - z) a. s is the recurrent activation, and z, r and a
-    have their own columns of w, u, b and d.
+    each have their own columns of w, u, b and d.
 
-    Names and defaults, gate order included, are Keras', as for `tfwn.SimpleRNNCell`. The variables
-    are weight.v [in, 3 units], weight.g [3 units], recurrent_weight.v [units, 3 units],
-    recurrent_weight.g [3 units] and b [2, 3 units] (b and d), [3 units] without `reset_after`.
+    Argument names, defaults and the order of the gates are those of Keras. The variables are
+    weight.v [in, 3 units], weight.g [3 units], recurrent_weight.v [units, 3 units],
+    recurrent_weight.g [3 units] and b [2, 3 units] (b and d) or, without `reset_after`, [3 units].
 
     Arguments:
       units, activation, use_bias, options: see `tfwn.SimpleRNNCell`.
-      recurrent_activation: of the gates.
-      reset_after: whether the reset gate acts after the product with u, or before it.
+      recurrent_activation: activation of the gates.
+      reset_after: whether to apply the reset gate after the product with u instead of before it.
 
     Raises:
-      ValueError, RuntimeError: see `tfwn.SimpleRNNCell`.
+      ValueError, RuntimeError: as for `tfwn.SimpleRNNCell`.
 
-    Inputs are [batch, in]; the output and the one state are [batch, units].
+    Inputs have shape [batch, in]. The output and the only state have shape [batch, units], in
+    compute_dtype.
 
     >>> cell = tfwn.GRUCell(4)
     >>> output, states = cell(tf.ones([8, 3]), cell.get_initial_state(8))

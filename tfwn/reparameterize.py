@@ -1,4 +1,4 @@
-"""reparameterize: from w to v and g in an existing model; fold: back to w."""
+"""reparameterize: replaces w with v and g in an existing model. fold: changes them back to w."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,39 +32,40 @@ def reparameterize(
 
         w = g * v / ||v||                                                   (paper, eq. 2)
 
-    The model computes the same as before, to the rounding of one product. Its weight variables
+    The model's outputs are unchanged, up to the rounding of one product. Its weight variables
     become v, and each gets a new variable g. A unit with w = 0 gets a random direction v and g = 0,
-    so that it learns. `fold` is the inverse.
+    so that it can learn. `fold` is the inverse.
 
-    - tf.Modules, from Sonnet or your own: an attribute with a variable w gets an object that
-      TensorFlow converts to the tensor w = g * v / ||v||, so that the module's own code runs
-      unchanged. So do variables in lists, tuples and dicts.
-    - Layers of tfwn with parameterization "normal" get "weight_norm".
-    - The layers of a Keras model of any kind are put in `tfwn.keras.WeightNormalization`, in place;
-      a built optimizer is made anew. A single Keras layer is returned in its wrapper.
+    - In a tf.Module (from Sonnet or your own), an attribute that holds a variable w is replaced
+      with an object that TensorFlow converts to the tensor w = g * v / ||v||, so the module's own
+      code runs unchanged. This includes variables in lists, tuples and dicts.
+    - tfwn's own layers switch from the parameterization "normal" to "weight_norm".
+    - In a Keras model of any kind, layers are wrapped in `tfwn.keras.WeightNormalization`, in
+      place, and a built optimizer is recreated without its state. A single Keras layer is returned
+      in its wrapper.
 
     Arguments:
-      model: the model, after its first call, so that its variables exist. tf.functions that are its
-        methods are traced anew. A tf.function outside of the model that called it earlier keeps the
-        old w: call this before it is traced.
-      select: for tf.Modules, whether a variable is a weight. Default: trainable variables of rank 2
-        or more, whose units have more than one element, and which are not named "b", "bias",
-        "offset", "scale", "beta" or "gamma".
+      model: the model, after its first call, so that its variables exist. Its methods that are
+        tf.functions are retraced. A tf.function outside the model keeps the old w if it is already
+        traced, so call `reparameterize` before tracing it.
+      select: for tf.Modules, a function that returns whether a variable is a weight. Default:
+        trainable variables of rank 2 or more whose units have more than one element and whose name
+        is not "b", "bias", "offset", "scale", "beta" or "gamma".
       axis: for tf.Modules, the axis or axes of w that index its units, see `tfwn.weight_norm`, or a
-        function of the variable that returns them. Default: by the name of the module's class, the
-        last but one for "Transpose", the last two for "Depthwise", 0 for "Embed", else the last.
-      kernel_mask: a function of a variable w, of a tf.Module or of a Keras layer, that returns its
-        mask, an array that broadcasts to w, or None. It multiplies v before the normalization: w is
-        0 where the mask is, and the norm is over the other elements. Layers of tfwn have their own.
+        function that returns them for a variable. Default: depends on the class name of the module:
+        -2 if it contains "Transpose", (-2, -1) for "Depthwise", 0 for "Embed", otherwise -1.
+      kernel_mask: a function that returns the mask of a variable w of a tf.Module or Keras layer:
+        an array that broadcasts to w, or None. The mask multiplies v before the normalization, so w
+        is 0 where the mask is 0. tfwn's own layers take `kernel_mask` when they are created.
 
     Returns:
-      `model` itself, or for a single Keras layer its wrapper.
+      `model` itself, or the wrapper if it is a single Keras layer.
 
     Raises:
-      ValueError: no weight was found; an invalid axis or mask, or no mask from `kernel_mask`; a
-        Keras model that is not built, or `select` or `axis` for one; a tf.function in an attribute
-        of the model that was traced before.
-      TypeError: layers of Keras 2.
+      ValueError: if no weight is found, an axis or mask is invalid, `kernel_mask` returns no mask,
+        a Keras model is not built, `select` or `axis` is passed for one, or an attribute of the
+        model holds a tf.function that is already traced.
+      TypeError: if the model contains layers of Keras 2.
 
     >>> class Linear(tf.Module):
     ...     def __init__(self):
@@ -83,7 +84,7 @@ def reparameterize(
     if is_keras_layer(model):
         if select is not None or not (isinstance(axis, str) and axis == "auto"):
             raise ValueError(
-                "select and axis are for tf.Modules: for a Keras layer give weight_names and axis "
+                "select and axis are for tf.Modules: for a Keras layer, pass weight_names and axis "
                 "to tfwn.keras.WeightNormalization(layer)"
             )
         return _keras_module().reparameterize(model, kernel_mask)
@@ -102,7 +103,7 @@ def reparameterize(
         names = [variable.name for variable in model.variables]
         raise ValueError(
             f"reparameterize found no weight in {type(model).__name__}, whose variables are {names}"
-            ": call the module once so that it makes them, or select its weights with `select`"
+            ": call the module once to create its variables, or choose its weights with `select`"
         )
     if kernel_mask and all(mask is None for mask in masks):
         raise ValueError("kernel_mask returned no mask for any weight")
@@ -119,19 +120,19 @@ def reparameterize(
 def fold(model):
     """Folds v and g back into w, in place; the inverse of `reparameterize`.
 
-    The model then has plain variables, w = g * v / ||v||, and TensorFlow's own operations. It
-    computes the same as before, and its SavedModel loads and serves where tfwn is not installed.
+    The model then has plain variables w = g * v / ||v|| and uses only TensorFlow's own operations.
+    Its outputs are unchanged, and its SavedModel loads and serves where tfwn is not installed.
 
     Arguments:
-      model: a tf.Module (tfwn's own layers get the parameterization "normal"), or a Keras layer or
-        model with `tfwn.keras.WeightNormalization` in it.
+      model: a tf.Module (tfwn's own layers change to the parameterization "normal"), or a Keras
+        layer or model that contains `tfwn.keras.WeightNormalization`.
 
     Returns:
-      `model` itself, or for `tfwn.keras.WeightNormalization` the layer in it.
+      `model` itself, or the wrapped layer if it is a `tfwn.keras.WeightNormalization`.
 
     Raises:
-      ValueError: nothing in the model is weight-normalized; a tf.function in an attribute of the
-        model that was traced before.
+      ValueError: if nothing in the model is weight-normalized, or an attribute of the model holds a
+        tf.function that is already traced.
 
     >>> layer = tfwn.Dense(2)
     >>> x = tf.ones([1, 3])
@@ -158,26 +159,26 @@ def fold(model):
 
 
 class _Walk:
-    """Finds, in all modules of a model, the attributes whose value `replace` changes."""
+    """Finds the attributes of a model's modules for which `replace` returns another value."""
 
     def __init__(self, replace: Callable[[Any, Any], Any]):
         self._replace = replace
-        # The value too: its id must not be given to another.
+        # Includes the old value, because its id could be reused if it were garbage collected.
         self._replaced: dict[int, tuple[Any, Any]] = {}
         self.modules: list = []
         self.changes: list[tuple[Any, str, Any]] = []
 
     @property
     def new(self) -> list[NormalizedVariable]:
-        """The normalized variables that `replace` made."""
+        """The normalized variables that `replace` created."""
         made = [new for old, new in self._replaced.values() if new is not old]
         return [new for new in made if isinstance(new, NormalizedVariable)]
 
     def find(self, model) -> None:
-        """Collects what is to change, and changes nothing."""
+        """Collects the changes without making them."""
         self.modules = [m for m in submodules(model) if isinstance(m, tf.Module)]
         for module in self.modules:
-            # The parameters of tfwn's own layers are in their Weights.
+            # tfwn's own layers keep their parameters in Weights, which are changed separately.
             if isinstance(module, Layer | Weight | NormalizedVariable):
                 continue
             for name, value in attributes(module):
@@ -201,7 +202,7 @@ class _Walk:
         return self._replaced[id(value)][1]
 
     def change(self) -> None:
-        """Makes the changes, and drops what was traced before."""
+        """Makes the changes and drops earlier traces."""
         for module in self.modules:
             check_traces(module)
         for module in self.modules:
@@ -211,7 +212,7 @@ class _Walk:
 
 
 def _normalized(owner, value, select, axis, mask_of):
-    """Returns what replaces the value of an attribute."""
+    """Returns the replacement of an attribute's value, or the value if it is not a weight."""
     if is_keras_layer(value):
         return _keras_module().reparameterize(value, mask_of, required=False)
     if not isinstance(value, tf.Variable) or not (select or _is_weight)(value):

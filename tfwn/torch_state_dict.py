@@ -1,4 +1,4 @@
-"""Weights of PyTorch, of both generations of its weight norm, from and to layers of tfwn."""
+"""Converts weights between tfwn's layers and PyTorch, for both generations of its weight norm."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,35 +18,41 @@ GENERATIONS = ("parametrizations", "weight_g", "normal")
 
 
 def from_torch(source, layers, *, strict: bool = True) -> None:
-    """Loads a PyTorch module or state dict into layers of tfwn, or Keras layers in its wrapper.
+    """Loads a PyTorch module or state dict into layers of tfwn or Keras layers in tfwn's wrapper.
 
-    Reads weights of both generations of PyTorch's weight norm, `weight_g` and `weight_v`
-    (torch.nn.utils.weight_norm) or `parametrizations.weight.original0` and `original1`
-    (torch.nn.utils.parametrizations.weight_norm), and plain ones. v and g are loaded as they are if
-    PyTorch's `dim` is the axis of the layer's units. If it is another, such as PyTorch's default
-    for transposed convolutions, w is loaded: v = w and g = ||w||. A layer with the "normal"
-    parameterization gets w.
+    Accepts plain weights and both generations of PyTorch's weight norm: `weight_g` and `weight_v`
+    (torch.nn.utils.weight_norm), or `parametrizations.weight.original0` and `original1`
+    (torch.nn.utils.parametrizations.weight_norm). v and g are loaded unchanged if PyTorch's `dim`
+    is the axis of the layer's units. Otherwise, for example with PyTorch's default for transposed
+    convolutions, w is loaded: v = w and g = ||w||. A layer with the "normal" parameterization
+    always gets w.
 
-    PyTorch's modules and the layers for them: Linear, Dense; Conv1d to 3d, Conv1D to 3D, or
-    DepthwiseConv2D for one group per channel; ConvTranspose1d to 3d, Conv1DTranspose to 3D;
-    Embedding; RNN, LSTM, GRU and their cells, SimpleRNN, LSTM, GRU. Instead of a layer of tfwn it
-    may be a `tfwn.keras.WeightNormalization` of the Keras layer with this name. Layouts and the
-    order of gates are changed. Padding is up to the layers: PyTorch's padding=1 of a convolution
-    with stride 2 is not "same".
+    | PyTorch                          | tfwn                                                      |
+    |----------------------------------|-----------------------------------------------------------|
+    | Linear                           | Dense                                                     |
+    | Conv1d, Conv2d, Conv3d           | Conv1D, Conv2D, Conv3D                                    |
+    | Conv2d, one group per channel    | DepthwiseConv2D                                           |
+    | ConvTranspose1d, 2d, 3d          | Conv1DTranspose, Conv2DTranspose, Conv3DTranspose         |
+    | Embedding                        | Embedding                                                 |
+    | RNN, LSTM, GRU and their cells   | SimpleRNN, LSTM, GRU and their cells                      |
+
+    `tfwn.keras.WeightNormalization` of the Keras layer with the same name works, too. Layouts and
+    the order of gates are converted. Padding is not: with stride 2, PyTorch's padding=1 differs
+    from "same".
 
     Arguments:
-      source: the module, or its state dict of names and tensors or arrays. For a state dict PyTorch
-        need not be installed.
-      layers: dict from the prefix of a module's names, like "features.0", to its layer; or one
-        layer, for names without prefix. A recurrent layer gets the names that end in "_l0";
-        "lstm@l1" is the second layer of the module "lstm", and "lstm@l0_reverse" its backward one.
-        Layers that have no variables yet are built.
+      source: the module, or its state dict: tensors or arrays by name. Loading a state dict does
+        not require PyTorch.
+      layers: dict from a module's name prefix, like "features.0", to its layer; or a single layer,
+        for names without a prefix. A recurrent layer loads the names that end in "_l0". "lstm@l1"
+        is the second layer of the module "lstm", and "lstm@l0_reverse" the backward direction of
+        its first. Layers without variables are built.
       strict: whether names that belong to no layer are an error.
 
     Raises:
-      ValueError: a missing or superfluous name; a shape that is not the layer's; a module or layer
-        that has no counterpart, such as a transposed convolution with groups. No layer is changed
-        then.
+      ValueError: if a name is missing or superfluous, a shape does not match, or a module or layer
+        has no counterpart, for example a transposed convolution with groups. In this case, no
+        weights are loaded.
 
     >>> layer = tfwn.Dense(1)
     >>> state = {"weight_v": [[3.0, 4.0]], "weight_g": [[10.0]], "bias": [0.5]}
@@ -63,8 +69,8 @@ def from_torch(source, layers, *, strict: bool = True) -> None:
     superfluous = sorted(arrays.keys() - used)
     if strict and superfluous:
         raise ValueError(
-            f"the state dict has names that belong to no layer: {superfluous}; name their layers, "
-            "or pass strict=False to leave them out"
+            f"the state dict has names that belong to no layer: {superfluous}; pass their layers, "
+            "too, or strict=False to ignore them"
         )
     for variable, value, g in values:
         if g is None:
@@ -74,7 +80,7 @@ def from_torch(source, layers, *, strict: bool = True) -> None:
 
 
 def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarray]:
-    """Returns a PyTorch state dict of layers of tfwn, the inverse of `from_torch`.
+    """Returns a PyTorch state dict of tfwn's layers; the inverse of `from_torch`.
 
     Arguments:
       layers: see `from_torch`; their variables must exist.
@@ -83,10 +89,10 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
 
     Returns:
       Arrays by name, for torch.from_numpy. Apply PyTorch's weight norm to transposed convolutions
-      with dim=1, the axis of their output channels, and to all others with dim=0.
+      with dim=1, the axis of their output channels, and to all other modules with dim=0.
 
     Raises:
-      ValueError: another generation; a layer without variables, or without a counterpart in
+      ValueError: if `generation` is invalid, or a layer has no variables or no counterpart in
         PyTorch.
 
     >>> layer = tfwn.Dense(2)
@@ -105,7 +111,7 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
                 raise ValueError(f"{cell.name!r} has no variables yet: call it once")
             normal = weight.parameterization == "normal" or weight.axis != matrix.axis
             if normal or generation == "normal":
-                v = np.asarray(weight()).copy()  # PyTorch wants arrays that can be written to.
+                v = np.asarray(weight()).copy()  # PyTorch expects writable arrays.
                 g = array_norm(v, matrix.axis)
             else:
                 v = np.asarray(weight.v)
@@ -115,7 +121,7 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
             if generation == "normal":
                 state[matrix.prefix + matrix.name] = matrix.to_torch(v)
                 continue
-            # One g along each axis that the norm runs over.
+            # Keep one g along each axis that the norm is over.
             first = [slice(0, 1)] * v.ndim
             first[matrix.torch_axis] = slice(None)
             names = _names(matrix, generation)
@@ -127,7 +133,7 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
 
 
 class _Matrix(NamedTuple):
-    """A weight: its name in PyTorch, the attribute that holds it, and the change of layout."""
+    """A weight: its name in PyTorch, the attribute that holds it, and its layout conversion."""
 
     prefix: str
     name: str
@@ -136,7 +142,7 @@ class _Matrix(NamedTuple):
     to_torch: Callable[[np.ndarray], np.ndarray]
     from_torch: Callable[[np.ndarray], np.ndarray]
     torch_axis: int  # of the units in PyTorch's
-    input_shape: Callable[[np.ndarray], list]  # to build the layer with, from our layout
+    input_shape: Callable[[np.ndarray], list]  # of the layer to build, from a weight in our layout
 
 
 class _Biases(NamedTuple):
@@ -152,7 +158,7 @@ def _by_prefix(layers) -> list[tuple[str, Any]]:
 
 
 class _Kind(NamedTuple):
-    """How a kind of feed-forward layer is changed: see `_Matrix`."""
+    """The layout conversion for a kind of feed-forward layer; see `_Matrix`."""
 
     to_torch: Callable[[np.ndarray], np.ndarray]
     from_torch: Callable[[np.ndarray], np.ndarray]
@@ -162,7 +168,7 @@ class _Kind(NamedTuple):
 
 
 def _kind(layer) -> str:
-    """Returns what a layer computes, "" if PyTorch has no counterpart."""
+    """Returns the kind of a layer, or "" if PyTorch has no counterpart."""
     kinds = (
         (RNN | Cell, "recurrent"),
         (Dense, "dense"),
@@ -175,7 +181,7 @@ def _kind(layer) -> str:
 
 
 def _describe(prefix: str, layer) -> tuple[str, Any, list[_Matrix], _Biases]:
-    """Returns the prefix of the names, the module with the variables, its weights, its biases."""
+    """Returns the name prefix, the layer that holds the variables, its weights and its biases."""
     module, _, suffix = prefix.partition("@")
     module = f"{module}." if module else ""
     if is_keras_layer(layer):
@@ -187,8 +193,8 @@ def _describe(prefix: str, layer) -> tuple[str, Any, list[_Matrix], _Biases]:
         kind = _kind(layer)
     if not kind:
         raise ValueError(
-            f"{layer!r} has no counterpart in PyTorch that is supported: layers must be tfwn's "
-            "Dense, convolutions, Embedding or recurrent layers, or Keras' in "
+            f"{layer!r} has no counterpart in PyTorch that tfwn supports: layers must be tfwn's "
+            "Dense, convolutions, Embedding or recurrent layers, or their Keras equivalents in "
             "tfwn.keras.WeightNormalization"
         )
     if kind == "recurrent":
@@ -251,12 +257,12 @@ def _describe_recurrent(module, suffix, layer):
     suffix = "" if one_step else f"_{suffix or 'l0'}"
     gru = cell.gru if hasattr(cell, "gru") else isinstance(cell, GRUCell)
     if gru and not cell.reset_after:
-        raise ValueError(f"PyTorch has no GRU with reset_after=False, like {cell.name!r}")
+        raise ValueError(f"PyTorch has no GRU with reset_after=False, as in {cell.name!r}")
     if getattr(cell, "peepholes", False):
-        raise ValueError(f"PyTorch has no LSTM with peepholes, like {cell.name!r}")
+        raise ValueError(f"PyTorch has no LSTM with peepholes, as in {cell.name!r}")
 
     def gates(a):
-        # PyTorch's r, z, n are z, r, h here; an LSTM's gates have one order.
+        # PyTorch orders a GRU's gates as r, z, n, tfwn and Keras as z, r, n. An LSTM's agree.
         if not gru:
             return a
         first, second, third = np.split(a, 3)
@@ -290,7 +296,7 @@ def _describe_recurrent(module, suffix, layer):
 
 
 def _names(matrix: _Matrix, generation: str) -> list[str]:
-    """Returns the names of g and v, or of w."""
+    """Returns the names of g and v, or the name of w."""
     prefix, name = matrix.prefix, matrix.name
     if generation == "parametrizations":
         return [f"{prefix}parametrizations.{name}.original{i}" for i in (0, 1)]
@@ -300,7 +306,7 @@ def _names(matrix: _Matrix, generation: str) -> list[str]:
 
 
 def _read(arrays, prefix, layer, used) -> list[tuple[Any, np.ndarray, np.ndarray | None]]:
-    """Returns what to assign: variables or Weights, their values, and g for Weights that get it."""
+    """Returns (variable or Weight, value, g or None) for each assignment to make."""
     module, cell, matrices, biases = _describe(prefix, layer)
     values = []
     for matrix in matrices:
@@ -327,19 +333,19 @@ def _read(arrays, prefix, layer, used) -> list[tuple[Any, np.ndarray, np.ndarray
         used.update(found)
         value = biases.from_torch(*[arrays[name] for name in found])
         if value.shape != tuple(b.shape):
-            raise ValueError(f"{found} make a bias of shape {value.shape}, not {b.shape}")
+            raise ValueError(f"{found} yield a bias of shape {value.shape}, expected {b.shape}")
         values.append((b, value.astype(tf.as_dtype(b.dtype).as_numpy_dtype), None))
     return values
 
 
 def _refuse_groups(matrix, layer, v):
-    """PyTorch's transposed convolutions with groups have the shape [in, out / groups, ...]."""
+    """Raises ValueError for a transposed convolution's weight of shape [in, out / groups, ...]."""
     filters = layer.filters if matrix.torch_axis == 1 else 0
     if matrix.torch_axis == 1 and v.shape[1] < filters and filters % v.shape[1] == 0:
         raise ValueError(
-            f"{matrix.prefix}{matrix.name} is of a transposed convolution with "
+            f"{matrix.prefix}{matrix.name} belongs to a transposed convolution with "
             f"groups={filters // v.shape[1]}, got shape {v.shape} for {filters} filters: "
-            "TensorFlow's have no groups; use one Conv1DTranspose (2D, 3D) for each group"
+            "TensorFlow does not support groups here; use one Conv1DTranspose (2D, 3D) per group"
         )
 
 
@@ -351,7 +357,7 @@ def _read_matrix(arrays, matrix, used):
             *g, v = [arrays[name] for name in names]
             return v, g[0] if g else None
     raise ValueError(
-        f"the state dict has no {matrix.prefix}{matrix.name}, and neither of "
+        f"the state dict has neither {matrix.prefix}{matrix.name} nor any of "
         f"{[_names(matrix, generation) for generation in GENERATIONS[:2]]}; it has {sorted(arrays)}"
     )
 
@@ -370,7 +376,7 @@ def _value(weight, matrix, v, g):
         if weight.exponential_g and not np.all(g > 0):
             raise ValueError(
                 f"{matrix.prefix}{matrix.name}: g must be positive for a layer with exponential_g, "
-                f"got {np.min(g)}: make the layer without it"
+                f"got {np.min(g)}: create the layer with exponential_g=False"
             )
         return weight, matrix.from_torch(v).astype(dtype), g.astype(dtype)
     w = array_weight_norm(v, g, [a for a in range(v.ndim) if a not in normed])
@@ -378,24 +384,24 @@ def _value(weight, matrix, v, g):
 
 
 def as_array(value) -> np.ndarray:
-    """Returns an array, a tensor of TensorFlow or a tensor of PyTorch as a NumPy array."""
+    """Converts an array, a TensorFlow tensor or a PyTorch tensor to a NumPy array."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
-        if str(value.dtype) == "torch.bfloat16":  # which NumPy does not have
+        if str(value.dtype) == "torch.bfloat16":  # NumPy has no bfloat16.
             value = value.float()
     return np.asarray(value)
 
 
 def array_norm(v: np.ndarray, axes) -> np.ndarray:
-    """Returns ||v||; the axes that the norm is over stay, with size 1."""
+    """Returns ||v||; the axes that the norm is over are kept with size 1."""
     others = tuple(a for a in range(v.ndim) if a not in axes)
-    # Divided by the largest element, no square underflows or overflows.
+    # Dividing by the largest element keeps the squares from underflowing or overflowing.
     largest = np.max(np.abs(v), others, keepdims=True, initial=0).astype(np.float64)
     scaled = v / np.where(largest > 0, largest, 1)
     return (largest * np.sqrt(np.sum(scaled**2, others, keepdims=True))).astype(v.dtype)
 
 
 def array_weight_norm(v: np.ndarray, g: np.ndarray, axes) -> np.ndarray:
-    """Returns w = g * v / ||v||, 0 for v = 0; g broadcasts."""
+    """Returns w = g * v / ||v||, or 0 where v = 0; g broadcasts to v."""
     norm = array_norm(v.astype(np.float64), axes)
     return (g * (v / np.where(norm > 0, norm, 1))).astype(v.dtype)

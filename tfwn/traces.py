@@ -1,4 +1,4 @@
-"""The tf.functions of a module, which keep the weights that they were traced with."""
+"""Finds and drops traces of a module's tf.functions, which would keep using the old weights."""
 
 import types
 from collections.abc import Iterator
@@ -19,11 +19,11 @@ _CONCRETE = tf.types.experimental.ConcreteFunction
 
 
 def check_traces(module, ignored=()) -> None:
-    """Raises an error if the module has a traced tf.function that `forget_traces` cannot reach.
+    """Raises ValueError if the module has a traced tf.function that `forget_traces` cannot reach.
 
     Arguments:
       module: the module.
-      ignored: names of attributes that may hold one.
+      ignored: names of attributes that may hold a traced tf.function.
     """
     for name, value in attributes(module):
         if name in ignored:
@@ -32,7 +32,7 @@ def check_traces(module, ignored=()) -> None:
             if isinstance(function, _CONCRETE) or function.experimental_get_tracing_count():
                 raise ValueError(
                     f"the tf.function {name!r} of {type(module).__name__} was traced already "
-                    "and would keep the old weights: change the model first, then make the "
+                    "and would keep the old weights: change the model first, then create the "
                     "function and call it"
                 )
     for name, method, function in _methods(module):
@@ -45,7 +45,7 @@ def check_traces(module, ignored=()) -> None:
 
 
 def forget_traces(module) -> None:
-    """Drops the traces of the methods of a module that are tf.functions; they are traced anew."""
+    """Drops the traces of a module's tf.function methods, so that they are traced again."""
     for _, _, function in _methods(module):
         function._descriptor_cache.pop(module, None)
 
@@ -61,7 +61,7 @@ def _functions(value) -> Iterator:
 
 
 def _methods(module) -> Iterator:
-    """Yields name, method and tf.function of each method that is one or wraps one."""
+    """Yields (name, method, tf.function) for each method that is or wraps a tf.function."""
     for cls in type(module).__mro__:
         for name, method in vars(cls).items():
             function = method
@@ -72,14 +72,14 @@ def _methods(module) -> Iterator:
 
 
 def current_graph() -> tf.Graph | None:
-    """The graph that operations are added to, None where they run at once."""
+    """Returns the graph to which operations are added, or None in eager mode."""
     return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 def is_within(graph: tf.Graph | None) -> bool:
-    """Whether the current graph is this one, or that of a loop or branch in it.
+    """Returns whether the current graph is `graph` or that of a loop or branch in it.
 
-    Not if it is that of a tf.function that is called there.
+    The graph of a tf.function that is called there does not count.
     """
     current = current_graph()
     while current is not graph:

@@ -1,4 +1,4 @@
-"""Weight: one weight tensor, as (v, g) or as w itself. Every layer holds its weights in this."""
+"""Weight: one weight tensor, stored as v and g or as w. All layers keep their weights in it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tfwn.initializers import initial_value
 from tfwn.ops import weight_norm
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack  # A dependency of TensorFlow's.
+    from typing_extensions import Unpack  # Installed with TensorFlow.
 
 PARAMETERIZATIONS = ("weight_norm", "normal")
 FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
 class WeightOptions(TypedDict, total=False):
-    """The keyword arguments that all weights have in common, see `tfwn.Weight`."""
+    """Keyword arguments common to all weights; see `tfwn.Weight`."""
 
     parameterization: Literal["weight_norm", "normal"]
     exponential_g: bool
@@ -31,7 +31,7 @@ class WeightOptions(TypedDict, total=False):
 
 
 def check_float(name: str, dtype) -> tf.DType:
-    """Returns the argument `name` as a type; refuses all but the four floating types."""
+    """Returns the argument `name` as a tf.DType; raises ValueError unless it is in `FLOATS`."""
     try:
         checked = tf.as_dtype(dtype)
     except TypeError:
@@ -39,14 +39,14 @@ def check_float(name: str, dtype) -> tf.DType:
     if checked not in FLOATS:
         raise ValueError(
             f"{name} must be float16, bfloat16, float32 or float64, got "
-            f"{checked.name if checked else repr(dtype)}: to quantize, train in one of them, then "
-            "fold with tfwn.fold"
+            f"{checked.name if checked else repr(dtype)}: to quantize, train in one of these, then "
+            "call tfwn.fold and quantize the result"
         )
     return checked
 
 
 def check_weight_options(**options: Unpack[WeightOptions]) -> dict[str, Any]:
-    """Returns the options that all weights have in common, checked and with their defaults."""
+    """Checks the options common to all weights and fills in their defaults."""
     defaults = {
         "parameterization": "weight_norm",
         "exponential_g": False,
@@ -56,7 +56,7 @@ def check_weight_options(**options: Unpack[WeightOptions]) -> dict[str, Any]:
     }
     unknown = ", ".join(sorted(options.keys() - defaults.keys()))
     if unknown:
-        raise TypeError(f"unknown argument {unknown}; a weight's are {', '.join(defaults)}")
+        raise TypeError(f"unknown argument {unknown}; the weight options are {', '.join(defaults)}")
     checked: dict[str, Any] = defaults | options
     if checked["parameterization"] not in PARAMETERIZATIONS:
         raise ValueError(
@@ -71,7 +71,7 @@ def check_weight_options(**options: Unpack[WeightOptions]) -> dict[str, Any]:
 
 
 def check_axis(axis, rank: int) -> tuple[int, ...]:
-    """Returns the axes that index the units, as a sorted tuple of non-negative numbers."""
+    """Returns the axes that index the units, as a sorted tuple of nonnegative ints."""
     axes = () if axis is None else tuple(axis) if isinstance(axis, Iterable) else (axis,)
     try:
         axes = tuple(operator.index(a) for a in axes)
@@ -84,13 +84,13 @@ def check_axis(axis, rank: int) -> tuple[int, ...]:
             )
     positive = tuple(sorted(a % rank for a in axes))
     if len(set(positive)) != len(positive):
-        raise ValueError(f"axis must name each axis once, got {axis}")
+        raise ValueError(f"axis must not repeat an axis, got {axis}")
     return positive
 
 
 def norm(v, axis: tuple[int, ...]) -> tf.Tensor:
-    """Returns ||v||, one for each unit, in v's type; `axis` is what `check_axis` returned."""
-    # v . (v / ||v||) has no square that could underflow or overflow, and is 0 for v = 0.
+    """Returns ||v||, one value per unit, in v's dtype; `axis` is a result of `check_axis`."""
+    # Computed as v . (v / ||v||): no square underflows or overflows, and v = 0 yields 0.
     v = tf.convert_to_tensor(v)
     wide = tf.float64 if v.dtype == tf.float64 else tf.float32
     unit = weight_norm(v, tf.ones([v.shape[a] for a in axis], v.dtype), axis, out_dtype=wide)
@@ -99,17 +99,17 @@ def norm(v, axis: tuple[int, ...]) -> tf.Tensor:
 
 
 def zero_units(v, axis: tuple[int, ...]) -> tf.Tensor:
-    """Returns, in g's shape, which units of v are all zero."""
+    """Returns a Boolean tensor of g's shape that marks the units with v = 0."""
     v = tf.convert_to_tensor(v)
     return tf.reduce_all(v == 0, [a for a in range(v.shape.rank) if a not in axis])
 
 
 def directed(v, g, axis: tuple[int, ...], mask=None) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns v and g for a weight in which every unit learns; v is multiplied by the mask.
+    """Returns v, multiplied by the mask, and g, changed where needed so that every unit can learn.
 
-    A unit with v = 0 has no direction, so that neither v nor g would ever get a gradient. It gets
-    random numbers, the same in each run, and g = 0: its w is 0, and g learns. A unit that is masked
-    entirely stays as it is.
+    A unit with v = 0 has no direction, so neither its v nor its g would ever receive a gradient. It
+    gets a random v, the same in every run, and g = 0, so its w is still 0 but g can learn. A unit
+    that is masked entirely is not changed.
     """
     v, g = masked(tf.convert_to_tensor(v), mask), tf.convert_to_tensor(g)
     zero = zero_units(v, axis) & ~masked_units(mask, axis)
@@ -123,7 +123,7 @@ def directed(v, g, axis: tuple[int, ...], mask=None) -> tuple[tf.Tensor, tf.Tens
 
 
 def check_mask(mask, shape, dtype, name="mask") -> np.ndarray:
-    """Returns the mask as an array of a weight's shape and type; refuses other shapes."""
+    """Returns the mask as an array broadcast to this shape; raises ValueError if that fails."""
     mask = np.asarray(mask, tf.as_dtype(dtype).as_numpy_dtype)
     try:
         return np.broadcast_to(mask, shape)
@@ -134,61 +134,63 @@ def check_mask(mask, shape, dtype, name="mask") -> np.ndarray:
 
 
 def masked(v, mask):
-    """Returns v * mask, or v where there is no mask."""
+    """Returns v * mask, or v if there is no mask."""
     return v if mask is None else v * mask
 
 
 def masked_units(mask, axis: tuple[int, ...]) -> np.ndarray:
-    """Returns, in g's shape, which units a mask leaves nothing of."""
+    """Returns a Boolean array, to broadcast to g's shape, that marks the units masked entirely."""
     if mask is None:
         return np.zeros([], bool)
     return np.all(mask == 0, tuple(a for a in range(mask.ndim) if a not in axis))
 
 
 def in_scope_of(variable: tf.Variable):
-    """Returns the scope of the strategy that made `variable`, for variables that go with it."""
+    """Returns the strategy scope in which to create variables that accompany `variable`."""
     strategy = getattr(variable, "distribute_strategy", None)
     if not tf.distribute.has_strategy():
         return strategy.scope() if strategy else contextlib.nullcontext()
     current = tf.distribute.get_strategy()
     if current is not strategy and (strategy or current.num_replicas_in_sync > 1):
         raise ValueError(
-            f"{variable.name} was made outside of the {type(current).__name__} in whose scope this "
-            "is: weight-normalize the model outside of this scope, or make the model in it"
+            f"{variable.name} was created outside the scope of the current "
+            f"{type(current).__name__}: weight-normalize the model outside this scope, or create "
+            "the model in it"
         )
     return contextlib.nullcontext()
 
 
 class Weight(tf.Module):
-    """A weight in the weight-normalized or in the normal parameterization (paper, section 2).
+    """A weight in the weight-normalized or the normal parameterization (paper, section 2).
 
-    "weight_norm": variables v and g, w = g * v / ||v|| (eq. 2); with `exponential_g` v and s, where
-    g = exp(s). "normal": the variable w. Both are initialized to the same w: `initializer` makes v,
-    g is ||v|| or what `g_initializer` makes, and "normal" computes w from the two. Calling a Weight
-    computes w; compute it once if it is needed often, as in a loop.
+    With "weight_norm", the variables are v and g, and w = g * v / ||v|| (eq. 2). `exponential_g`
+    replaces g with s, where g = exp(s). With "normal", the only variable is w. Both start from the
+    same w: v comes from `initializer`, g is ||v|| or comes from `g_initializer`, and "normal"
+    computes w from these. Each call of a Weight computes w, so call it only once where w is used
+    several times, as in a loop.
 
-    A unit with v = 0 has w = 0 whatever its g, and would never learn. It gets a random direction
-    and g = 0, so that w is the same and learns.
+    A unit with v = 0 has w = 0 for any g and would never learn. It gets a random direction and
+    g = 0, so its w is unchanged but can learn.
 
     Arguments:
-      shape: of v and w, with all sizes known.
-      axis: the axis or axes that index the output units; the norm is over all the others.
-        None: one norm for the whole tensor.
-      initializer: of v: a callable(shape, dtype), a Keras name, or a number. Default: normal with
-        standard deviation 0.05 (paper, section 3).
-      mask: fixed array that broadcasts to `shape`. It multiplies v BEFORE the normalization (MADE).
-        A unit that is masked entirely has w = 0 and finite gradients.
+      shape: shape of v and w, fully defined.
+      axis: the axis or axes that index the output units. The norm is over all other axes. None
+        means one norm for the whole tensor.
+      initializer: initializer of v: a callable(shape, dtype), a Keras name, or a number. Default:
+        normal with standard deviation 0.05 (paper, section 3).
+      mask: fixed array that broadcasts to `shape`. It multiplies v BEFORE the normalization, for
+        example for MADE. A unit that is masked entirely has w = 0 and finite gradients.
       parameterization: "weight_norm" or "normal".
-      exponential_g: whether to learn s, with g = exp(s), instead of g. No unit may be 0 then.
-      g_initializer: like `initializer`, for g. Default: ||v||.
-      dtype: of the variables.
-      compute_dtype: of w; default `dtype`. bfloat16 or float16 w from float32 variables cost no
-        cast, and the gradients of the variables are float32.
-      name: of the module.
+      exponential_g: whether to learn s, with g = exp(s), instead of g. Requires a positive g.
+      g_initializer: initializer of g, in the same forms as `initializer`. Default: ||v||.
+      dtype: dtype of the variables.
+      compute_dtype: dtype of w. Default: `dtype`. Computing w in bfloat16 or float16 from float32
+        variables needs no cast, and the variables' gradients are float32.
+      name: name of the module.
 
     Raises:
-      ValueError: an invalid parameterization, dtype, axis, shape or mask.
-      tf.errors.InvalidArgumentError: a g that is not positive with `exponential_g`.
+      ValueError: if the parameterization, a dtype, axis, shape or mask is invalid.
+      tf.errors.InvalidArgumentError: if g is not positive with `exponential_g`.
 
     >>> weight = tfwn.Weight([3, 2], initializer="ones", g_initializer=2.0)
     >>> [variable.shape.as_list() for variable in (weight.v, weight.g)]
@@ -215,7 +217,7 @@ class Weight(tf.Module):
         self.compute_dtype = options["compute_dtype"]
         self.shape = tf.TensorShape(shape)
         if not self.shape.is_fully_defined():
-            raise ValueError(f"shape must be known in full, got {self.shape}")
+            raise ValueError(f"shape must be fully defined, got {self.shape}")
         self.axis = check_axis(axis, self.shape.rank)
         self.mask = None if mask is None else check_mask(mask, self.shape, self.dtype)
         with tf.init_scope(), self.name_scope:
@@ -236,7 +238,7 @@ class Weight(tf.Module):
             self.make_v_and_g(v, g)
 
     def make_v_and_g(self, v, g, variable: tf.Variable | None = None) -> None:
-        """Makes v, in `variable` if given, and g or s in its scope; see `assign_v_and_g`."""
+        """Creates v (or reuses `variable`) and g or s, with the values of `assign_v_and_g`."""
         v, g = directed(v, g, self.axis, self.mask)
         s = self._log(g) if self.exponential_g else None
         if variable is None:
@@ -256,13 +258,13 @@ class Weight(tf.Module):
         return tf.TensorShape([self.shape[a] for a in self.axis])
 
     def __call__(self) -> tf.Tensor:
-        """Returns w, of shape `shape` and type `compute_dtype`."""
+        """Returns w, with shape `shape` and dtype `compute_dtype`."""
         if self.parameterization == "normal":
             return tf.cast(masked(self.w, self.mask), self.compute_dtype)
         return self._normalized(self.get_g())
 
     def rows(self, indices) -> tf.Tensor:
-        """Returns tf.gather(w, indices) for axis 0; only these rows of v are normalized."""
+        """Returns tf.gather(w, indices), normalizing only these rows; needs axis=0 and no mask."""
         if self.axis != (0,) or self.mask is not None:
             raise ValueError(
                 f"rows of a weight need axis=0 and no mask, got axis={self.axis} and "
@@ -277,7 +279,7 @@ class Weight(tf.Module):
         return tf.reshape(w, tf.concat([tf.shape(indices), self.shape[1:]], 0))
 
     def direction(self) -> tf.Tensor:
-        """Returns v / ||v||, or the same w / ||w|| for "normal", in `compute_dtype`."""
+        """Returns v / ||v||, or w / ||w|| for "normal", in `compute_dtype`."""
         return self._normalized(tf.ones(self.g_shape, self.dtype))
 
     def get_g(self) -> tf.Tensor:
@@ -287,9 +289,9 @@ class Weight(tf.Module):
         return tf.exp(self.s) if self.exponential_g else tf.convert_to_tensor(self.g)
 
     def set_g(self, g) -> None:
-        """Sets g and keeps the direction; for "normal" w becomes g * w / ||w||.
+        """Sets g without changing the direction; for "normal", sets w to g * w / ||w||.
 
-        A unit with v = 0 stays w = 0, as in `assign_v_and_g`.
+        A unit with v = 0 keeps w = 0, as in `assign_v_and_g`.
         """
         v = self.w if self.parameterization == "normal" else self.v
         self.assign_v_and_g(v, tf.reshape(tf.cast(g, self.dtype), self.g_shape))
@@ -303,9 +305,9 @@ class Weight(tf.Module):
             self.assign_v_and_g(w, norm(w, self.axis))
 
     def assign_v_and_g(self, v, g) -> None:
-        """Sets v and g; for "normal" w becomes g * v / ||v||.
+        """Sets v and g; for "normal", sets w to g * v / ||v||.
 
-        A unit with v = 0 gets a random direction and g = 0, so that w is 0 and learns.
+        A unit with v = 0 gets a random direction and g = 0, so its w is 0 but can learn.
         """
         v = masked(tf.cast(v, self.dtype), self.mask)
         if self.parameterization == "normal":
@@ -324,16 +326,16 @@ class Weight(tf.Module):
         return weight_norm(masked(v, self.mask), g, self.axis, out_dtype=self.compute_dtype)
 
     def check_g(self, g) -> None:
-        """Raises an error for a g that this weight cannot have, with `exponential_g`."""
+        """Raises InvalidArgumentError if `exponential_g` is set and g is not positive."""
         if self.exponential_g:
             self._log(g)
 
     def _log(self, g):
-        # A unit that is masked entirely has w = 0 whatever its g; log(1) keeps s finite.
+        # A unit that is masked entirely has w = 0 for any g; log(1) keeps its s finite.
         g = tf.where(masked_units(self.mask, self.axis), tf.ones_like(g), g)
         tf.debugging.assert_positive(
             g,
-            "g must be positive where g = exp(s): use exponential_g=False for units that are zero "
-            "or for negative g",
+            "g must be positive where g = exp(s): use exponential_g=False if a unit is zero or its "
+            "g is negative",
         )
         return tf.math.log(g)

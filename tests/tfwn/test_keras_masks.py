@@ -222,5 +222,5 @@ def test_errors():
     wrapper = WeightNormalization(dense, kernel_mask=np.tri(4, 3))
     wrapper(normal(2, 4))
     wrapper.enable_lora(2)
-    with pytest.raises(ValueError, match="kernel_mask, which does not hold for what LoRA adds"):
+    with pytest.raises(ValueError, match="kernel_mask, which does not apply to what LoRA adds"):
         wrapper(normal(2, 4))

@@ -220,6 +220,6 @@ def test_g_is_made_in_the_scope_of_v():
     for g in (module.w.g, layer.weight.g, inside.w.g):
         assert g.distribute_strategy is strategy
     outside = Module()
-    with strategy.scope(), pytest.raises(ValueError, match="made outside of the MirroredStrategy"):
+    with strategy.scope(), pytest.raises(ValueError, match="outside the scope of the current Mirr"):
         tfwn.reparameterize(outside)
     assert isinstance(outside.w, tf.Variable)

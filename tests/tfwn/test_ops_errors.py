@@ -74,7 +74,7 @@ REFUSED = {
     ),
     "out_dtype no type": (
         dict(v=tf.ones([3, 4]), g=tf.ones([4]), out_dtype="half a float"),
-        "out_dtype must be a type, but is 'half a float'",
+        "out_dtype must be a dtype, but is 'half a float'",
     ),
 }
 

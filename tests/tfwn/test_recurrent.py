@@ -141,7 +141,7 @@ ERRORS = {
     "unroll=True needs a known number of steps": lambda: tf.function(
         tfwn.GRU(4, unroll=True), input_signature=[tf.TensorSpec([2, None, 3])]
     )(tf.ones([2, 5, 3])),
-    "inputs of 'gru_cell' must have a known last axis": lambda: tfwn.GRUCell(4).build([2, None]),
+    "'gru_cell' must have a last axis of known size": lambda: tfwn.GRUCell(4).build([2, None]),
 }
 
 

@@ -166,10 +166,10 @@ ERRORS = {
     ),
     "compute_dtype must be float16, .* got complex64": dict(shape=[2], compute_dtype=tf.complex64),
     r"axis must lie in \[-2, 2\) for a weight of rank 2, got 2": dict(shape=[2, 3], axis=2),
-    r"axis must name each axis once, got \(1, -1\)": dict(shape=[2, 3], axis=(1, -1)),
+    r"axis must not repeat an axis, got \(1, -1\)": dict(shape=[2, 3], axis=(1, -1)),
     "axis must be an int, a sequence of ints or None, got 1.0": dict(shape=[2, 3], axis=1.0),
     "axis must be an int, a sequence of ints or None, got 'in'": dict(shape=[2, 3], axis="in"),
-    r"shape must be known in full, got \(None, 3\)": dict(shape=[None, 3]),
+    r"shape must be fully defined, got \(None, 3\)": dict(shape=[None, 3]),
     r"mask must broadcast to the weight's shape \(2, 3\), got shape \(4,\)": dict(
         shape=[2, 3], mask=np.ones(4)
     ),

@@ -116,7 +116,7 @@ def test_masked_units_stay_masked():
 
 
 def test_an_exponential_g_cannot_be_zero():
-    message = r"g must be positive where g = exp\(s\): use exponential_g=False for units"
+    message = r"g must be positive where g = exp\(s\): use exponential_g=False if a unit"
     layer = tfwn.Dense(2, kernel_initializer="zeros", exponential_g=True)
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         layer(tf.ones([1, 3]))

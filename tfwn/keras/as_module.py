@@ -1,4 +1,4 @@
-"""A weight-normalized Keras layer, as tfwn.convert sees the layers of tfwn."""
+"""AsModule: presents a weight-normalized Keras layer to tfwn.convert as a layer of tfwn."""
 
 import keras
 import tensorflow as tf
@@ -19,10 +19,10 @@ _KINDS = (
 
 
 class AsModule:
-    """The wrapper of one Keras layer, with the attributes of the layer of tfwn for it.
+    """A Keras layer's wrapper with the attributes of the corresponding layer of tfwn.
 
-    `kind` is what the layer computes, "" for layers that tfwn has no counterpart for. Other
-    attributes of the Keras layer, such as `groups`, are read through this.
+    `kind` is the kind of the layer, or "" if tfwn has no counterpart. Other attributes, such as
+    `groups`, are read from the Keras layer.
     """
 
     def __init__(self, wrapper):
@@ -30,7 +30,7 @@ class AsModule:
         if not isinstance(wrapper, WeightNormalization):
             raise ValueError(
                 f"{wrapper.name!r} is not weight-normalized: wrap it in "
-                "tfwn.keras.WeightNormalization, and call tfwn.fold afterwards for a plain layer"
+                "tfwn.keras.WeightNormalization, and call tfwn.fold afterwards to unwrap it"
             )
         self._wrapper = wrapper
         layer = wrapper.layer
@@ -51,14 +51,14 @@ class AsModule:
         return repr(self._wrapper)
 
     def build(self, input_shape) -> None:
-        """Makes the variables; [batch, in] stands for [batch, time, in] of a recurrent layer."""
+        """Creates the variables; for a recurrent layer, [batch, in] means [batch, time, in]."""
         if self.kind == "recurrent" and not self.one_step:
             input_shape = [input_shape[0], None, *input_shape[1:]]
         self._wrapper.build(tuple(input_shape))
 
     @property
     def b(self) -> keras.Variable | None:
-        """The bias."""
+        """The bias, or None."""
         return getattr(self._owner, "bias", None)
 
     def _weight(self, attribute):
@@ -74,7 +74,7 @@ class AsModule:
 
 
 class _Weight:
-    """v and g of a wrapper, as a `tfwn.Weight`."""
+    """Presents v and g of a wrapper as a `tfwn.Weight`."""
 
     parameterization = "weight_norm"
     exponential_g = False
@@ -92,7 +92,7 @@ class _Weight:
 
 
 class _Plain:
-    """A variable that the wrapper does not normalize, as a `tfwn.Weight`."""
+    """Presents a variable that the wrapper does not normalize as a `tfwn.Weight`."""
 
     parameterization = "normal"
     exponential_g = False

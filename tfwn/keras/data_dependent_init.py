@@ -1,4 +1,4 @@
-"""Data-dependent initialization of weight-normalized Keras layers, on the hook in tfwn.layer."""
+"""Data-dependent initialization of weight-normalized Keras layers, using the hook in tfwn.layer."""
 
 import contextlib
 import math
@@ -23,12 +23,12 @@ INITIALIZABLE = (
     *DEPTHWISE,
 )
 
-# Recurrent layers and tables (paper, section 3).
+# Recurrent layers (paper, section 3) and embeddings.
 NOT_INITIALIZABLE = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.Embedding)
 
 
 class _Unit:
-    """A layer with one kernel, as data-dependent initialization sees the layers of tfwn."""
+    """Presents a layer with one kernel to data-dependent initialization as a layer of tfwn."""
 
     def __init__(self, wrapper, normalized):
         owner = normalized.owner
@@ -47,13 +47,13 @@ class _Unit:
             self.variables.append(self.b.variable)
 
     def get_g(self):
-        """As `tfwn.Weight.get_g`; 0 for a unit with v = 0, whose w is 0."""
+        """Like `tfwn.Weight.get_g`, but 0 for a unit with v = 0, because its w is 0."""
         g = tf.convert_to_tensor(self._g)
         zero = norm(masked(self._v, self._mask), self._axis) == 0
         return tf.where(zero, tf.zeros_like(g), g)
 
     def set_g(self, g):
-        """As `tfwn.Weight.set_g`; a unit with v = 0 gets a direction."""
+        """Like `tfwn.Weight.set_g`; a unit with v = 0 gets a random direction."""
         g = tf.reshape(tf.cast(g, self._g.dtype), self._g.shape)
         v, g = directed(self._v, g, self._axis, self._mask)
         self._v.assign(v)
@@ -61,7 +61,7 @@ class _Unit:
 
 
 class _Bias:
-    """A bias whose elements are the units in another order and shape than in g."""
+    """A bias that has the units in another order and shape than g."""
 
     def __init__(self, variable, order, g_shape):
         self.variable = variable
@@ -70,13 +70,13 @@ class _Bias:
         self._g_shape = g_shape
 
     def assign(self, b):
-        """Sets the bias to b, one for each unit, in g's order."""
+        """Sets the bias to b, which has one element per unit, in g's order."""
         b = tf.transpose(tf.reshape(b, self._g_shape), self._order)
         self.variable.assign(tf.reshape(b, self.variable.shape))
 
 
 def _einsum_letters(owner) -> tuple[str, str, str]:
-    """The letters of an EinsumDense's units in the kernel's order; its output; its bias."""
+    """Returns the letters of an EinsumDense's units (in kernel order), output and bias."""
     inputs, output = owner.equation.replace(" ", "").split("->")
     units = "".join(c for c in inputs.split(",")[1] if c in output and c != ".")
     return units, output, "".join(c for c in output if c in (owner.bias_axes or ""))
@@ -89,13 +89,13 @@ def _bias_order(owner, rank) -> list[int]:
     if sorted(bias) != sorted(units):
         raise RuntimeError(
             f"data-dependent initialization cannot center {owner.name!r}: its bias_axes "
-            f"{owner.bias_axes!r} are not the axes {units!r} of its output units"
+            f"{owner.bias_axes!r} are not the axes {units!r} of its output units: pass these axes"
         )
     return [units.index(letter) for letter in bias]
 
 
 def _units_last(owner, t) -> tf.Tensor:
-    """The output t with all axes that index units moved to the end and made one."""
+    """Returns t with all axes that index units moved to the end and merged into one."""
     rank = t.shape.rank
     axes = [1] if getattr(owner, "data_format", None) == "channels_first" else [rank - 1]
     if isinstance(owner, keras.layers.EinsumDense):
@@ -110,13 +110,13 @@ def _units_last(owner, t) -> tf.Tensor:
 
 
 class _InitializingCall:
-    """The `call` of the layer that owns a kernel: first sets g and the bias, then calls it."""
+    """Replaces the `call` of a kernel's owner: sets g and the bias, then calls the layer."""
 
     def __init__(self, wrapper, normalized):
-        if normalized.unit is None:  # One for all calls: the layer is set at the first.
+        if normalized.unit is None:  # Shared by all calls; the first sets the layer.
             normalized.unit = _Unit(wrapper, normalized)
         self._unit = normalized.unit
-        # What this initialization built has a mark only if a checkpoint waited for the layer.
+        # If this pass built the layer and it is already marked, a deferred restore has set it.
         self._unit.restored = wrapper.built_while_initializing
         self._normalized = normalized
         self._call = normalized.owner.call
@@ -141,7 +141,7 @@ class _InitializingCall:
 
 @contextlib.contextmanager
 def initializing_call(wrapper, normalized):
-    """While active, the owner of this kernel sets itself when it is called."""
+    """While active, the owner of this kernel initializes itself when it is called."""
     owner = normalized.owner
     hook = vars(owner).get("call")
     if not isinstance(hook, _InitializingCall):
@@ -161,7 +161,7 @@ def refuse(layer):
     if isinstance(layer, NOT_INITIALIZABLE):
         refuse_initialization(layer)
     raise RuntimeError(
-        f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}, and does "
-        "not know its pre-activations: normalize the Dense, EinsumDense and convolution layers in "
+        f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}, whose "
+        "pre-activations are unknown: normalize the Dense, EinsumDense and convolution layers in "
         "it one by one, or initialize the model without it"
     )

@@ -1,4 +1,4 @@
-"""Every private interface of Keras that tfwn.keras uses: what to look at when Keras changes."""
+"""All private interfaces of Keras that tfwn.keras uses: the file to check when Keras changes."""
 
 import contextlib
 
@@ -16,7 +16,7 @@ from keras.src.utils.tracking import DotNotTrackScope
 
 __all__ = ["DropoutRNNCell", "Functional"]
 
-# Attributes of models with what was traced; Keras makes them anew.
+# Attributes in which models keep traced functions; Keras recreates them if they are None.
 TRACED_BY_KERAS = ("train_function", "test_function", "predict_function")
 
 current_scope = backend.get_stateless_scope
@@ -26,48 +26,48 @@ in_stateless_scope = backend.in_stateless_scope
 def layers_in(
     layer: keras.layers.Layer, include_self: bool = True, recursive: bool = True
 ) -> list[keras.layers.Layer]:
-    """The layer and all layers in it."""
+    """Returns the layer and all layers in it."""
     return layer._flatten_layers(include_self=include_self, recursive=recursive)
 
 
 def is_functional(model) -> bool:
-    """Whether the model is a graph of layers."""
+    """Returns whether the model is a graph of layers."""
     return isinstance(model, keras.Sequential | Functional)
 
 
 def makes_its_layers(cls: type[keras.layers.Layer]) -> bool:
-    """Whether the constructor makes the layers, which are then not part of the configuration."""
+    """Returns whether the constructor creates the layers, so that they are not in the config."""
     if issubclass(cls, Functional):
         return not functional_like_constructor(cls)
     return not issubclass(cls, keras.Sequential) and not cls.__module__.startswith("keras.")
 
 
 def stored(variable: keras.Variable) -> tf.Variable:
-    """The variable as it is stored, where Keras would cast it for mixed precision."""
+    """Returns the variable as stored, without Keras' cast for mixed precision."""
     with backend.AutocastScope(None):
         return variable.value
 
 
 def stored_dtype(variable: keras.Variable) -> str:
-    """The type in which the variable is stored, where `dtype` is the one it is read in."""
+    """Returns the dtype in which the variable is stored; its `dtype` is the one it is read in."""
     return variable._dtype
 
 
 def read_dtype(owner: keras.layers.Layer, variable: keras.Variable) -> str:
-    """The type in which the layer reads its variable when it is called."""
+    """Returns the dtype in which the layer reads its variable during a call."""
     if variable._autocast and owner.autocast and tf.as_dtype(owner.compute_dtype).is_floating:
         return owner.compute_dtype
     return variable._dtype
 
 
 def strategy_scope(variable: keras.Variable):
-    """The scope of the variable's strategy, where it has one."""
+    """Returns the scope of the variable's strategy, or a null context if it has none."""
     strategy = getattr(variable._value, "distribute_strategy", None)
     return strategy.scope() if strategy else contextlib.nullcontext()
 
 
 def add_variable(layer: keras.layers.Layer, cls: type[keras.Variable], **options):
-    """`layer.add_weight`, with a class of Variable of its own."""
+    """Like `layer.add_weight`, but with a given subclass of keras.Variable."""
     with backend.name_scope(layer.name, caller=layer):
         variable = cls(**options)
     layer._track_variable(variable)
@@ -75,20 +75,20 @@ def add_variable(layer: keras.layers.Layer, cls: type[keras.Variable], **options
 
 
 def pass_arguments_on(wrapper: keras.layers.Layer, layer: keras.layers.Layer) -> None:
-    """Makes the wrapper take its inputs as the layer does, and leaves remat to the layer."""
+    """Makes the wrapper accept inputs as the layer does, and leaves remat to the layer."""
     wrapper._convert_input_args = layer._convert_input_args
     wrapper._allow_non_tensor_positional_args = layer._allow_non_tensor_positional_args
     wrapper._remat_mode = None
 
 
 def rematerialized(layer: keras.layers.Layer, function, args, kwargs):
-    """function(*args, **kwargs), rematerialized where Keras would do that to the layer's call."""
+    """Returns function(*args, **kwargs), rematerialized if Keras would do so for the layer."""
     if not layer._remat_mode:
         return function(*args, **kwargs)
     flat = keras.tree.flatten((args, kwargs))
     tensors = [x for x in flat if tf.is_tensor(x)]
 
-    def call(*tensors):  # TensorFlow's gradients of one's own take no named arguments in a graph.
+    def call(*tensors):  # In a graph, tf.custom_gradient accepts no keyword arguments.
         rest = iter(tensors)
         filled = [next(rest) if tf.is_tensor(x) else x for x in flat]
         new_args, new_kwargs = keras.tree.pack_sequence_as((args, kwargs), filled)
@@ -101,7 +101,7 @@ def rematerialized(layer: keras.layers.Layer, function, args, kwargs):
 
 @contextlib.contextmanager
 def without_remat(layer: keras.layers.Layer, include_self: bool = True):
-    """While active, neither the layer nor those in it rematerialize."""
+    """While active, neither the layer nor the layers in it rematerialize."""
     modes = [(one, one._remat_mode) for one in layers_in(layer, include_self) if one._remat_mode]
     for one, _ in modes:
         one._remat_mode = None
@@ -113,37 +113,37 @@ def without_remat(layer: keras.layers.Layer, include_self: bool = True):
 
 
 def has_own_build(layer: keras.layers.Layer) -> bool:
-    """Whether the layer makes its variables in `build`, and not when it is called."""
+    """Returns whether the layer creates its variables in `build` rather than when it is called."""
     return not is_default(layer.build)
 
 
 def has_variables(layer: keras.layers.Layer) -> bool:
-    """Whether the layer has made all variables that it will ever have."""
+    """Returns whether the layer has created all its variables."""
     return layer.built or not (has_own_build(layer) or might_have_unbuilt_state(layer))
 
 
 def waits_for_call(layer: keras.layers.Layer) -> bool:
-    """Whether only a call of the layer may make variables that it still lacks."""
+    """Returns whether the layer may lack variables that only a call creates."""
     return might_have_unbuilt_state(layer)
 
 
 def build_by_call(layer: keras.layers.Layer, call_spec) -> None:
-    """Makes the variables of a layer from the arguments of its first call, as Keras does.
+    """Creates the variables of a layer from the arguments of its first call, as Keras does.
 
-    Keras calls `build`, or where there is none traces `call`, or where that fails calls it.
+    Keras calls `build`. Without a `build`, it traces `call`, and if this fails, it calls the layer.
     """
     with layer._open_name_scope():
         layer._maybe_build(call_spec)
         if not might_have_unbuilt_state(layer):
             return
-        with contextlib.suppress(Exception):  # The call that follows raises it, if it matters.
+        with contextlib.suppress(Exception):  # If it matters, the next call raises it.
             backend.compute_output_spec(layer.call, **call_spec.arguments_dict)
         if might_have_unbuilt_state(layer) and not has_own_build(layer) and call_spec.eager:
             layer.call(**call_spec.arguments_dict)
 
 
 def build_from_shape(layer: keras.layers.Layer, *shapes, **named_shapes) -> None:
-    """Makes the variables of a layer from the arguments of `build`; may leave it unbuilt."""
+    """Creates the variables of a layer from the arguments of `build`; may leave it unbuilt."""
     if has_own_build(layer):
         if not layer.built:
             layer.build(*shapes, **named_shapes)
@@ -154,7 +154,7 @@ def build_from_shape(layer: keras.layers.Layer, *shapes, **named_shapes) -> None
 
 
 def replace_layer(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
-    """Puts `new` in the place of `old`, wherever a graph calls it; `refresh_graph` must follow."""
+    """Replaces `old` with `new` wherever a graph calls it; call `refresh_graph` afterwards."""
     first = len(new._inbound_nodes)
     for node in old._inbound_nodes:
         node.operation = new
@@ -169,7 +169,7 @@ def replace_layer(old: keras.layers.Layer, new: keras.layers.Layer) -> None:
 
 
 def refresh_graph(model: keras.Model, replaced: dict[int, keras.layers.Layer]) -> None:
-    """Makes anew what a graph of layers keeps of its layers; `replaced` is by the old ones' id."""
+    """Updates a graph's records of its layers; `replaced` maps ids of old layers to new layers."""
     replaced = dict(replaced)
     graph = model._functional if isinstance(model, keras.Sequential) else model
     if graph is not None:
@@ -177,12 +177,12 @@ def refresh_graph(model: keras.Model, replaced: dict[int, keras.layers.Layer]) -
         nodes, nodes_by_depth, operations, operations_by_depth = map_graph(
             graph._inputs, graph._outputs
         )
-        # As Keras sets them: tf.train.Checkpoint finds the layers in a list that Keras has not
+        # Set as in Keras itself: tf.train.Checkpoint finds the layers in a list that Keras has not
         # wrapped.
         with DotNotTrackScope():
             graph._nodes, graph._nodes_by_depth = nodes, nodes_by_depth
             graph._operations, graph._operations_by_depth = operations, operations_by_depth
-        # The graph has the same order as before.
+        # The operations are in the same order as before.
         replaced.update((id(a), b) for a, b in zip(before, operations, strict=True))
     for holder in {id(one): one for one in (graph, model) if one is not None}.values():
         for layer in holder._layers:
@@ -194,7 +194,7 @@ def refresh_graph(model: keras.Model, replaced: dict[int, keras.layers.Layer]) -
 
 
 def replace_tracked(owner: keras.layers.Layer, old, new) -> None:
-    """Makes the owner, and its checkpoints, count `new` among its layers instead of `old`."""
+    """Makes the owner and its checkpoints track `new` as one of its layers instead of `old`."""
     if owner._tracker.is_in_store("layers", old):
         owner._tracker.replace_tracked_value("layers", old, new)
     for name, child in owner._trackable_children().items():
@@ -203,5 +203,5 @@ def replace_tracked(owner: keras.layers.Layer, old, new) -> None:
 
 
 def tracked_lists(layer: keras.layers.Layer) -> list:
-    """The lists in which Keras keeps a layer's variables and layers, and no attributes of it."""
+    """Returns the lists in which Keras itself tracks a layer's variables and layers."""
     return [store for _, store in layer._tracker.config.values()]

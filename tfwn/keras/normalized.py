@@ -1,4 +1,4 @@
-"""What a wrapper keeps of each kernel: v, g, the axes, and how a call reads w in v's place."""
+"""A wrapper's state for each kernel: v, g and the axes, and how a call reads w in place of v."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -30,60 +30,60 @@ DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
 class NormalizedKernel(Normalized):
-    """One normalized variable of a Keras layer: `v`, `g`, `axis`, `mask`, the layer as `owner`.
+    """A normalized variable of a Keras layer: `v`, `g`, `axis`, `mask`, and the layer as `owner`.
 
-    It is used as the variable w, but does not take v's place in the layer, as NormalizedVariable
-    does in a tf.Module: Keras saves, freezes and distributes the variables that a layer made.
+    It acts as the variable w. Unlike NormalizedVariable in a tf.Module, it does not replace v in
+    the layer, because Keras saves, freezes and distributes the variables that a layer created.
     """
 
     def __init__(self, owner, v, g, axis, mask):
         super().__init__(v, g, axis, mask)
         self.owner = owner
-        self.unit = None  # What data-dependent initialization sees of it, once it has been here.
+        self.unit = None  # Created by data-dependent initialization as its view of the layer.
 
     def w(self, dtype=None) -> tf.Tensor:
-        """Returns w, of type `dtype`, by default v's."""
+        """Returns w in `dtype`, by default that of v."""
         return self.scaled(exact(self.g), dtype)
 
     def scaled(self, g, dtype=None) -> tf.Tensor:
-        """Returns g * v / ||v|| with this g."""
+        """Returns g * v / ||v|| for the given g."""
         v = masked(exact(self.v), self.mask)
         return weight_norm(v, g, self.axis, out_dtype=dtype or self.dtype)
 
-    # As of a Keras variable.
+    # Attributes that a Keras variable has.
     value = property(lambda self: self.w())
     dtype = property(lambda self: stored_dtype(self.v))
     device = property(lambda self: stored(self.v).device)
     path = property(lambda self: self.v.path)
 
     def check_owner(self) -> None:
-        """Refuses an owner that does not use v any more."""
+        """Raises RuntimeError if the owner no longer uses v."""
         if not any(value is self.v for value in vars(self.owner).values()):
             raise RuntimeError(
-                f"{self.owner.name!r} has another variable than the {self.v.path} that it was "
-                "weight-normalized with, as quantize() makes it: call tfwn.fold first, and "
+                f"{self.owner.name!r} has another variable than the {self.v.path} with which it "
+                "was weight-normalized, for example after quantize(): call tfwn.fold first, then "
                 "quantize() on what it returns"
             )
 
     def check_mask(self) -> None:
-        """Refuses LoRA's additions to a masked kernel."""
+        """Raises ValueError if LoRA is enabled on a masked kernel."""
         if self.mask is not None and getattr(self.owner, "lora_enabled", False):
             raise ValueError(
-                f"{self.owner.name!r} has a kernel_mask, which does not hold for what LoRA adds to "
-                "the kernel: call enable_lora on layers without a mask"
+                f"{self.owner.name!r} has a kernel_mask, which does not apply to what LoRA adds to "
+                "the kernel: call enable_lora only on layers without a mask"
             )
 
     def fold(self) -> None:
-        """Sets v = w and g = ||w||: the function stays, also where g was negative."""
+        """Sets v = w and g = ||w||, which does not change w, even where g was negative."""
         w = self.w()
         self.v.assign(w)
         self.g.assign(norm(w, self.axis))
 
     def merged_g(self) -> tf.Tensor | keras.Variable:
-        """The g that belongs to the kernel that the owner writes into files.
+        """Returns the g for the kernel that the owner saves.
 
-        With LoRA, that is its kernel plus the product of the two low-rank factors. v and g are
-        frozen then, so that v = w can be set without a loss.
+        With LoRA, the owner saves its kernel plus the product of the two low-rank factors. Because
+        v and g are frozen then, setting v = w loses nothing.
         """
         if not getattr(self.owner, "lora_enabled", False):
             return self.g
@@ -93,11 +93,11 @@ class NormalizedKernel(Normalized):
 
 
 class Reading:
-    """What a call reads in the place of v: w, with its g or another one.
+    """What a call reads in place of v: w, computed with its own g or another one.
 
-    w is computed here, once and outside of any loop in the call, in the type that its owner reads
-    it in: no cast, no copy in the variable's type. A tf.function that the call calls computes its
-    own: its trace outlives this call.
+    w is computed here, once and outside any loop in the call, directly in the dtype in which its
+    owner reads it, without a cast. A tf.function that the call calls computes its own w, because
+    its trace outlives this call.
     """
 
     def __init__(self, normalized: NormalizedKernel, g: tf.Tensor | None = None):
@@ -116,55 +116,55 @@ class Reading:
         return self._normalized.scaled(g, dtype)
 
     def __call__(self, dtype) -> tf.Tensor:
-        """Returns w in this type."""
+        """Returns w in this dtype."""
         return self._w if dtype == self._dtype and is_within(self._graph) else self._in(dtype)
 
     def assign(self, w) -> None:
-        """Sets w, where the call writes its kernel."""
+        """Sets w when the call writes to its kernel."""
         self._normalized.assign(w)
         self._compute()
 
 
 class Gain(keras.Variable):
-    """g: it trains exactly when the v that it follows does."""
+    """The variable g, which is trainable exactly when its v is."""
 
     _followed: keras.Variable | None = None
 
     def follow(self, v: keras.Variable) -> None:
-        """From now on trains when v does."""
+        """Makes g trainable exactly when v is."""
         self._followed = v
 
     @property
     def trainable(self):
-        """As of v."""
+        """Whether v is trainable."""
         return self._followed is None or self._followed.trainable
 
     @trainable.setter
     def trainable(self, value):
-        """Without effect: Keras sets it for all variables of a layer, v among them."""
+        """Has no effect, because Keras sets it for all variables of a layer, including v."""
 
 
 class OfWeight(keras.regularizers.Regularizer):
-    """The regularizer of a variable v, on w."""
+    """Applies the regularizer of a variable v to w."""
 
     def __init__(self, regularizer, normalized):
         self.regularizer = regularizer
         self.normalized = normalized
 
     def __call__(self, v):
-        """The loss of w; Keras hands over v."""
+        """Returns the loss of w, although Keras passes v."""
         return self.regularizer(self.normalized.w())
 
 
 def is_weight(variable: keras.Variable) -> bool:
-    """Whether the variable is normalized by default."""
+    """Returns whether the variable is normalized by default."""
     return variable.name in ("kernel", "embeddings") or variable.name.endswith("_kernel")
 
 
 def find(layer, select: Callable[[keras.Variable], bool]) -> Iterator[tuple]:
-    """Yields (owner, v) for each variable that `select` chooses in the layer and those in it.
+    """Yields (owner, v) for each variable that `select` chooses in the layer and the layers in it.
 
-    The owner is the layer that made v, where others have it as an attribute too.
+    If several layers have v as an attribute, the owner is the one that created it.
     """
     owners: dict[int, tuple] = {}
     for owner in layers_in(layer):
@@ -177,12 +177,12 @@ def find(layer, select: Callable[[keras.Variable], bool]) -> Iterator[tuple]:
 
 
 def option(value, v, default=None) -> Any:
-    """The option of a wrapper for this variable: of a dict, what it has under v's name."""
+    """Returns a wrapper's option for v: if it is a dict, its value for v's name."""
     return value.get(v.name, default) if isinstance(value, Mapping) else value
 
 
 def normalize(wrapper, owner, v) -> NormalizedKernel:
-    """Adds g to the wrapper, for a variable v of a layer in it."""
+    """Adds g to the wrapper for a variable v of `owner` and returns the NormalizedKernel."""
     if v.constraint is not None:
         raise ValueError(
             f"{v.path} has the constraint {v.constraint!r}, which would act on v and not on "
@@ -198,7 +198,7 @@ def normalize(wrapper, owner, v) -> NormalizedKernel:
     def initial_g(shape, dtype):
         before = exact(v)
         g = norm(masked(before, mask), axes)
-        if not in_stateless_scope():  # Where Keras only traces, there is no value yet.
+        if not in_stateless_scope():  # While Keras only traces, v has no value.
             after, g = directed(before, g, axes, mask)
             if after is not before:
                 v.assign(after)
@@ -222,7 +222,7 @@ def normalize(wrapper, owner, v) -> NormalizedKernel:
 
 
 def unit_axes(owner: keras.layers.Layer, v: keras.Variable) -> int | tuple[int, ...]:
-    """The axes of a Keras layer's kernel that index its output units."""
+    """Returns the axes of a Keras layer's kernel that index its output units."""
     if v.name == "depthwise_kernel" or isinstance(owner, DEPTHWISE):
         return (-2, -1)
     if isinstance(owner, TRANSPOSED):
@@ -236,7 +236,7 @@ def unit_axes(owner: keras.layers.Layer, v: keras.Variable) -> int | tuple[int, 
         if len(axes) == len(kernel):
             raise ValueError(
                 f"the equation {owner.equation!r} of {owner.name!r} sums over no axis of its "
-                "kernel, so that there is no norm: give axis"
+                "kernel, so there is no axis to normalize over: pass axis"
             )
         return axes
     return -1

@@ -1,8 +1,9 @@
-"""How a model is saved that is no longer what its own class makes: with what was done to it.
+"""Saves a model that was changed after its construction, together with the change.
 
-The constructor of a user's class makes its layers anew when a .keras file is loaded: plain ones of
-a model that was reparameterized, or wrapped ones of a layer that was folded. Such an object gets a
-subclass of its class that differs in one thing: the file names the change, to make it again.
+When a .keras file is loaded, the constructor of a user's class creates its original layers: plain
+layers for a model that was reparameterized, or wrapped layers for one that was folded. Such an
+object therefore gets a subclass of its class that records the change in the file, and makes it
+again when the file is loaded.
 """
 
 import functools
@@ -17,7 +18,7 @@ _NAMES = {"reparameterize": "Reparameterized", "fold": "Folded"}
 
 
 def remember(layer: keras.layers.Layer, change: str) -> None:
-    """Makes files of the layer name the change, unless it undoes the one before."""
+    """Makes files of the layer record the change, or forget the previous one if this undoes it."""
     cls: Any = type(layer)
     if issubclass(cls, _Changed):
         if cls.change != change:
@@ -27,25 +28,25 @@ def remember(layer: keras.layers.Layer, change: str) -> None:
 
 
 class _Changed:
-    """A layer whose class was another one: `original`, before the `change`."""
+    """A layer whose class was `original` before the `change`."""
 
     original: type
     change: str
 
     def get_config(self):
-        """What the layer was made from, and is saved as."""
+        """Returns the config of the original layer."""
         changed = type(self)
         self.__class__ = changed.original
         try:
             config = keras.saving.serialize_keras_object(self)
         finally:
             self.__class__ = changed
-        config.pop("compile_config", None)  # It goes with the changed layer.
+        config.pop("compile_config", None)  # It belongs to the changed layer.
         return {"layer": config}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Makes the layer, and the change."""
+        """Creates the original layer and makes the change."""
         layer = keras.saving.deserialize_keras_object(config["layer"], custom_objects)
         change = getattr(importlib.import_module("tfwn.keras.reparameterize"), cls.change)
         return change(layer, required=False)
@@ -65,4 +66,4 @@ def _changed_class(original, change: str):
 
 
 for _change in _NAMES:
-    _changed_class(keras.Model, _change)  # So that files can be loaded: all have one from_config.
+    _changed_class(keras.Model, _change)  # To load files; all share one from_config.

@@ -1,4 +1,4 @@
-"""reparameterize and fold for Keras: layers in a model change places with their wrappers."""
+"""reparameterize and fold for Keras: swap a model's layers and their wrappers."""
 
 from collections.abc import Callable
 
@@ -18,9 +18,9 @@ from tfwn.traces import check_traces, forget_traces
 def reparameterize(
     model: keras.layers.Layer, kernel_mask: Callable | None = None, required: bool = True
 ) -> keras.layers.Layer:
-    """`tfwn.reparameterize` for Keras: a model's layers in wrappers, or a layer in its wrapper.
+    """`tfwn.reparameterize` for Keras: wraps the layers of a model, or a single layer.
 
-    Where nothing is found, an error is raised if `required`, or the model is returned as it is.
+    If there is nothing to normalize, raises ValueError if `required`, otherwise returns the model.
     """
     _check_traces(model)
     before: list[tuple[keras.Variable, tf.Tensor]] = []
@@ -48,13 +48,13 @@ def reparameterize(
         names = [variable.path for variable in model.variables]
         raise ValueError(
             f"reparameterize found no weight in {model.name!r}, whose variables are {names}: wrap "
-            "the layers by tfwn.keras.WeightNormalization(layer, weight_names=...)"
+            "the layers with tfwn.keras.WeightNormalization(layer, weight_names=...)"
         )
     return change.make(model, "reparameterize")
 
 
 def fold(model: keras.layers.Layer, required: bool = True) -> keras.layers.Layer:
-    """`tfwn.fold` for Keras: layers out of their wrappers; `required` as in `reparameterize`."""
+    """`tfwn.fold` for Keras: unwraps the layers; `required` is as in `reparameterize`."""
     wrappers = _wrappers_in(model)
     if required and not wrappers:
         raise ValueError(f"fold found nothing weight-normalized in {model.name!r}")
@@ -72,7 +72,7 @@ def _wrappers_in(layer) -> list[WeightNormalization]:
 
 
 def _wrapped(layer, mask_of):
-    """The layer in a wrapper, where it has something to normalize and is in none."""
+    """Returns the layer in a wrapper, or itself if it is one or has nothing to normalize."""
     if isinstance(layer, WeightNormalization):
         return layer
     weights = [v for _, v in find(layer, is_weight)]
@@ -87,14 +87,14 @@ def _wrapped(layer, mask_of):
 
 
 def _masks(layer, weights, mask_of) -> dict | None:
-    """The masks of a layer's weights by their names, as its wrapper takes them."""
+    """Returns the masks of a layer's weights by name, as its wrapper takes them."""
     found = [(v.name, mask_of(v)) for v in weights]
     masks = {name: mask for name, mask in found if mask is not None}
     for name, mask in found:
         if name in masks and (mask is None or not np.array_equal(mask, masks[name])):
             raise ValueError(
                 f"kernel_mask returned several masks for the variables {name!r} in {layer.name!r}: "
-                "one layer in a wrapper has one for each name"
+                "a wrapped layer has one mask per name"
             )
     return masks or None
 
@@ -111,10 +111,10 @@ def _unwrapped(layer):
 
 
 class _Change:
-    """Puts other layers in the place of those in a model, in the model itself.
+    """Replaces layers of a model in place.
 
-    With `separate`, layers that have a kernel in common, as of tied weights, are not replaced as
-    they are, but what they have in common is.
+    With `separate`, layers that share a kernel (tied weights) are not replaced themselves. The
+    inner layer that they have in common is replaced instead.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class _Change:
         self.replaced: dict[int, tuple[keras.layers.Layer, keras.layers.Layer]] = {}
 
     def find(self, model) -> None:
-        """Makes what takes the place of each layer; the model stays as it is."""
+        """Creates the replacement of each layer without changing the model."""
         while True:
             self._holders = []
             units = list(self._units(model, set()))
@@ -141,7 +141,7 @@ class _Change:
                 self.replaced[id(layer)] = layer, new
 
     def _separate_some(self, units) -> bool:
-        """Makes holders of the layers that share a kernel with another; whether there are any."""
+        """Treats layers that share a kernel as holders; returns whether there are new ones."""
         users: dict[int, tuple] = {}
         for layer in units:
             for _, v in find(layer, is_weight):
@@ -153,15 +153,15 @@ class _Change:
             if len(apart) < len(sharing) - 1:
                 raise ValueError(
                     f"{v.path} is a kernel of {', '.join(layer.name for layer in sharing)}, which "
-                    "would each normalize it: let one layer have the kernel, and the others have "
-                    "that layer as an attribute"
+                    "would each normalize it: let one layer have the kernel, and let the others "
+                    "have that layer as an attribute"
                 )
             self._separated.update(id(layer) for layer in apart)
             return True
         return False
 
     def _units(self, layer, seen):
-        """Yields what is replaced as a whole, and collects the holders around it."""
+        """Yields the layers to replace and collects the holders that contain them."""
         if id(layer) in seen:
             return
         seen.add(id(layer))
@@ -171,20 +171,20 @@ class _Change:
         if isinstance(layer, keras.Model):
             _check_built(layer)
         if internals.is_functional(layer):
-            internals.refresh_graph(layer, {})  # Another model of the same graph may have changed.
+            internals.refresh_graph(layer, {})  # Another model may have changed the same graph.
         self._holders.append(layer)
         for inner in internals.layers_in(layer, include_self=False, recursive=False):
             yield from self._units(inner, seen)
 
     @staticmethod
     def _holds_layers(layer) -> bool:
-        """Whether its layers change and not itself: models, and layers around wrappers."""
+        """Returns whether to replace its inner layers instead: it is a model or has wrappers."""
         if isinstance(layer, WeightNormalization):
             return False
         return isinstance(layer, keras.Model) or bool(_wrappers_in(layer))
 
     def make(self, model, name):
-        """Makes the change called `name`, and returns what takes the model's place."""
+        """Makes the change called `name`, and returns the model or its replacement."""
         for layer in internals.layers_in(model):
             forget_traces(layer)
         for old, new in self.replaced.values():
@@ -196,7 +196,7 @@ class _Change:
         return layers.get(id(model), model)
 
     def _change(self, holder, layers) -> bool:
-        """Puts the new layers into one model; whether there were any."""
+        """Puts the new layers into one holder; returns whether there were any."""
         changed = any(
             id(one) in layers for one in internals.layers_in(holder, False, recursive=False)
         )
@@ -217,7 +217,7 @@ def _check_traces(model):
 
 
 def _check_built(model):
-    """Refuses a model whose layers have no variables yet."""
+    """Raises ValueError if layers of the model lack variables."""
     inner = internals.layers_in(model, include_self=False, recursive=False)
     missing = [layer.name for layer in inner if not internals.has_variables(layer)]
     if missing or not (inner or model.built):
@@ -256,7 +256,7 @@ def _replace_attributes(holder, layers):
 
 
 def _restart_optimizer(model):
-    """Makes a built optimizer anew: what it keeps is of other variables than the model has now."""
+    """Recreates a built optimizer, because its state belongs to the model's previous variables."""
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
         model.optimizer = type(optimizer).from_config(optimizer.get_config())

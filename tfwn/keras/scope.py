@@ -1,4 +1,4 @@
-"""Making a Keras layer read another value in the place of a variable."""
+"""Substitution: makes Keras layers read other values in place of their variables."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,16 +9,16 @@ from tfwn.keras.internals import current_scope, stored
 
 
 def exact(variable) -> tf.Tensor:
-    """The value of a Keras variable as it is stored, as a tensor."""
+    """Returns the stored value of a Keras variable as a tensor, without autocasting."""
     return tf.convert_to_tensor(stored(variable))
 
 
 class Substitution(keras.StatelessScope):
-    """While active, variables read as the given values; writes to all others take effect.
+    """While active, the given variables read as the given values, and writes take effect.
 
-    A value is a tensor, or a function of the type that the variable is read in; one with a method
-    `assign` gets what is written to the variable. Keras' own scope keeps every write back, and
-    hides an outer scope.
+    A value is a tensor or a function of the dtype in which the variable is read. If it has a method
+    `assign`, this receives writes to the variable. Keras' own StatelessScope, in contrast, holds
+    back all writes and hides an outer scope.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Substitution(keras.StatelessScope):
         return super().__enter__()
 
     def get_current_value(self, variable):
-        """What Keras asks when it reads a variable: None for "as it is"."""
+        """Returns the value that Keras reads for a variable, or None for the variable's own."""
         value = self.state_mapping.get(id(variable))
         if callable(value):
             return self._outside(lambda: value(variable.dtype))
@@ -47,7 +47,7 @@ class Substitution(keras.StatelessScope):
         return value
 
     def add_update(self, update):
-        """What Keras tells when it writes one: the write goes where it would without this scope."""
+        """Makes a write that Keras adds to this scope, as if the scope were not active."""
         variable, value = update
         assign = getattr(self.state_mapping.get(id(variable)), "assign", variable.assign)
         self._outside(lambda: assign(value))

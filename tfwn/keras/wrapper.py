@@ -1,7 +1,7 @@
 """WeightNormalization: a wrapper that weight-normalizes any Keras 3 layer.
 
-The wrapped layer is never changed. Its kernel variable is v, the wrapper adds g, and whatever the
-layer reads as its kernel while it is called is w = g * v / ||v|| (paper, eq. 2).
+The wrapped layer is never changed. Its kernel variable is v, and the wrapper adds g. While the
+layer is called, its kernel reads as w = g * v / ||v|| (paper, eq. 2).
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from tfwn.traces import check_traces, forget_traces
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
         "tfwn.keras needs Keras on TensorFlow, but the Keras backend is "
-        f"{keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow before Keras is imported"
+        f"{keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow before importing Keras"
     )
 
 
@@ -46,31 +46,32 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
     """Weight-normalizes the kernels of a Keras layer: w = g * v / ||v|| (paper, section 2, eq. 2).
 
     Any layer can be wrapped: Dense, convolutions, EinsumDense, recurrent layers, and layers that
-    hold others, as MultiHeadAttention, Bidirectional and TimeDistributed do. Each kernel in it gets
-    its own g, at first ||v||, so that wrapping alone changes no output. w is computed once per
-    call, outside any loop over time. Optimizers see v (the layer's own kernel variable) and g.
-    Regularizers act on w.
+    contain others, such as MultiHeadAttention, Bidirectional and TimeDistributed. Each kernel gets
+    its own g, initialized to ||v||, so wrapping alone does not change the outputs. w is computed
+    once per call, outside any loop over time. Optimizers see v (the layer's own kernel variable)
+    and g. Regularizers act on w.
 
     Arguments:
       layer: the layer to normalize, built or not.
-      data_init: False. Data-dependent initialization is a call of its own,
-        `tfwn.data_dependent_init(model, batch)`; it never happens in the first call of the layer.
-      weight_names: names of the variables to normalize. Default: those called "kernel",
-        "embeddings" or something ending in "_kernel".
-      axis: the axis or axes of v that index its output units, the norm runs over all the others;
-        None: one norm for the whole tensor. A dict gives one for each variable's name. Default:
-        by the type of the layer that owns the variable, the last axis where the type is unknown.
-      kernel_mask: fixed array that broadcasts to v, or a dict of arrays by the variables' names. It
-        multiplies v before the normalization: w is 0 where the mask is, and the norm runs over the
-        other elements.
-      kwargs: name, trainable, dtype: of the wrapper, by default the layer's own.
+      data_init: must be False. For data-dependent initialization, call
+        `tfwn.data_dependent_init(model, batch)`. It never happens in the layer's first call.
+      weight_names: names of the variables to normalize. Default: "kernel", "embeddings" and all
+        names that end in "_kernel".
+      axis: the axis or axes of v that index its output units; the norm is over all other axes. None
+        means one norm for the whole tensor. A dict maps names of variables to their axes. Default:
+        depends on the type of the layer that owns the variable; the last axis for unknown types.
+      kernel_mask: fixed array that broadcasts to v, or a dict that maps names of variables to such
+        arrays. It multiplies v before the normalization, so w is 0 where the mask is 0 and the norm
+        is over the other elements.
+      kwargs: name, trainable and dtype of the wrapper. trainable and dtype default to the layer's.
 
-    Inputs, outputs, masks and call arguments are the layer's. Attributes: `layer`, and
-    `normalized`, which has v, g, axis and w() of each normalized variable.
+    Inputs, outputs, masks and call arguments are those of the layer. `wrapper.layer` is the layer.
+    `wrapper.normalized` contains an object for each normalized variable, with v, g, axis and w().
 
     Raises:
-      ValueError: `data_init=True`; a layer with no variable to normalize, or with a constraint on
-        one (it would act on v, not on w).
+      ValueError: if `data_init` is True, the layer is already weight-normalized or quantized, it
+        has no variable to normalize, or such a variable has a constraint (which would act on v, not
+        on w).
 
     >>> import keras
     >>> layer = tfwn.keras.WeightNormalization(keras.layers.Dense(2))
@@ -93,10 +94,10 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         _check_layer(layer)
         if data_init:
             raise ValueError(
-                "data_init=True is not an argument of the layer here: build the model, then call "
-                "tfwn.data_dependent_init(model, batch) once before training"
+                "data_init must be False, got True: to initialize from data, build the model, then "
+                "call tfwn.data_dependent_init(model, batch) once before training"
             )
-        # Keras reads from these signatures which arguments, masks and shapes to pass.
+        # From these signatures, Keras learns which arguments, masks and shapes to pass.
         object.__setattr__(self, "call", _with_signature(self._call, layer.call))
         self.build.__signature__ = inspect.signature(layer.build)  # type: ignore[attr-defined]
         options = {
@@ -113,9 +114,9 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             self.kernel_mask = {name: np.asarray(mask) for name, mask in kernel_mask.items()}
         self.supports_masking = layer.supports_masking
         self.normalized: tuple[NormalizedKernel, ...] = ()
-        # Where data-dependent initialization marks that it has been here. Saved with the model, but
-        # no weight of it: no arithmetic over weights can set it. Made here, so that a checkpoint
-        # can be restored before the layer is built.
+        # Whether data-dependent initialization has set this layer. Saved with the model, but not
+        # among its weights, so that arithmetic on weights cannot change it. Created here, so that a
+        # checkpoint can be restored before the layer is built.
         self.initialized = None
         self.built_while_initializing = False
         if not isinstance(layer, NOT_INITIALIZABLE):
@@ -123,7 +124,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
                 self.initialized = tf.Variable(False, trainable=False, name="initialized")
 
     def build(self, *shapes, **named_shapes):
-        """Builds the layer, and makes a g for each of its kernels."""
+        """Builds the layer and creates a g for each of its kernels."""
         internals.build_from_shape(self.layer, *shapes, **named_shapes)
         self._build_shapes = [list(shapes), dict(named_shapes)]
         self.built_while_initializing = is_initializing()
@@ -132,30 +133,30 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         if not found:
             paths = [variable.path for variable in self.layer.variables]
             raise ValueError(
-                f"layer {self.layer.name!r} has no variable to normalize, its variables after "
-                f"build() are {paths}: name those to normalize in weight_names, and if there are "
-                "none yet, call the layer once before it is wrapped"
+                f"layer {self.layer.name!r} has no variable to normalize; its variables after "
+                f"build() are {paths}: name those to normalize in weight_names, or if there are "
+                "none yet, call the layer once before wrapping it"
             )
         self._check_names({v.name for _, v in found})
         self._forget_traces()
-        # A tuple: Keras' tracker would make a layer's list of variables of a list.
+        # A tuple, because Keras' tracker would wrap a list in one of its own.
         self.normalized = tuple(normalize(self, *one) for one in found)
-        # tf.train.Checkpoint saves what is an attribute.
+        # tf.train.Checkpoint saves attributes only.
         for i, one in enumerate(self.normalized):
             setattr(self, "g" if len(found) == 1 else f"g_{i}", one.g)
         if self.initialized is not None and not self.can_initialize():
-            del self.initialized  # From checkpoints too.
+            del self.initialized  # Removes it from checkpoints, too.
             self.initialized = None
 
     def _maybe_build(self, call_spec):
-        # Keras counts a layer as built that it could not build from its saved configuration.
+        # Keras marks a layer as built even if it could not build it from its saved configuration.
         if not self.normalized:
             self.built = False
             internals.build_by_call(self.layer, call_spec)
         super()._maybe_build(call_spec)
 
     def _check_names(self, selected):
-        """Refuses names of `weight_names` and `axis` that no variable has."""
+        """Raises ValueError for names in the arguments that no variable has."""
         names = {v.name for v in self.layer.variables}
         axis = self.axis if isinstance(self.axis, Mapping) else ()
         mask = self.kernel_mask if isinstance(self.kernel_mask, Mapping) else ()
@@ -171,7 +172,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
                 )
 
     def _forget_traces(self):
-        """Makes the layer's own tf.functions read what stands in the place of its kernels now."""
+        """Drops traces of the layer's tf.functions, which read its kernels as they were then."""
         layers = internals.layers_in(self.layer)
         for layer in layers:
             check_traces(layer, ignored=internals.TRACED_BY_KERAS)
@@ -188,7 +189,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             return self._initialize_and_call(*args, **kwargs)
         for one in self.normalized:
             one.check_owner()
-        # w belongs into what is rematerialized, where gradients reach only variables and arguments.
+        # Computes w in the rematerialized function: its gradients reach only variables and inputs.
         return internals.rematerialized(self.layer, self._call_with_w, args, kwargs)
 
     def _call_with_w(self, *args, **kwargs):
@@ -199,7 +200,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         return outputs
 
     def _reading_w(self, **options) -> Substitution:
-        """While active, what reads a kernel of the layer gets w."""
+        """Returns a scope in which kernels of the layer read as w."""
         return Substitution([(one.v, Reading(one)) for one in self.normalized], **options)
 
     def _initialize_and_call(self, *args, **kwargs):
@@ -214,14 +215,14 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         return outputs
 
     def can_initialize(self) -> bool:
-        """Whether `tfwn.data_dependent_init` can set g and the bias of this layer."""
+        """Returns whether `tfwn.data_dependent_init` can set g and the bias of this layer."""
         owners = [normalized.owner for normalized in self.normalized]
         return not isinstance(self.layer, NOT_INITIALIZABLE) and all(
             isinstance(o, INITIALIZABLE) and owners.count(o) == 1 for o in owners
         )
 
     def fold(self) -> keras.layers.Layer:
-        """Writes w into the layer's kernels and returns the layer, plain again (the inverse).
+        """Writes w into the layer's kernels and returns the plain layer; the inverse of wrapping.
 
         >>> import keras
         >>> layer = tfwn.keras.WeightNormalization(keras.layers.Dense(2))
@@ -239,14 +240,14 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         return self.layer
 
     def quantize(self, mode=None, **kwargs):
-        """Refused: what is quantized is the plain layer."""
+        """Raises ValueError, because only the plain layer can be quantized."""
         raise ValueError(
-            f"{self.name!r} is weight-normalized: call tfwn.fold first, and quantize() on what it "
+            f"{self.name!r} is weight-normalized: call tfwn.fold first, then quantize() on what it "
             "returns"
         )
 
     def __getattr__(self, name):
-        # What callers read of the layer, as its `receptive_field`; with w as its kernel.
+        # Forwards the layer's own attributes, such as `receptive_field`, with w as its kernel.
         layer = vars(self).get("layer")
         if layer is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -271,22 +272,22 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         return call
 
     def compute_output_shape(self, *args, **kwargs):
-        """The layer's own."""
+        """Returns the output shape of the layer."""
         return self.layer.compute_output_shape(*args, **kwargs)
 
     def compute_output_spec(self, *args, **kwargs):
-        """The layer's own."""
+        """Returns the output spec of the layer."""
         return self.layer.compute_output_spec(*args, **kwargs)
 
     def compute_mask(self, *args, **kwargs):
-        """The layer's own."""
+        """Returns the output mask of the layer."""
         return self.layer.compute_mask(*args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments, from which `from_config` makes the same layer without its variables."""
+        """Returns the arguments, from which `from_config` recreates the layer without variables."""
         config = super().get_config()
         if not internals.has_own_build(self.layer):
-            # It says "built" of a layer that only a call builds.
+            # It would mark the layer as built, although only a call builds it.
             config["layer"].pop("build_config", None)
         mask = keras.saving.serialize_keras_object(self.kernel_mask)
         config.update(weight_names=self.weight_names, axis=self.axis, kernel_mask=mask)
@@ -294,7 +295,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        """Makes a layer from what `get_config` returned."""
+        """Creates a layer from the result of `get_config`."""
         config = dict(config)
         inner = dict(config.pop("layer"))
         if "go_backwards" in config:  # written by keras.layers.Bidirectional
@@ -307,11 +308,11 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         return cls(layer, **config)
 
     def get_build_config(self):
-        """The shapes that the layer was built with."""
+        """Returns the shapes with which the layer was built."""
         return {"shapes": self._build_shapes} if self.built else None
 
     def build_from_config(self, config):
-        """Builds the layer with the shapes from `get_build_config`, unless only a call can."""
+        """Builds the layer with the shapes from `get_build_config`, unless it needs a call."""
         shapes, named_shapes = config["shapes"]
         shapes = [_as_shape(shape) for shape in shapes]
         named_shapes = {name: _as_shape(shape) for name, shape in named_shapes.items()}
@@ -320,14 +321,14 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             self.build(*shapes, **named_shapes)
 
     def save_own_variables(self, store):
-        """Writes g, and whether the layer was initialized from data."""
+        """Saves g and whether the layer was initialized from data."""
         for i, one in enumerate(self.normalized):
             store[f"g_{i}"] = one.merged_g()
         if self.normalized and self.initialized is not None:
             store["initialized"] = self.initialized
 
     def load_own_variables(self, store):
-        """Reads what `save_own_variables` wrote, here or in tfwn 0.1.0, which numbered it."""
+        """Loads what `save_own_variables` saved, with these names or the numbers of tfwn 0.1.0."""
         names = set(store.keys())
         gains = [one.g for one in self.normalized]
         new = {f"g_{i}": g for i, g in enumerate(gains)}
@@ -339,34 +340,34 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         expected = {name: tuple(variable.shape) for name, variable in variables.items()}
         if shapes != expected:
             raise ValueError(
-                f"the file's variables for {self.name!r} have the shapes {shapes}, and those of "
-                f"tfwn.keras.WeightNormalization have {expected}: load files of a folded or plain "
-                "model into a plain one, and weight-normalize that by tfwn.reparameterize"
+                f"the file's variables for {self.name!r} have the shapes {shapes}, but those of "
+                f"tfwn.keras.WeightNormalization have {expected}: load the file of a folded or "
+                "plain model into a plain model, then call tfwn.reparameterize on it"
             )
         for name, variable in variables.items():
             variable.assign(store[name])
 
 
 def _check_layer(layer):
-    """Refuses what cannot be wrapped."""
+    """Raises an error if `layer` cannot be wrapped."""
     if not isinstance(layer, keras.layers.Layer):
         refuse_keras_2(layer)
         raise ValueError(f"layer must be a Keras layer, got {layer!r}")
     if isinstance(layer, WeightNormalization):
-        raise ValueError(f"layer is weight-normalized already: {layer.name!r}")
+        raise ValueError(f"layer {layer.name!r} is already weight-normalized: wrap it only once")
     for one in internals.layers_in(layer):
         if isinstance(one, WeightNormalization):
-            raise ValueError(f"layer {layer.name!r} holds {one!r}: normalize it once")
+            raise ValueError(f"layer {layer.name!r} contains {one!r}: wrap only one of the two")
         if one.quantization_mode is not None:
             raise ValueError(
-                f"layer {one.name!r} has the quantized dtype {one.dtype_policy.name!r}, in which "
-                "a kernel cannot be v: weight-normalize it in a float dtype, and call quantize() "
-                "on what tfwn.fold returns"
+                f"layer {one.name!r} has the quantized dtype {one.dtype_policy.name!r}, which v "
+                "cannot have: weight-normalize it in a float dtype, then call quantize() on what "
+                "tfwn.fold returns"
             )
 
 
 def _forwarded(name: str) -> property:
-    """An attribute of the wrapped layer that Keras sets, or looks for in the class."""
+    """Returns a property for an attribute of the layer that Keras sets or looks up in the class."""
 
     def assign(self, value):
         setattr(self.layer, name, value)
@@ -383,10 +384,10 @@ for _name in (
 
 
 def _of_cell(name: str):
-    """A method by which keras.layers.RNN draws a cell's masks before its loop, or drops them."""
+    """Returns a method with which keras.layers.RNN draws or resets a cell's dropout masks."""
 
     def call(self, *inputs):
-        """The cell's own."""
+        """Calls the method of the cell, if it has dropout masks."""
         if isinstance(self.layer, internals.DropoutRNNCell):
             return getattr(self.layer, name)(*inputs)
 
@@ -407,7 +408,7 @@ def _with_signature(function, model):
 
 
 def _as_shape(shape):
-    """A shape from JSON: a list of sizes is a tuple again."""
+    """Returns a shape from JSON with its lists converted back to tuples."""
     if isinstance(shape, (list, tuple)):
         return tuple(_as_shape(s) if isinstance(s, (list, tuple)) else s for s in shape)
     return shape
