@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
-_TYPES = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
+FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
 def _load_library(folder: pathlib.Path) -> types.ModuleType:
@@ -119,7 +119,7 @@ def weight_norm(
         g = tf.convert_to_tensor(g, dtype_hint=v.dtype, name="g")
         out_dtype = v.dtype if out_dtype is None else _as_dtype(out_dtype)
         for argument, dtype in (("v", v.dtype), ("g", g.dtype), ("out_dtype", out_dtype)):
-            if dtype not in _TYPES:
+            if dtype not in FLOATS:
                 raise _invalid(
                     f"{argument} must be float16, bfloat16, float32 or float64, but is {dtype.name}"
                 )

@@ -11,13 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from tfwn.initializers import initial_value
-from tfwn.ops import weight_norm
+from tfwn.ops import FLOATS, weight_norm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # Installed with TensorFlow.
 
 PARAMETERIZATIONS = ("weight_norm", "normal")
-FLOATS = (tf.float16, tf.bfloat16, tf.float32, tf.float64)
 
 
 class WeightOptions(TypedDict, total=False):
