@@ -15,7 +15,12 @@ SHARES = (
     Column("share", "first eigenvalue / trace, C", ".3f"),
     Column("share_projected", "of M C M", ".3f"),
 )
-EXPERIMENT = Experiment("A small network on MNIST, SGD", TEST, (TEST, ANGLE, GROWTH, *SHARES))
+EXPERIMENT = Experiment(
+    "A small network on MNIST, SGD",
+    TEST,
+    (TEST, ANGLE, GROWTH, *SHARES),
+    labels={"weight_norm_matched": "weight norm, ‖v‖ = g at the start"},
+)
 
 
 def draw(runs: list[FinishedRun], output: Output) -> None:
