@@ -111,7 +111,7 @@ class Config(SweepConfig):
             NATURE,
         ),
         "cpu": Preset(
-            "scaled: a quarter of the network, at most 500,000 steps, an hour on a laptop", CPU
+            "scaled: half the width, up to 500,000 steps, about an hour on a laptop", CPU
         ),
         "demo": Preset(
             "scaled: the first half of `cpu`, on Breakout; takes minutes, plays like a beginner",
