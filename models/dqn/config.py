@@ -59,7 +59,7 @@ class Config(SweepConfig):
     batch_size: Count = option(64, memory=True)  # Transitions per update (Nature: 32).
     learning_rate: float | None = None  # Step size (none: 3e-4 for weight_norm, 1e-4 for normal).
     # Learning rates tried by --sweep.
-    learning_rates: tuple[float, ...] = option((1e-4, 3e-4, 1e-3), resume="free")
+    learning_rates: tuple[float, ...] = option((1e-4, 3e-4, 1e-3, 3e-3), resume="free")
     # rmsprop is the centered variant, with Nature's decay rates.
     optimizer: Literal["adamax", "rmsprop"] = option("adamax", resume="never")
     discount: Fraction = 0.99  # Discount factor per step.
