@@ -25,6 +25,7 @@ def main() -> None:
     for name, file in zip(names, files, strict=True):
         about = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0]
         print(f"  python -m models.{name:12} {about}")
+    print("\nStart with --preset smoke or cpu; see docs/run-the-experiments.md.")
 
 
 if __name__ == "__main__":

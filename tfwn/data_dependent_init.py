@@ -23,12 +23,13 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
 
         t = v . x / ||v||,  g = 1 / sigma[t],  b = -mu[t] / sigma[t]       (paper, eq. 5 and 6)
 
-    Runs the model once, eagerly. Meanwhile, tf.functions run eagerly in all threads. tfwn's Dense
-    and convolution layers, in both parameterizations, and `tfwn.keras.WeightNormalization` are set
-    in the order of their calls, so each receives the outputs of layers that are already set. A
-    layer that is called several times is set in its first call. Only g (with the normal
-    parameterization, w is scaled instead), b and the layer's flag `initialized` change. Anything
-    else that a forward pass changes, such as running means and random seeds, is restored.
+    Runs the model once, eagerly. While it does, all tf.functions in the process run eagerly too, in
+    any thread. tfwn's Dense and convolution layers, in both parameterizations, and
+    `tfwn.keras.WeightNormalization` are set in the order of their calls, so each receives the
+    outputs of layers that are already set. A layer that is called several times is set in its first
+    call. Only g (with the normal parameterization, w is scaled instead), b and the layer's flag
+    `initialized` change. Anything else that a forward pass changes, such as running means and
+    random seeds, is restored.
 
     In a layer without b, only g is set. This is what mean-only batch normalization needs; its own b
     is not changed. A unit whose t does not vary keeps its g and gets b = -mu[t] * g. A unit with
@@ -40,7 +41,8 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     Arguments:
       model: a tf.Module, Keras model or layer, or any function that calls them, like
         `lambda x: decoder(encoder(x))`. It may be a tf.function.
-      batch: the model's only input. Use at least 100 examples, preprocessed as for training.
+      batch: the model's only input: a tensor, or a list or dict of tensors for a Keras model
+        with several inputs. Use at least 100 examples, preprocessed as for training.
       init_scale: standard deviation of the pre-activations, or a callable(layer) that returns it.
       training: passed on to the model if it has this argument: whether noise and dropout are active
         and batch normalization uses batch statistics, as in the paper's experiments.
@@ -52,9 +54,9 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
       RuntimeError: if a layer is already initialized, by this function or a restored checkpoint;
         the model calls a recurrent layer, an embedding or another layer that cannot be set; or this
         function is called in a tf.function or in strategy.run.
-      ValueError: if the batch is distributed but the model's variables are not; the model calls no
-        layer that can be set; the moments are not finite; the batch is empty; init_scale is not
-        positive; or `training=False` and the model does not have this argument.
+      ValueError: if batch is a dataset; batch is distributed but the model's variables are not; the
+        model calls no layer that can be set; the moments are not finite; batch is empty; init_scale
+        is not positive; or `training=False` and the model does not have this argument.
       After any error, including one from the model, all variables have their previous values.
 
     >>> layer = tfwn.Dense(3)
@@ -75,6 +77,11 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
         raise RuntimeError(
             "data_dependent_init was called in strategy.run: call it outside, with the distributed "
             "batch"
+        )
+    if isinstance(batch, tf.data.Dataset | tf.distribute.DistributedDataset):
+        raise ValueError(
+            "batch must be one batch of inputs, got a whole dataset "
+            f"({type(batch).__name__}): pass next(iter(dataset)), without the labels"
         )
     if not callable(init_scale):
         _check_scale(init_scale)

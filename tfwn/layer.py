@@ -68,9 +68,10 @@ def refuse_initialization(layer) -> None:
     """Raises RuntimeError if data-dependent initialization is running; it cannot set `layer`."""
     if is_initializing():
         raise RuntimeError(
-            f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}. It "
-            "is not for recurrent layers (paper, section 3) or embeddings: initialize only the "
-            "feed-forward part of the model, using the output of this layer as the batch"
+            f"data-dependent initialization reached the layer {layer.name!r} "
+            f"({type(layer).__name__}). Recurrent layers and embeddings cannot be initialized from "
+            "data: initialize only the feed-forward part of the model, with the output of this "
+            "layer as its batch"
         )
 
 

@@ -22,7 +22,7 @@ STEPS = 64  # Per call.
 WARM_UP = 2_048
 CLEANRL, SB3, SB3_8, TUNED = "CleanRL", "SB3, 1 game", "SB3, 8 games", "tuned PyTorch, bfloat16"
 OURS = {
-    # name: parameterization, compute type, games
+    # name: parameterization, compute dtype, games
     "tfwn": ("normal", tf.float32, 8),
     "tfwn, weight norm": ("weight_norm", tf.float32, 8),
     "tfwn, bfloat16": ("normal", tf.bfloat16, 8),

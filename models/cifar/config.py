@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-from tyro.conf import Positional
-
 from models.common.errors import UserError
 from models.common.options import Count, Fraction, Preset, SweepConfig, option
+from models.common.run_folder import RunPath
 
 PAPER = {  # Test error in percent, figure 2.
     "mean_only_bn": 8.52,
@@ -105,5 +104,5 @@ class Config(SweepConfig):
 class Evaluate:
     """Prints the test error of a checkpoint."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
+    checkpoint: RunPath  # A run folder, or a checkpoint inside one.
     data_dir: str = ""  # Folder of the data sets (default: as in the run).

@@ -190,7 +190,9 @@ def _describe(program: str, config: RunConfig, commands: Sequence[type]) -> str:
     if differences := config.differences():
         rows = {flag_of(n): f"{show(b)} -> {show(a)}" for n, (b, a) in differences.items()}
         return text + table(f"changes from the paper's values, preset {config.preset}:", rows)
-    return text + "\n\nThe defaults are the paper's values."
+    slow = ", so training takes hours to weeks on a CPU: start with --preset cpu"
+    text += f"\n\nThe defaults are the paper's values{slow if 'cpu' in config.PRESETS else ''}."
+    return text + " Add --preset NAME to see what it changes."
 
 
 def _explain(error: Exception, config_class: type[RunConfig]) -> str | None:

@@ -54,6 +54,7 @@ class Experiment:
       columns: the columns of the table. The first is the measure that selects the best rate.
       paper: the paper's result for each arm.
       labels: the labels of arms whose names are not descriptive enough.
+      styles: matplotlib's line properties of arms; by default, each arm has its own color.
       limits: the axis limits of the paper's figure, ((x), (y)), for runs of the paper's preset.
       gradual: whether the measure improves steadily; the table then shows when it reaches a level.
       error: for a single run, the columns of metrics.csv with the measure's standard error and the
@@ -65,6 +66,7 @@ class Experiment:
     columns: tuple[Column, ...]
     paper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    styles: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     limits: tuple[tuple[float, float], tuple[float, float]] | None = None
     gradual: bool = True
     error: tuple[str, str, str] | None = None
@@ -145,7 +147,8 @@ class Comparison:
         order = [*runs[0].config.ARMS, *sorted({run.arm for run in runs})]
         arms = [Arm(experiment, some) for some in group(runs, lambda r: (r.arm, r.preset)).values()]
         self.arms = sorted(arms, key=lambda arm: (order.index(arm.name), arm.preset))
-        self.colors = {arm.name: f"C{order.index(arm.name) % 10}" for arm in arms}
+        names = list(dict.fromkeys(arm.name for arm in self.arms))
+        self.colors = {name: f"C{index % 10}" for index, name in enumerate(names)}
         self.presets = sorted({arm.preset for arm in arms})
         if not any(arm.runs for arm in arms):
             raise UserError(f"none of the {experiment.title} runs has finished an epoch yet")
@@ -171,12 +174,13 @@ class Comparison:
         return name + (f" [{preset_name(arm.preset)}]" if len(self.presets) > 1 else "")
 
     def style(self, arm: Arm) -> dict[str, Any]:
-        """Returns the arm's color and label, and the preset's line style."""
+        """Returns the color, line style and label of an arm's lines."""
         lines = ["-", "--", ":", "-."]
         return {
             "color": self.colors[arm.name],
             "ls": lines[self.presets.index(arm.preset) % 4],
             "label": self.label(arm),
+            **self.experiment.styles.get(arm.name, {}),
         }
 
     def draw_curves(self) -> None:
@@ -209,6 +213,7 @@ class Comparison:
             rates = sorted({rate for arm in self.arms for rate in arm.rates})
             axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
             axes.set_xticks([], minor=True)
+            crosses = False
             for arm in self.arms:
                 points = []
                 for rate, runs in arm.rates.items():
@@ -218,12 +223,15 @@ class Comparison:
                     points.append((rate, *(mean_and_error(values) if ended else (math.nan,) * 2)))
                     if len(ended) < len(runs):
                         height = 0.97 if errors else 0.03
-                        cross = {"marker": "x", "color": self.colors[arm.name], "clip_on": False}
+                        cross = {"marker": "x", "color": self.style(arm)["color"], "clip_on": False}
                         axes.plot(rate, height, transform=axes.get_xaxis_transform(), **cross)
+                        crosses = True
                 if points:
                     axes.errorbar(
                         *zip(*points, strict=True), marker="o", capsize=3, **self.style(arm)
                     )
+            if crosses:
+                axes.plot([], [], "kx", label="diverged")
 
     def table(self) -> None:
         """Creates the table of all arms, each at its best rate."""

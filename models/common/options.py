@@ -65,7 +65,7 @@ class RunConfig:
     resume: bool = option(False, resume="free")  # Continue the run in --out with its options.
     accept_changes: bool = option(False, resume="free")  # Let --resume change hyper-parameters.
     data_dir: str = option("", resume="free")  # TFDS's data folder (if empty: $TFWN_DATA_DIR).
-    mixed_precision: Literal["none", "bfloat16"] = "none"  # Compute type; weights stay float32.
+    mixed_precision: Literal["none", "bfloat16"] = "none"  # Compute dtype; weights stay float32.
     jit_compile: bool = False  # Compile the training step with XLA.
     strategy: Literal["none", "mirrored", "multi_worker"] = "none"  # Replicas (tf.distribute).
     checkpoint_every: float = option(300.0, resume="free")  # Seconds between checkpoints.

@@ -29,7 +29,7 @@ class Run:
     Attributes:
       config, path: the Config and the run folder.
       strategy: create the model and optimizer under strategy.scope(); step with strategy.run().
-      dtype: the compute type (`--mixed-precision`).
+      dtype: the compute dtype (`--mixed-precision`).
       chief: whether this process writes the run folder.
       step: the number of completed steps.
       best: the best score so far (see keep_best), None before the first.

@@ -11,10 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from models.common import files, metrics, options
 from models.common.errors import UserError
+
+# A command's argument: a run folder, or a checkpoint inside one.
+RunPath = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
 
 
 class RunFolder:

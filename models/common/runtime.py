@@ -1,4 +1,4 @@
-"""TensorFlow's settings for a run: seeds, determinism, compute type, strategy."""
+"""TensorFlow's settings for a run: seeds, determinism, compute dtype, strategy."""
 
 import functools
 import json

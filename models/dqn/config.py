@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Suppress
 
 from models.common.errors import UserError, first_line, nearest
 from models.common.options import Count, Fraction, Preset, Range, Seed, SweepConfig, flag_of, option
+from models.common.run_folder import RunPath
 
 # Maximum test scores (figure 6). nature, random: Mnih et al. 2015, extended data table 2.
 PAPER = {
@@ -52,6 +53,9 @@ class Config(SweepConfig):
     parameterization: Literal["weight_norm", "normal"] = option("weight_norm", resume="never")
     # Compute dtype; weights stay float32.
     mixed_precision: Literal["none", "bfloat16"] = option("none", resume="never")
+    # Not options of this program: DQN trains on one device and reads no data sets.
+    strategy: Suppress[Literal["none", "mirrored", "multi_worker"]] = "none"
+    data_dir: Suppress[str] = option("", resume="free")
     steps: Count = 50_000_000  # Agent actions of 4 frames each (the paper's 200 epochs).
     replay: Count = option(1_000_000, memory=True)  # Transitions in the replay memory.
     learning_starts: Count = 50_000  # Random steps before the first update.
@@ -59,7 +63,7 @@ class Config(SweepConfig):
     batch_size: Count = option(64, memory=True)  # Transitions per update (Nature: 32).
     learning_rate: float | None = None  # Step size (none: 3e-4 for weight_norm, 1e-4 for normal).
     # Learning rates tried by --sweep.
-    learning_rates: tuple[float, ...] = option((1e-4, 3e-4, 1e-3), resume="free")
+    learning_rates: tuple[float, ...] = option((1e-4, 3e-4, 1e-3, 3e-3), resume="free")
     # rmsprop is the centered variant, with Nature's decay rates.
     optimizer: Literal["adamax", "rmsprop"] = option("adamax", resume="never")
     discount: Fraction = 0.99  # Discount factor per step.
@@ -111,7 +115,7 @@ class Config(SweepConfig):
             NATURE,
         ),
         "cpu": Preset(
-            "scaled: a quarter of the network, at most 500,000 steps, an hour on a laptop", CPU
+            "scaled: half the width, up to 500,000 steps, about an hour on a laptop", CPU
         ),
         "demo": Preset(
             "scaled: the first half of `cpu`, on Breakout; takes minutes, plays like a beginner",
@@ -148,7 +152,7 @@ class Config(SweepConfig):
         super().check()
         check_game(self.game)
         if self.strategy != "none":
-            raise UserError(f"--strategy {self.strategy}: DQN trains on one device; leave it out")
+            raise UserError(f"--strategy {self.strategy}: DQN trains on one device; omit it")
         if self.steps <= self.learning_starts:
             raise UserError(
                 f"--steps {self.steps} must be more than --learning-starts {self.learning_starts}"
@@ -174,7 +178,7 @@ class Config(SweepConfig):
 class Evaluate:
     """Plays full games with a trained network and prints their scores."""
 
-    checkpoint: Positional[str]  # A run folder (its best network is used), or a checkpoint inside.
+    checkpoint: RunPath  # A run folder (its best network is used), or a checkpoint inside.
     # nature: 30 games of at most 5 minutes; paper: --test-steps actions, games of any length.
     protocol: Literal["nature", "paper"] = "nature"
     test_steps: Count | None = None  # Actions with --protocol paper (none: as in the run).
@@ -193,7 +197,7 @@ class Evaluate:
 class Watch:
     """Plays one game with a trained network and records a video of it."""
 
-    checkpoint: Positional[str]  # A run folder (its best network is used), or a checkpoint inside.
+    checkpoint: RunPath  # A run folder (its best network is used), or a checkpoint inside.
     out: str = ""  # The video, .gif or .mp4 (default: game.gif in the run folder).
     seconds: Annotated[float, Range(1)] = 60.0  # Maximum length of the video.
     epsilon: Fraction = 0.05  # Probability of a random action.

@@ -9,6 +9,7 @@ from models.common import comparison, figures, metrics
 from models.dqn.config import PAPER, Config
 
 ARMS = [arm.split("-") for arm in Config.ARMS]
+LINES = {"normal": "--", "weight_norm": "-"}
 INITS = {
     "nature": "Nature's initialization",
     "one": "data-dependent, initial Q 1",
@@ -62,6 +63,9 @@ def draw(runs: list[figures.FinishedRun], output: figures.Output) -> None:
                 (score, dataclasses.replace(score, label="highest", highest=True)),
                 {f"{i}-{k}": PAPER.get(game, {}).get(k) for i, k in ARMS},
                 {f"{i}-{k}": f"{INITS[i]}, {k.replace('_', ' ')}" for i, k in ARMS},
+                styles={
+                    f"{i}-{k}": {"color": f"C{[*INITS].index(i)}", "ls": LINES[k]} for i, k in ARMS
+                },
                 gradual=False,
                 error=("test_stderr", "test_games", "games"),
             )

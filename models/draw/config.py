@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Positional
-
 from models.common.options import Count, Fraction, Preset, Range, SweepConfig, option
+from models.common.run_folder import RunPath
 
 FilterCount = Annotated[int, Range(2)]
 
@@ -75,7 +74,7 @@ class Config(SweepConfig):
 class Evaluate:
     """Prints a checkpoint's bound on the test set."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
+    checkpoint: RunPath  # A run folder, or a checkpoint inside one.
     draws: Count = 1  # Noise samples per image.
     data_dir: str = ""  # Folder of the data sets (default: as in the run).
 
@@ -84,7 +83,7 @@ class Evaluate:
 class Sample:
     """Writes a grid of samples, and a GIF of how they are drawn, with the attention window."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
+    checkpoint: RunPath  # A run folder, or a checkpoint inside one.
     out: str = ""  # The folder to write to (default: samples in the run folder).
     seed: int = 0  # Seeds the samples.
     scale: Count = 4  # Screen pixels per image pixel in the GIF.

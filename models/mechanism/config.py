@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+from models.common.errors import UserError
 from models.common.options import Count, Preset, SweepConfig, option
 
 
@@ -13,6 +14,8 @@ class Config(SweepConfig):
     # The run folder.
     out: str = option("runs/mechanism-{preset}-{parameterization}-{seed}", resume="free")
     parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Used in every layer.
+    # Start with ||v|| = g, so that the first step changes w as in the normal parameterization.
+    matched_start: bool = False
     dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # Synthetic data needs no files.
     units: Count = 128  # Units of each of the two hidden layers.
     epochs: Count = 5  # Passes over the training images.
@@ -24,8 +27,9 @@ class Config(SweepConfig):
     samples: Count = 16  # Units per hidden layer for which C is computed.
 
     ARMS: ClassVar[dict[str, dict[str, Any]]] = {
-        "normal": {"parameterization": "normal"},
-        "weight_norm": {"parameterization": "weight_norm"},
+        "normal": {"parameterization": "normal", "matched_start": False},
+        "weight_norm": {"parameterization": "weight_norm", "matched_start": False},
+        "weight_norm_matched": {"parameterization": "weight_norm", "matched_start": True},
     }
     MEASURE: ClassVar[str] = "test_error"
     LOWER_IS_BETTER: ClassVar[bool] = True
@@ -36,3 +40,9 @@ class Config(SweepConfig):
             {"dataset": "synthetic_mnist", "units": 8, "epochs": 2, "examples": 100, "samples": 2},
         ),
     }
+
+    def check(self) -> None:
+        """Raises UserError if options conflict."""
+        super().check()
+        if self.matched_start and self.parameterization != "weight_norm":
+            raise UserError("--matched-start needs --parameterization weight_norm: omit it")

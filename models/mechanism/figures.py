@@ -7,7 +7,7 @@ from models.common.figures import FinishedRun, Output, with_error
 
 TEST = Column("test_error", "test error, %", scale=100)
 ANGLE = Column("angle", "angle of a step, degrees", ".3f")
-GROWTH = Column("growth", "norm of v / initial norm", ".3f")
+GROWTH = Column("growth", "norm of v (normal: of w) / initial norm", ".3f")
 FORMULA = Column("growth_by_formula", "by the formula", ".3f")
 SHARES = (
     Column("cosine", "cosine of w and C's first eigenvector"),
@@ -15,7 +15,12 @@ SHARES = (
     Column("share", "first eigenvalue / trace, C", ".3f"),
     Column("share_projected", "of M C M", ".3f"),
 )
-EXPERIMENT = Experiment("A small network on MNIST, SGD", TEST, (TEST, ANGLE, GROWTH, *SHARES))
+EXPERIMENT = Experiment(
+    "A small network on MNIST, SGD",
+    TEST,
+    (TEST, ANGLE, GROWTH, *SHARES),
+    labels={"weight_norm_matched": "weight norm, ‖v‖ = g at the start"},
+)
 
 
 def draw(runs: list[FinishedRun], output: Output) -> None:
@@ -35,7 +40,7 @@ def draw(runs: list[FinishedRun], output: Output) -> None:
         name = f"{comparison.name}-{column.name}"
         title = f"{comparison.title}: last epoch"
         with output.figure(name, title, "learning rate", column.label) as axes:
-            axes.set(xscale="log", yscale="log")
+            axes.set(xscale="log", yscale="log" if column is ANGLE else "linear")
             for arm in comparison.arms:
                 firsts = [run for r in arm.rates if (run := arm.first(r)) and lives(arm, run)]
                 x = [run.config.rate for run in firsts]

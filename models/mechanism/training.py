@@ -42,6 +42,14 @@ class Network(tf.Module):
         return [tf.nn.l2_normalize(layer.weight(), 0) for layer in self.layers]
 
 
+def initialize(config: Config, network: Network, images) -> None:
+    """Initializes the network from data, and with `config.matched_start` sets v = w."""
+    tfwn.data_dependent_init(lambda x: network(x)[1][-1], tf.constant(images))
+    if config.matched_start:
+        for layer in network.layers:
+            layer.weight.v.assign(layer.weight())
+
+
 class Measures(tf.Module):
     """Tracks each unit's norm as predicted by sqrt(1 + c^2), and the largest error of a step."""
 
@@ -150,7 +158,7 @@ def train(config: Config) -> None:
     y, per_epoch = images.train_labels, data.steps_per_epoch(config.batch_size, len(x))
     with Run(config, config.parameterization, images.caveat) as run:
         network = Network(config)
-        tfwn.data_dependent_init(lambda x: network(x)[1][-1], tf.constant(x[:500]))
+        initialize(config, network, x[:500])
         optimizer = tf.keras.optimizers.SGD(config.learning_rate)
         optimizer.build(network.trainable_variables)
         measures = Measures(network)

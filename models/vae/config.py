@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
-from tyro.conf import Positional
-
 from models.common.errors import UserError
 from models.common.options import Count, Fraction, Preset, Seed, SweepConfig, option
+from models.common.run_folder import RunPath
 
 CPU = {
     "maps": (8, 16, 16), "hidden": 200, "made": (160,),
@@ -122,7 +121,7 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
 class Evaluate:
     """Prints the bound and the log-likelihood of the test images, using averaged weights."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
+    checkpoint: RunPath  # A run folder, or a checkpoint inside one.
     eval_samples: Count = 100  # Importance samples for the log-likelihood (1: only the bound).
     data_dir: str = ""  # Folder of the data sets (default: as in the run).
 
@@ -131,7 +130,7 @@ class Evaluate:
 class Sample:
     """Samples images from a trained model."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
+    checkpoint: RunPath  # A run folder, or a checkpoint inside one.
     out: str = ""  # The PNG (default: samples/samples.png in the run folder).
     count: Count = 100  # Number of images.
     seed: Seed = 0  # Seeds the samples.
@@ -141,7 +140,7 @@ class Sample:
 class Reconstruct:
     """Draws test images, each with its reconstruction below it."""
 
-    checkpoint: Positional[str]  # A run folder, or a checkpoint inside one.
+    checkpoint: RunPath  # A run folder, or a checkpoint inside one.
     out: str = ""  # The PNG (default: samples/reconstructions.png in the run folder).
     count: Count = 50  # Number of images.
     seed: Seed = 0  # Seeds the samples.

@@ -55,6 +55,17 @@ def test_help_has_every_option_and_the_papers_values_beside_a_presets(run):
         assert part in out
 
 
+def test_plain_help_names_the_fast_preset_if_there_is_one(line, run):
+    assert "--preset cpu" not in run("--help")[1]
+    line.Config.PRESETS["cpu"] = options.Preset("")
+    assert "--preset cpu" in run("--help")[1]
+
+
+def test_commands_take_a_run(run):
+    assert "evaluate [-h] RUN" in run("evaluate", "--help")[1]
+    assert "RUN" in run("evaluate")[2]
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
@@ -190,6 +201,7 @@ def test_another_programs_config_is_no_run(run, tmp_path, content):
     ("argv", "status", "shown"),
     [
         ([], 0, "python -m models.cifar "),
+        ([], 0, "--preset smoke"),
         (["cifar", "--help"], 0, "usage: python -m models.cifar"),
         (["cifr"], 1, "did you mean cifar?"),
     ],

@@ -1,5 +1,7 @@
 """Tests models/dqn: learning, reproducible runs, resuming without its files, errors."""
 
+import dataclasses
+import json
 import math
 import os
 import re
@@ -13,7 +15,8 @@ import pytest
 from catch import CATCH, config_of
 from support import ROOT, assert_same_run
 
-from models.common import metrics, run_folder
+from models.common import command_line, metrics, run_folder
+from models.common.errors import UserError
 from models.dqn import play, replay, training
 from models.dqn.__main__ import FUNCTIONS
 from models.dqn.config import Config
@@ -213,7 +216,8 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_resumed_run(run, tmp_p
         (["--game", "CartPole-v1"], "--game CartPole-v1: its observations are Box"),
         (["--game", "catch:Float-v0"], "of type float64; DQN needs images"),
         (["--game", "nowhere:Game-v0"], "No module named 'nowhere'"),
-        (["--strategy", "mirrored"], "--strategy mirrored"),
+        (["--strategy", "mirrored"], "--strategy"),
+        (["--data-dir", "/data"], "--data-dir"),
         (["--steps", "100"], "--steps 100"),
         (["--num-envs", "7"], "--num-envs 7"),
         (["--variant", "deep_q_rl"], "--variant deep_q_rl"),
@@ -228,6 +232,20 @@ def test_a_mistake_is_named_in_one_line_and_leaves_no_folder(run, tmp_path, argv
     assert named in err
     assert err.count("\n") == 1
     assert not (tmp_path / "a").exists()
+
+
+def test_options_that_dqn_lacks_are_not_in_its_help_but_in_its_old_configs(run, tmp_path):
+    status, out, _ = run("--help")
+    assert (status, "--mixed-precision" in out) == (0, True)
+    assert "--strategy" not in out
+    assert "--data-dir" not in out
+    saved = dataclasses.asdict(Config.of_preset("smoke")) | {"data_dir": "/data"}
+    content = {"program": "models.dqn", "config": saved}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    config = command_line.parse(Config, ["--resume", "--out", str(tmp_path)])
+    assert (config.preset, config.data_dir, config.strategy) == ("smoke", "/data", "none")
+    with pytest.raises(UserError, match="--strategy mirrored: DQN trains on one device"):
+        dataclasses.replace(config, strategy="mirrored").check()
 
 
 def test_a_replay_file_is_of_one_run_and_of_one_process(run, tmp_path):

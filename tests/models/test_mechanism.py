@@ -42,6 +42,22 @@ def test_norms_follow_the_formula_with_weight_norm_alone(command, tmp_path, kind
     assert table["loss"][-1] < table["loss"][1]
 
 
+def test_a_matched_start_makes_the_first_step_the_normal_one(rng):
+    x, y = rng.random((100, 784)).astype(np.float32), np.arange(100) % 10
+    changes = {}
+    for arm, values in Config.ARMS.items():
+        network = training.Network(Config.of_preset("smoke", **values))
+        training.initialize(Config.of_preset("smoke", **values), network, x)
+        before = [np.array(layer.weight()) for layer in network.layers]
+        optimizer = tf.keras.optimizers.SGD(1e-3)
+        training.make_step(network, optimizer, training.Measures(network))(x, y)
+        after = [layer.weight() for layer in network.layers]
+        changes[arm] = np.concatenate([np.ravel(a - b) for a, b in zip(after, before, strict=True)])
+    size = np.linalg.norm(changes["normal"])
+    assert np.linalg.norm(changes["weight_norm_matched"] - changes["normal"]) < 0.01 * size
+    assert np.linalg.norm(changes["weight_norm"]) > 2 * size
+
+
 def test_covariances_of_a_network_whose_gradients_are_known(rng):
     """One direction dominates the inputs, so it is the first eigenvector of the first layer's C."""
     config = Config.of_preset("smoke", parameterization="normal", examples=400, samples=3)

@@ -264,8 +264,8 @@ def divide(_):
         (divide, ZeroDivisionError, "the model's own error"),
         (lambda x: tfwn.Dense(2)(x / 0.0), ValueError, "no finite moments"),
         (lambda x: tfwn.Dense(2)(x[:0]), ValueError, "no finite moments"),
-        (lambda x: tfwn.LSTM(2)(x[:, None]), RuntimeError, "not for recurrent layers"),
-        (lambda x: tfwn.Embedding(2, 2)(x), RuntimeError, "embeddings"),
+        (lambda x: tfwn.LSTM(2)(x[:, None]), RuntimeError, r"layer 'lstm' \(LSTM\)"),
+        (lambda x: tfwn.Embedding(2, 2)(x), RuntimeError, r"layer 'embedding' \(Embedding\)"),
     ],
     ids=["model", "infinite", "empty", "recurrent", "embedding"],
 )
@@ -346,6 +346,10 @@ def test_other_errors():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with pytest.raises(RuntimeError, match=r"was called in strategy\.run"):
         strategy.run(lambda: tfwn.data_dependent_init(layer, x))
+    dataset = tf.data.Dataset.from_tensors(x)
+    for whole in (dataset, strategy.experimental_distribute_dataset(dataset)):
+        with pytest.raises(ValueError, match=r"^batch must .*: pass next\(iter\(dataset\)\)"):
+            tfwn.data_dependent_init(layer, whole)
     assert not tfwn.is_initialized(layer)
 
 
@@ -464,6 +468,17 @@ def test_keras_layers(name):
     check_standard(layer.fold()(x), axis)
 
 
+@pytest.mark.parametrize("container", [list, dict])
+def test_keras_model_with_several_inputs(container):
+    inputs = {"left": keras.Input((3,), name="left"), "right": keras.Input((4,), name="right")}
+    branches = [WeightNormalization(keras.layers.Dense(5))(x) for x in inputs.values()]
+    batch = {"left": images()[:, 0, 0], "right": images(channels=4)[:, 0, 0]}
+    if container is list:
+        inputs, batch = list(inputs.values()), list(batch.values())
+    for t in tfwn.data_dependent_init(keras.Model(inputs, branches), batch):
+        check_standard(t)
+
+
 def test_keras_bias_that_is_not_one_per_unit_is_refused():
     layer = WeightNormalization(
         keras.layers.EinsumDense("abcd,dxy->abcyx", (None, None, 5, 2), bias_axes="x")
@@ -490,9 +505,9 @@ def test_keras_model_with_attention_is_initialized_inside(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: keras.layers.LSTM(3), "'lstm.*not for recurrent layers"),
-        (lambda: keras.layers.Embedding(3, 3), "'embedding.*embeddings"),
-        (lambda: keras.layers.SeparableConv1D(3, 3), "'separable.*are unknown"),
+        (lambda: keras.layers.LSTM(3), r"layer 'lstm.* \(LSTM\)\."),
+        (lambda: keras.layers.Embedding(3, 3), r"layer 'embedding.* \(Embedding\)\."),
+        (lambda: keras.layers.SeparableConv1D(3, 3), "layer 'separable.* are unknown"),
     ],
     ids=["lstm", "embedding", "separable"],
 )

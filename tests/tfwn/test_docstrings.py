@@ -62,3 +62,4 @@ def test_public_methods_have_docstrings(name):
         ours = (getattr(method, "__module__", None) or "").split(".")[0] == "tfwn"
         if ours and (method_name == "__call__" or not method_name.startswith("_")):
             assert inspect.getdoc(method), f"{method_name} has no docstring"
+            assert method.__name__ == method_name  # Otherwise help() shows two names.

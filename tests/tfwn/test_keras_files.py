@@ -1,4 +1,4 @@
-"""Tests saving and loading Keras models: wrapped and converted ones, and files of tfwn 0.1.0."""
+"""Tests saving and loading Keras models: wrapped and converted ones, and old files."""
 
 import importlib.util
 import json
@@ -42,7 +42,7 @@ def version(text):
 
 @pytest.fixture
 def old(tmp_path):
-    """The files that tfwn 0.1.0 saved, and the module that created them."""
+    """The files that a version before 0.1.0's release saved, and the module that created them."""
     with tarfile.open(OLD / "saved.tar.xz") as files:
         files.extractall(tmp_path, filter="data")
     spec = importlib.util.spec_from_file_location("make", OLD / "make.py")
@@ -53,7 +53,7 @@ def old(tmp_path):
 
 @pytest.mark.parametrize("kind", ["keras", "weights.h5", "checkpoint"])
 @pytest.mark.parametrize("name", ["feed_forward", "recurrent"])
-def test_files_of_0_1_0_load(name, kind, old):
+def test_old_files_load(name, kind, old):
     folder, module = old
     x, expected = module.inputs_of_all(), np.load(folder / f"{name}.npz")
     if kind == "keras":

@@ -100,7 +100,7 @@ def test_data_dependent_init_keeps_them(make, shape, parameterization):
 def test_data_dependent_init_gives_a_dead_unit_a_direction():
     layer, x = tfwn.Dense(2), tf.random.stateless_normal([50, 4], [1, 2])
     layer(x)
-    layer.weight.v.assign(tf.zeros([4, 2]))  # As version 0.1.0 saved it.
+    layer.weight.v.assign(tf.zeros([4, 2]))  # As versions before 0.1.0's release saved it.
     layer.weight.g.assign([0.0, 3.0])
     assert not np.any(tfwn.data_dependent_init(layer, x))
     learns(layer, x, layer.weight.g, layer.weight.v)

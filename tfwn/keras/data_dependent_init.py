@@ -161,7 +161,7 @@ def refuse(layer):
     if isinstance(layer, NOT_INITIALIZABLE):
         refuse_initialization(layer)
     raise RuntimeError(
-        f"data-dependent initialization reached {layer.name!r}, a {type(layer).__name__}, whose "
-        "pre-activations are unknown: normalize the Dense, EinsumDense and convolution layers in "
-        "it one by one, or initialize the model without it"
+        f"data-dependent initialization reached the layer {layer.name!r} "
+        f"({type(layer).__name__}), whose pre-activations are unknown: normalize the Dense, "
+        "EinsumDense and convolution layers in it one by one, or initialize the model without it"
     )

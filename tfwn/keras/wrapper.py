@@ -1,4 +1,4 @@
-"""WeightNormalization: a wrapper that weight-normalizes any Keras 3 layer.
+"""WeightNormalization: a wrapper that weight-normalizes a Keras 3 layer.
 
 The wrapped layer is never changed. Its kernel variable is v, and the wrapper adds g. While the
 layer is called, its kernel reads as w = g * v / ||v|| (paper, eq. 2).
@@ -43,13 +43,13 @@ if keras.backend.backend() != "tensorflow":
 
 @keras.saving.register_keras_serializable(package="tfwn")
 class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
-    """Weight-normalizes the kernels of a Keras layer: w = g * v / ||v|| (paper, section 2, eq. 2).
+    """Weight-normalizes the kernels of the wrapped Keras layer: w = g * v / ||v|| (paper, eq. 2).
 
-    Any layer can be wrapped: Dense, convolutions, EinsumDense, recurrent layers, and layers that
-    contain others, such as MultiHeadAttention, Bidirectional and TimeDistributed. Each kernel gets
-    its own g, initialized to ||v||, so wrapping alone does not change the outputs. w is computed
-    once per call, outside any loop over time. Optimizers see v (the layer's own kernel variable)
-    and g. Regularizers act on w.
+    Any layer that has kernels or embeddings can be wrapped: Dense, convolutions, EinsumDense,
+    recurrent layers, and layers that contain others, such as MultiHeadAttention, Bidirectional and
+    TimeDistributed. Each kernel gets its own g, initialized to ||v||, so wrapping alone does not
+    change the outputs. w is computed once per call, outside any loop over time. Optimizers see v
+    (the layer's own kernel variable) and g. Regularizers act on w.
 
     Arguments:
       layer: the layer to normalize, built or not.
@@ -328,7 +328,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             store["initialized"] = self.initialized
 
     def load_own_variables(self, store):
-        """Loads what `save_own_variables` saved, with these names or the numbers of tfwn 0.1.0."""
+        """Loads saved variables, whose names were numbers before the release of tfwn 0.1.0."""
         names = set(store.keys())
         gains = [one.g for one in self.normalized]
         new = {f"g_{i}": g for i, g in enumerate(gains)}
@@ -387,10 +387,11 @@ def _of_cell(name: str):
     """Returns a method with which keras.layers.RNN draws or resets a cell's dropout masks."""
 
     def call(self, *inputs):
-        """Calls the method of the cell, if it has dropout masks."""
+        """Calls the cell's method of this name; returns None if the cell has no dropout masks."""
         if isinstance(self.layer, internals.DropoutRNNCell):
             return getattr(self.layer, name)(*inputs)
 
+    call.__name__ = name
     return call
 
 

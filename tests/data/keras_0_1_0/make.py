@@ -1,6 +1,7 @@
 """Creates the files in saved.tar.xz with the installed version of tfwn: `python make.py`.
 
-tfwn 0.1.0 wrote them and every later version must load them, so do not create them again.
+A development version before the release of tfwn 0.1.0 wrote them, and every later version must load
+them, so do not create them again.
 """
 
 import os
