@@ -109,7 +109,7 @@ class Config(SweepConfig):
     MEASURE: ClassVar[str] = "test_score"
 
     PRESETS: ClassVar[dict[str, Preset]] = {
-        "paper": Preset("the paper's values: 50M steps, 8 GiB of memory, days on a GPU"),
+        "paper": Preset("the paper's values: 50M steps, 7 GiB of memory, days"),
         "nature": Preset(
             "Mnih et al. 2015: RMSProp, minibatches of 32, their initialization and protocol",
             NATURE,
