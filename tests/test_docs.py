@@ -28,6 +28,7 @@ NOT_RUN = {
     "make test-wheels": "takes many minutes; `make test-wheel` does it for one Python",
     "python setup.py build_ext --inplace": "compiles; `make test` does it before the tests",
     "make demo": "takes minutes; tests/models/test_dqn_training.py tests its program",
+    "make test": "runs these tests",
     'make test TENSORFLOW="tensorflow-cpu==2.20.*" PYTHON=python3.10': "needs another Python",
     "PYTHON=$PWD/.venv/bin/python bazel build :all": "needs Bazel",
     "nvcc -I. -std=c++17 -O3 -arch=sm_90 -Xptxas -v -c csrc/weight_norm_cuda.cu -o kernels.o": (
