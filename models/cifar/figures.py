@@ -12,6 +12,11 @@ EXPERIMENT = Experiment(
     (TEST, TRAIN),
     # The paper's normal arm is that of its code, where g is constant.
     {**PAPER, "normal_frozen_g": PAPER["normal"]},
+    {
+        "normal_frozen_g": "normal, constant g",
+        "mean_only_bn": "mean-only batch norm",
+        "weight_norm_mean_only_bn": "weight norm + mean-only batch norm",
+    },
     limits=((0, 200), (0, 10)),
 )
 

@@ -109,11 +109,11 @@ def test_each_arm_is_shown_at_the_rate_that_is_best_with_the_first_seed(run, tmp
                  ends=0.09)  # fmt: skip
     status, _, text = run(tmp_path / "runs")
     assert status == 0
-    for label, best in (("normal", "0.001"), ("normal frozen g", "0.003")):
+    for label, best in (("normal", "0.001"), ("normal, constant g", "0.003")):
         test, *_, paper, rate, tried, _, unit = cells(text, label)
         assert (test, paper, rate, tried, unit) == ("12.00 ± 6.00", "8.43", best, "3", "2 seeds")
     assert cells(text, "normal, seed 0") == ["**6.00**", "10.00", "diverged"]
-    assert cells(text, "normal frozen g, seed 0") == ["10.00", "**6.00**", "diverged"]
+    assert cells(text, "normal, constant g, seed 0") == ["10.00", "**6.00**", "diverged"]
     assert (tmp_path / "out" / "cifar-rates.png").read_bytes().startswith(PNG)
 
 
