@@ -17,6 +17,7 @@
 #ifndef TFWN_CSRC_WEIGHT_NORM_CUDA_KERNELS_H_
 #define TFWN_CSRC_WEIGHT_NORM_CUDA_KERNELS_H_
 
+#include <cooperative_groups.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
@@ -252,20 +253,20 @@ __device__ inline double AddParts(const Work& work, const double* parts, int uni
 
 __device__ inline void ArriveAtCluster() {
 #if TFWN_SM_90
-  __cluster_barrier_arrive();
+  cooperative_groups::this_cluster().barrier_arrive();
 #endif
 }
 
 __device__ inline void WaitForCluster() {
 #if TFWN_SM_90
-  __cluster_barrier_wait();
+  cooperative_groups::this_cluster().barrier_wait();
 #endif
 }
 
 // The same address in the shared memory of another block of the cluster.
 __device__ inline const double* InBlock([[maybe_unused]] int rank, const double* shared) {
 #if TFWN_SM_90
-  return static_cast<const double*>(__cluster_map_shared_rank(shared, rank));
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
 #else
   return shared;
 #endif

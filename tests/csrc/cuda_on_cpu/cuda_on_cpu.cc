@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cooperative_groups.h"
 #include "cuda_pipeline_primitives.h"
 #include "cuda_runtime.h"
 
@@ -295,7 +296,7 @@ using cuda_on_cpu::running;
 
 void __syncthreads() { cuda_on_cpu::Yield(cuda_on_cpu::kAtBlockBarrier); }
 
-void __cluster_barrier_arrive() {
+void cooperative_groups::cluster_group::barrier_arrive() {
   if (cuda_on_cpu::architecture < 90) Fail("a cluster barrier on a device without clusters");
   if (running->arrived) Fail("a thread arrived at a cluster barrier twice");
   running->arrived = true;
@@ -306,7 +307,7 @@ void __cluster_barrier_arrive() {
   ++cuda_on_cpu::cluster_phase;
 }
 
-void __cluster_barrier_wait() {
+void cooperative_groups::cluster_group::barrier_wait() {
   if (!running->arrived) Fail("a thread waited at a cluster barrier before arriving there");
   if (running->phase == cuda_on_cpu::cluster_phase) {
     cuda_on_cpu::Yield(cuda_on_cpu::kAtClusterBarrier);
@@ -314,9 +315,10 @@ void __cluster_barrier_wait() {
   running->arrived = false;
 }
 
-void* __cluster_map_shared_rank(const void* shared, unsigned rank) {
+const void* cooperative_groups::cluster_group::MapSharedRank(const void* shared, int rank_number) {
+  const unsigned rank = static_cast<unsigned>(rank_number);
   if (rank >= cuda_on_cpu::cluster) Fail("access to a block outside the cluster");
-  if (rank == cuda_on_cpu::current) return const_cast<void*>(shared);
+  if (rank == cuda_on_cpu::current) return shared;
   const unsigned first = rank * blockDim.x;
   if (cuda_on_cpu::Count(cuda_on_cpu::kDone, first, first + blockDim.x) > 0) {
     Fail("access to the shared memory of a block that has ended");
