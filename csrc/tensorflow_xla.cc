@@ -109,7 +109,7 @@ class Composition {
     const XlaOp largest = xla::Reduce(xla::Abs(v), Zero(), Max(), reduced_);
     const XlaOp u = xla::Div(v, OneForZero(largest), kept_);
     const XlaOp length = xla::Sqrt(Sum(xla::Square(u)));
-    SetOutput(0, xla::Mul(u, g / OneForZero(length), kept_));
+    SetOutput(0, xla::Mul(u, Over(g, length), kept_));
     SetOutput(1, largest * length);
   }
 
@@ -118,14 +118,16 @@ class Composition {
     const XlaOp grad_w = Wide(grad_w_operand), v = Wide(v_operand), g = Wide(g_operand);
     const XlaOp norm = Wide(norm_operand);
     const XlaOp u = xla::Div(v, OneForZero(norm), kept_);
-    const XlaOp grad_g = Sum(grad_w * u);
+    const XlaOp grad_g = ZeroUnless(norm, Sum(grad_w * u));
     const XlaOp difference = grad_w - xla::Mul(u, grad_g, kept_);
     const double rounding = type_ == xla::F64 ? kRounding<double> : kRounding<float>;
     const XlaOp noise = xla::Abs(grad_w) * xla::ScalarLike(grad_w, rounding);
     const XlaOp across =
         xla::Select(xla::Lt(xla::Abs(difference), noise), xla::ZerosLike(difference), difference);
-    const XlaOp scale = xla::Select(IsZero(norm), xla::ZerosLike(norm), g / OneForZero(norm));
-    SetOutput(0, xla::Mul(across, scale, kept_));
+    // g / norm may leave the range of float where g across / norm does not, so each of the factors
+    // is divided by the norm's square root.
+    const XlaOp root = xla::Sqrt(norm);
+    SetOutput(0, xla::Mul(xla::Div(across, OneForZero(root), kept_), Over(g, root), kept_));
     SetOutput(1, grad_g);
   }
 
@@ -147,6 +149,10 @@ class Composition {
 
   static XlaOp IsZero(XlaOp x) { return xla::Eq(x, xla::ZerosLike(x)); }
   static XlaOp OneForZero(XlaOp x) { return xla::Select(IsZero(x), xla::ScalarLike(x, 1), x); }
+  // x, but 0 where y is 0
+  static XlaOp ZeroUnless(XlaOp y, XlaOp x) { return xla::Select(IsZero(y), xla::ZerosLike(x), x); }
+  // x / y, but 0 where y is 0
+  static XlaOp Over(XlaOp x, XlaOp y) { return ZeroUnless(y, x / OneForZero(y)); }
 
   void SetOutput(int i, XlaOp x) const {
     context_->SetOutput(i, xla::ConvertElementType(x, context_->output_xla_type(i)));

@@ -76,7 +76,7 @@ void AddPartialSums(const Plan& plan, const double* partial, int64_t begin, int6
 
 class Scratch {
  public:
-  explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Scratch(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
   template <class T>
   T* Take(int64_t count) {
     T* taken = reinterpret_cast<T*>(base_ + used_);
@@ -86,7 +86,7 @@ class Scratch {
   size_t used() const { return used_; }
 
  private:
-  char* base_;
+  uintptr_t base_;  // 0 if only the size is wanted
   size_t used_ = 0;
 };
 
@@ -254,8 +254,9 @@ class Runner {
     const Type norm_type = NormType(pass_.v_type);
     UnitBlock units = {};
     units.count = end - begin;
-    units.sums = partial_ + begin;
-    if (plan_.groups * plan_.folds * plan_.sums_per_unit != 1) {
+    if (plan_.groups * plan_.folds * plan_.sums_per_unit == 1) {
+      units.sums = partial_ + begin;
+    } else {
       AddPartialSums(plan_, partial_, begin, end, totals);
       units.sums = totals;
     }

@@ -54,10 +54,12 @@ TFWN_INLINE Vector<double, n> SquareRoot(Vector<double, n> x) {
   }
 }
 
-// 1 / norm, or 0 for norm = 0, so that a unit with v = 0 gets zero weights and gradients.
+// x / norm, given 1 / norm, or 0 for norm = 0, so that a unit with v = 0 gets zero weights and
+// gradients even if x is not finite.
 template <int n>
-TFWN_INLINE Vector<double, n> Reciprocal(const Vector<double, n>& norm) {
-  return norm == 0.0 ? norm : 1.0 / norm;
+TFWN_INLINE Vector<double, n> Over(const Vector<double, n>& x, const Vector<double, n>& norm,
+                                   const Vector<double, n>& reciprocal) {
+  return norm == 0.0 ? norm : x * reciprocal;
 }
 
 // Splits factors into fraction * power (see Factors). Returns whether any power is not 1.
@@ -92,15 +94,16 @@ TFWN_INLINE bool CombineVector(const UnitBlock& units, int64_t i) {
   const auto sum = Load<double, n>(units.sums + i);
   const auto g = LoadNumbers<n>(units.g_type, units.g, i);
   if constexpr (backward) {
-    const auto reciprocal = Reciprocal<n>(LoadNumbers<n>(units.norm_type, units.norm, i));
-    const Vector<double, n> grad_g = sum * reciprocal;
+    const auto norm = LoadNumbers<n>(units.norm_type, units.norm, i);
+    const Vector<double, n> reciprocal = 1.0 / norm;
+    const auto grad_g = Over<n>(sum, norm, reciprocal);
     StoreNumbers<n>(grad_g, units.g_type, units.grad_g, i);
-    const bool powers = StoreFactors<C, n>(grad_g * reciprocal, units.projections, i);
-    return StoreFactors<C, n>(g * reciprocal, units.scales, i) || powers;
+    const bool powers = StoreFactors<C, n>(Over<n>(grad_g, norm, reciprocal), units.projections, i);
+    return StoreFactors<C, n>(Over<n>(g, norm, reciprocal), units.scales, i) || powers;
   } else {
     const auto norm = SquareRoot<n>(sum);
     StoreNumbers<n>(norm, units.norm_type, units.norm, i);
-    return StoreFactors<C, n>(g * Reciprocal<n>(norm), units.scales, i);
+    return StoreFactors<C, n>(Over<n>(g, norm, 1.0 / norm), units.scales, i);
   }
 }
 

@@ -125,6 +125,22 @@ def test_a_zero_unit_has_zero_weights_and_gradients(axis, dtype, mode, rng):
         assert np.linalg.norm(out - expected) <= TOLERANCES[dtype] * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_a_zero_unit_is_zero_even_if_g_or_a_gradient_is_infinite(axis, dtype, mode, rng):
+    v, g, grad_w = (x.numpy() for x in random_arguments(rng, (20, 20), axis, (dtype,) * 3))
+    if axis == 0:
+        v, grad_w = v.T, grad_w.T  # So that units are columns below.
+    v[:, 2], grad_w[7, 2], g[2] = 0, np.inf, np.inf
+    if axis == 0:
+        v, grad_w = v.T, grad_w.T
+    w, grad_v, grad_g = forward_and_backward(*map(tf.constant, (v, g, grad_w)), axis, mode)
+    w, grad_v = (x.numpy() if axis == -1 else x.numpy().T for x in (w, grad_v))
+    assert not w[:, 2].any()
+    assert grad_g[2] == 0
+    assert not np.delete(grad_v[:, 2], 7).any()
+
+
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda t: t.name)
 def test_norms_from_1e_minus_30_to_1e30(dtype, mode, rng):
     v, g, grad_w = random_arguments(rng, (50, 7), -1, (dtype,) * 3)

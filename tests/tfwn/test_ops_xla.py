@@ -109,6 +109,23 @@ for types in [
             worst = max(tolerance[wide.dtype.name], tolerance[v.dtype.name])
             error, largest = np.linalg.norm(out - truly), np.linalg.norm(truly)
             assert error <= worst * largest, (types, shape, axis, size, error / largest)
+
+# g / norm leaves the range of float, but grad_v does not.
+for v_size, g_size, c_size in [
+    (1e29, 1e-10, 1e20), (1e25, 1e-13, 1e10), (1e20, 1e-19, 1e5), (1e-31, 1e10, 1e-25)
+]:
+    v, g, c = arguments(rng, (50, 2), -1)
+    v, g, c = v * v_size, g * g_size, c * c_size
+    _, grad_v, _ = compiled(v, g, c, -1)
+    truly, _ = reference.weight_norm_gradient(c, v, g)
+    error = np.linalg.norm(grad_v - truly) / np.linalg.norm(truly)
+    assert error <= tolerance["float32"], (v_size, error)
+
+v, g, c = arguments(rng, (50, 2), -1)
+infinite = np.where(np.arange(50) == 7, np.inf, 1)[:, None].astype(np.float32)
+w, grad_v, grad_g = compiled(v * [1, 0], g * [1, np.inf], c * infinite, -1)
+assert not w.numpy()[:, 1].any() and grad_g[1] == 0
+assert not np.delete(grad_v[:, 1], 7).any()
 """
 
 
