@@ -161,6 +161,11 @@ class Cuda:
             for a in re.findall(r"compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), re.MULTILINE)
         )
         chosen = re.findall(r"\d+", os.environ.get("TFWN_CUDA_ARCHITECTURES", ""))
+        if old := sorted(a for a in map(int, chosen) if a < 70):
+            raise SystemExit(
+                f"tfwn: TFWN_CUDA_ARCHITECTURES names {old}, whose blocks have too little shared "
+                "memory for the kernels. Name architectures from 70 on"
+            )
         unknown = sorted(set(map(int, chosen)) - set(known))
         if unknown:
             raise SystemExit(

@@ -92,6 +92,12 @@ def test_cuda_architecture_unknown_to_nvcc(setup_module, nvcc, monkeypatch):
         setup_module.Cuda(nvcc)
 
 
+def test_cuda_architecture_with_too_little_shared_memory(setup_module, nvcc, monkeypatch):
+    monkeypatch.setenv("TFWN_CUDA_ARCHITECTURES", "50;90")
+    with pytest.raises(SystemExit, match=r"names \[50\].*70"):
+        setup_module.Cuda(nvcc)
+
+
 def test_cuda_off(setup_module, nvcc, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CUDA_HOME", str(pathlib.Path(nvcc).parents[1]))
