@@ -118,48 +118,6 @@ inline void CheckCuda(int error, const char* what) {
   }
 }
 
-inline Type ParseTypeString(const std::string& name, const std::string& text) {
-  if (text == "<V2") return Type::kBfloat16;  // used by PyTorch and ml_dtypes
-  return ParseDType(name, py::dtype(text));
-}
-
-inline Array ParseCudaArray(const std::string& name, const py::object& object, intptr_t stream) {
-  const py::dict interface = object.attr("__cuda_array_interface__");
-  const py::tuple data = interface["data"];
-  Array result = {name,
-                  ParseTypeString(name, interface["typestr"].cast<std::string>()),
-                  interface["shape"].cast<Sizes>(),
-                  true,
-                  reinterpret_cast<void*>(data[0].cast<uintptr_t>()),
-                  !data[1].cast<bool>(),
-                  true,
-                  object};
-  if (interface.contains("strides") && !interface["strides"].is_none()) {
-    const auto strides = interface["strides"].cast<std::vector<int64_t>>();
-    int64_t expected = SizeOf(result.type);
-    for (size_t a = strides.size(); a-- > 0;) {
-      // Strides do not matter along axes of size 1 and in empty arrays.
-      if (result.shape[a] > 1 && strides[a] != expected && Product(result.shape) > 0) {
-        result.contiguous = false;
-      }
-      expected *= result.shape[a];
-    }
-  }
-  if (interface.contains("stream") && !interface["stream"].is_none()) {
-    // The array is ready once this stream has finished the work queued so far.
-    const intptr_t producer = interface["stream"].cast<intptr_t>();
-    if (producer != stream) {
-      cudaEvent_t ready;
-      CheckCuda(cudaEventCreateWithFlags(&ready, cudaEventDisableTiming), "create an event");
-      int error = cudaEventRecord(ready, reinterpret_cast<cudaStream_t>(producer));
-      if (error == 0) error = cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(stream), ready, 0);
-      cudaEventDestroy(ready);
-      CheckCuda(error, "wait for the array's stream");
-    }
-  }
-  return result;
-}
-
 // Returns the device that all arrays are on.
 inline int DeviceOf(const std::vector<const Array*>& arrays) {
   int device = -1;
@@ -200,16 +158,56 @@ class OnDevice {
   int before_ = -1;
 };
 
+inline Type ParseTypeString(const std::string& name, const std::string& text) {
+  if (text == "<V2") return Type::kBfloat16;  // used by PyTorch and ml_dtypes
+  return ParseDType(name, py::dtype(text));
+}
+
+inline Array ParseCudaArray(const std::string& name, const py::object& object, intptr_t stream) {
+  const py::dict interface = object.attr("__cuda_array_interface__");
+  const py::tuple data = interface["data"];
+  Array result = {name,
+                  ParseTypeString(name, interface["typestr"].cast<std::string>()),
+                  interface["shape"].cast<Sizes>(),
+                  true,
+                  reinterpret_cast<void*>(data[0].cast<uintptr_t>()),
+                  !data[1].cast<bool>(),
+                  true,
+                  object};
+  if (interface.contains("strides") && !interface["strides"].is_none()) {
+    const auto strides = interface["strides"].cast<std::vector<int64_t>>();
+    int64_t expected = SizeOf(result.type);
+    for (size_t a = strides.size(); a-- > 0;) {
+      // Strides do not matter along axes of size 1 and in empty arrays.
+      if (result.shape[a] > 1 && strides[a] != expected && Product(result.shape) > 0) {
+        result.contiguous = false;
+      }
+      expected *= result.shape[a];
+    }
+  }
+  if (interface.contains("stream") && !interface["stream"].is_none()) {
+    // The array is ready once this stream has finished the work queued so far.
+    const intptr_t producer = interface["stream"].cast<intptr_t>();
+    if (producer != stream) {
+      const OnDevice on_device(DeviceOf({&result}));  // which the default streams depend on
+      cudaEvent_t ready;
+      CheckCuda(cudaEventCreateWithFlags(&ready, cudaEventDisableTiming), "create an event");
+      int error = cudaEventRecord(ready, reinterpret_cast<cudaStream_t>(producer));
+      if (error == 0) error = cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(stream), ready, 0);
+      cudaEventDestroy(ready);
+      CheckCuda(error, "wait for the array's stream");
+    }
+  }
+  return result;
+}
+
 // Uses `given` as scratch or, if it is null, memory from cudaMallocAsync.
 template <class Arguments>
 void RunOnDevice(const Arguments& arguments, int device, intptr_t stream_handle,
                  const Array* given) {
   const auto stream = reinterpret_cast<cudaStream_t>(stream_handle);
   const OnDevice on_device(device);
-  int multiprocessors = 0;
-  CheckCuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-            "ask for the device's multiprocessors");
-  const int64_t bytes = static_cast<int64_t>(cuda::ScratchBytes(arguments, multiprocessors));
+  const int64_t bytes = static_cast<int64_t>(cuda::ScratchBytes(arguments.layout));
   if (given != nullptr) {
     if (BytesOf(*given) < bytes) {
       Fail("scratch must have at least ", bytes, " bytes, but has ", BytesOf(*given));
@@ -217,12 +215,12 @@ void RunOnDevice(const Arguments& arguments, int device, intptr_t stream_handle,
     if (bytes > 0 && reinterpret_cast<uintptr_t>(given->data) % 256 != 0) {
       Fail("scratch must be aligned to 256 bytes, but is at ", given->data);
     }
-    CheckCuda(cuda::Run(arguments, multiprocessors, given->data, stream), "run weight_norm");
+    CheckCuda(cuda::Run(arguments, given->data, stream), "run weight_norm");
     return;
   }
   void* scratch = nullptr;
   if (bytes > 0) CheckCuda(cudaMallocAsync(&scratch, bytes, stream), "allocate scratch");
-  const int error = cuda::Run(arguments, multiprocessors, scratch, stream);
+  const int error = cuda::Run(arguments, scratch, stream);
   if (scratch != nullptr) cudaFreeAsync(scratch, stream);
   CheckCuda(error, "run weight_norm");
 }

@@ -174,14 +174,14 @@ void CheckOverlap(const std::vector<const Array*>& inputs, const Array& first,
 }
 
 template <class Arguments>
-void Execute(const Arguments& arguments, const Place& place,
-             const std::vector<const Array*>& arrays) {
-  const py::gil_scoped_release release;
-  if (place.on_device) {
-    RunOnDevice(arguments, DeviceOf(arrays), place.stream,
-                place.scratch ? &*place.scratch : nullptr);
-    return;
+void Execute(const Arguments& arguments, const Place& place, std::vector<const Array*> arrays) {
+  const Array* given = place.scratch ? &*place.scratch : nullptr;
+  if (given != nullptr) {
+    for (const Array* array : arrays) CheckApart(*given, *array);
+    arrays.push_back(given);
   }
+  const py::gil_scoped_release release;
+  if (place.on_device) return RunOnDevice(arguments, DeviceOf(arrays), place.stream, given);
   const size_t bytes = cpu::ScratchBytes(arguments);
   const AlignedMemory scratch(bytes, 64);
   cpu::Run(arguments, scratch.data(), ParallelForOn(place.threads));
@@ -301,8 +301,9 @@ Args:
     device.
   threads: the maximum number of threads on the CPU; 0 for all cores. Results do not depend on it.
   stream: the CUDA stream's handle, as an int; 0 is the default stream.
-  scratch: a contiguous device array for intermediate results, aligned to 256 bytes. If it is too
-    small, the error reports the required size. By default, cudaMallocAsync allocates it.
+  scratch: a contiguous device array for intermediate results, aligned to 256 bytes, that does not
+    overlap the others. 512 KiB and 8 bytes per unit are always enough; if it is too small, the error
+    reports the required size. By default, cudaMallocAsync allocates it.
 
 Returns:
   w, with v's shape, and norm, with g's shape. norm is float64 if v is, float32 otherwise.

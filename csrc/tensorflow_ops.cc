@@ -202,12 +202,10 @@ struct Run<Processor::kGpu> {
           "weight_norm: its kernels for GPUs need CUDA, but this device's platform is ", platform,
           ". Place the op on the CPU"));
     }
-    const int multiprocessors = stream->parent()->GetDeviceDescription().core_count();
     Tensor scratch;
-    TF_RETURN_IF_ERROR(
-        AllocateScratch(context, cuda::ScratchBytes(arguments, multiprocessors), &scratch));
-    const int error = cuda::Run(arguments, multiprocessors, scratch.data(),
-                                stream->platform_specific_handle().stream);
+    TF_RETURN_IF_ERROR(AllocateScratch(context, cuda::ScratchBytes(arguments.layout), &scratch));
+    const int error =
+        cuda::Run(arguments, scratch.data(), stream->platform_specific_handle().stream);
     if (error == 0) return absl::OkStatus();
     return absl::InternalError(
         absl::StrCat("weight_norm: a CUDA kernel failed: ", cuda::ErrorString(error)));

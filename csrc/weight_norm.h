@@ -10,11 +10,12 @@
 // layout [out, in] becomes [1, out, in], and one norm for a whole tensor is [1, 1, size].
 //
 // Guarantees, for every layout and type, CPU and CUDA alike:
-//   - a unit with v = 0 gets w = 0, grad_g = 0, grad_v = 0; no epsilon enters w or grad_g;
+//   - a unit with v = 0 gets w = 0, grad_g = 0 and, where grad_w is finite, grad_v = 0; no epsilon
+//     enters w or grad_g;
 //   - an element of v that is alone in its unit, or its unit's only nonzero one, has exactly
 //     grad_v = 0, because Adam and similar optimizers would turn rounding noise into full-size
 //     steps (not guaranteed for subnormal grad_w, or for v whose squares underflow in double);
-//   - norms from 1e-30 to 1e+30 neither underflow nor overflow when v is float32;
+//   - norms from 1e-30 to 1e+30 (1e-150 to 1e+150 if v is float64) neither underflow nor overflow;
 //   - results depend only on the arguments and the processor, not on timing or the thread count;
 //   - sizes are 64-bit, and any size may be zero.
 //
@@ -97,17 +98,14 @@ const char* SimdLevel();
 
 namespace cuda {
 
-// For the current device, whose number of multiprocessors is passed in. The split of the work, and
-// therefore the last bit of results, depends on the device. scratch: at least ScratchBytes(...)
-// bytes on the device for the same arguments, aligned to 256 bytes. ScratchBytes treats null
-// pointers as aligned to 16 bytes. stream is a cudaStream_t. Returns a cudaError_t, 0 for success.
-// Never waits for the device and never allocates on it, so calls can be captured in a CUDA graph.
-size_t ScratchBytes(const Forward& arguments, int multiprocessors);
-size_t ScratchBytes(const Backward& arguments, int multiprocessors);
-// An upper bound for any device with this many multiprocessors. Queries no device.
-size_t MostScratchBytes(const Layout& layout, int multiprocessors);
-int Run(const Forward& arguments, int multiprocessors, void* scratch, void* stream);
-int Run(const Backward& arguments, int multiprocessors, void* scratch, void* stream);
+// Run launches kernels on the current device. The split of the work, and therefore the last bit of
+// results, depends on the device. scratch: at least ScratchBytes(...) bytes on the device, aligned
+// to 256; this many are enough for any device, and at most 512 KiB besides 8 bytes per unit. stream
+// is a cudaStream_t. Returns a cudaError_t, 0 for success. Never waits for the device and never
+// allocates on it, so calls can be captured in a CUDA graph.
+size_t ScratchBytes(const Layout& layout);
+int Run(const Forward& arguments, void* scratch, void* stream);
+int Run(const Backward& arguments, void* scratch, void* stream);
 const char* ErrorString(int error);
 
 }  // namespace cuda

@@ -32,14 +32,21 @@ struct Limits {
 
 struct Device {
   int number = 0;
+  int multiprocessors = 0;
   int shared_memory = 0;  // per block, bytes
 };
 
 cudaError_t FindDevice(Device* device) {
-  const cudaError_t error = cudaGetDevice(&device->number);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(&device->shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                device->number);
+  cudaError_t error = cudaGetDevice(&device->number);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount,
+                                   device->number);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&device->shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                   device->number);
+  }
+  return error;
 }
 
 void SetCluster(int blocks, cudaLaunchAttribute* attribute) {
@@ -87,7 +94,8 @@ cudaError_t LookUp(const void* kernel, const Device& device, int64_t ring_bytes,
   return cudaSuccess;
 }
 
-// Looks up a kernel's limits once per device.
+// Looks up a kernel's limits once per device. The first time this loads the kernel, which a thread
+// that is capturing a CUDA graph may do only in the relaxed mode.
 cudaError_t LimitsOf(const void* kernel, const Device& device, int64_t ring_bytes, Limits* limits) {
   static std::mutex mutex;
   static auto* const known = new std::map<std::pair<const void*, int>, Limits>;
@@ -97,16 +105,19 @@ cudaError_t LimitsOf(const void* kernel, const Device& device, int64_t ring_byte
     *limits = found->second;
     return cudaSuccess;
   }
-  const cudaError_t error = LookUp(kernel, device, ring_bytes, limits);
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+  if (error != cudaSuccess) return error;
+  error = LookUp(kernel, device, ring_bytes, limits);
+  cudaThreadExchangeStreamCaptureMode(&mode);
   if (error == cudaSuccess) known->emplace(std::pair(kernel, device.number), *limits);
   return error;
 }
 
-// A forward or backward call. Tensors are null if only the plan is needed.
+// A forward or backward call.
 struct Call {
   Work work;
   Type v_type, w_type;
-  int multiprocessors;
 };
 
 using KernelPointer = void (*)(Work);
@@ -165,7 +176,7 @@ cudaError_t PlanTyped(const Call& call, Launches* launches) {
   problem.factors_bytes = sizeof(Factors<Real<V, W>>);
   problem.backward = kBackward;
   problem.ragged = work.ragged;
-  problem.multiprocessors = std::max(1, call.multiprocessors);
+  problem.multiprocessors = std::max(1, device.multiprocessors);
   problem.shared_memory = device.shared_memory;
 
   if (columns) {
@@ -259,22 +270,10 @@ cudaError_t RunCall(const Call& call, void* scratch, cudaStream_t stream) {
   return Launch(&launches, launches.scale, Phase::kScale, stream);
 }
 
-template <bool kBackward>
-size_t ScratchFor(const Call& call) {
-  if (call.work.layout.size() == 0) return 0;
-  Launches launches = {};
-  // Run encounters the same error before it uses the scratch, and reports it.
-  if (MakeLaunches<kBackward>(call, &launches) != cudaSuccess) return 0;
-  const Plan& plan = launches.work.plan;
-  if (plan.fused) return 0;
-  return static_cast<size_t>(plan.splits() * launches.work.layout.units) * sizeof(double);
-}
-
-Call CallOf(const Forward& a, int multiprocessors) {
+Call CallOf(const Forward& a) {
   Call call = {};
   call.v_type = a.v_type;
   call.w_type = a.w_type;
-  call.multiprocessors = multiprocessors;
   call.work.layout = a.layout;
   call.work.g_type = a.g_type;
   call.work.norm_type = NormType(a.v_type);
@@ -285,11 +284,10 @@ Call CallOf(const Forward& a, int multiprocessors) {
   return call;
 }
 
-Call CallOf(const Backward& a, int multiprocessors) {
+Call CallOf(const Backward& a) {
   Call call = {};
   call.v_type = a.v_type;
   call.w_type = a.w_type;
-  call.multiprocessors = multiprocessors;
   call.work.layout = a.layout;
   call.work.g_type = a.g_type;
   call.work.norm_type = NormType(a.v_type);
@@ -304,25 +302,16 @@ Call CallOf(const Backward& a, int multiprocessors) {
 
 }  // namespace
 
-size_t ScratchBytes(const Forward& a, int multiprocessors) {
-  return ScratchFor<false>(CallOf(a, multiprocessors));
+size_t ScratchBytes(const Layout& layout) {
+  return static_cast<size_t>(MostPartials(layout)) * sizeof(double);
 }
 
-size_t ScratchBytes(const Backward& a, int multiprocessors) {
-  return ScratchFor<true>(CallOf(a, multiprocessors));
+int Run(const Forward& a, void* scratch, void* stream) {
+  return RunCall<false>(CallOf(a), scratch, static_cast<cudaStream_t>(stream));
 }
 
-size_t MostScratchBytes(const Layout& layout, int multiprocessors) {
-  if (layout.size() == 0) return 0;
-  return static_cast<size_t>(MostPartials(layout, multiprocessors)) * sizeof(double);
-}
-
-int Run(const Forward& a, int multiprocessors, void* scratch, void* stream) {
-  return RunCall<false>(CallOf(a, multiprocessors), scratch, static_cast<cudaStream_t>(stream));
-}
-
-int Run(const Backward& a, int multiprocessors, void* scratch, void* stream) {
-  return RunCall<true>(CallOf(a, multiprocessors), scratch, static_cast<cudaStream_t>(stream));
+int Run(const Backward& a, void* scratch, void* stream) {
+  return RunCall<true>(CallOf(a), scratch, static_cast<cudaStream_t>(stream));
 }
 
 const char* ErrorString(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -156,19 +156,20 @@ inline bool OneLaunchPays(const Problem& problem, const Plan& plan) {
 }
 
 // How many splits let all blocks of one of two launches run at once. One block more would take a
-// second wave.
+// second wave. More than kMostBlocks, which fill a device of 200 multiprocessors, are not used.
+constexpr int64_t kMostBlocks = 1024;
+
 inline int64_t SplitsToFill(const Problem& problem, const Plan& plan) {
   const int64_t places = int64_t{problem.resident} * problem.multiprocessors;
-  return std::max<int64_t>(1, places / plan.tiles);
+  return std::max<int64_t>(1, std::min(places, kMostBlocks) / plan.tiles);
 }
 
 // An upper bound of the partial sums of any plan, splits x units. It holds because splits are at
-// most places / tiles, a tile that is split has at most 128 bytes of each row, and a multiprocessor
-// runs at most 2048 threads.
-inline int64_t MostPartials(const Layout& layout, int multiprocessors) {
-  constexpr int64_t kMostResident = 2048 / kThreads, kMostTileUnits = 128 / 2;
-  return layout.units +
-         kMostResident * multiprocessors * std::min<int64_t>(layout.units, kMostTileUnits);
+// most kMostBlocks / tiles, and a tile that is split has at most 128 bytes of each row.
+inline int64_t MostPartials(const Layout& layout) {
+  constexpr int64_t kMostTileUnits = 128 / 2;
+  return std::min(layout.size(),
+                  layout.units + kMostBlocks * std::min(layout.units, kMostTileUnits));
 }
 
 inline void UseTwoLaunches(const Problem& problem, Plan* plan) {

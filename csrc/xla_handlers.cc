@@ -201,18 +201,11 @@ ffi::Error BackwardOnHost(ffi::ThreadPool pool, Attribute axis, Argument grad_w,
 
 template <class Arguments>
 ffi::Error RunOnCuda(cudaStream_t stream, Result scratch_buffer, const Arguments& arguments) {
-  int device = 0, multiprocessors = 0;
-  int code = cudaGetDevice(&device);  // XLA has made the stream's device current
-  if (code == 0) {
-    code = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (code == 0) {
-    void* scratch;
-    const ffi::Error error = GetScratch(
-        scratch_buffer, cuda::ScratchBytes(arguments, multiprocessors), kCudaAlignment, &scratch);
-    if (error.failure()) return error;
-    code = cuda::Run(arguments, multiprocessors, scratch, stream);
-  }
+  void* scratch;
+  const ffi::Error error =
+      GetScratch(scratch_buffer, cuda::ScratchBytes(arguments.layout), kCudaAlignment, &scratch);
+  if (error.failure()) return error;
+  const int code = cuda::Run(arguments, scratch, stream);  // XLA has made its device current
   if (code == 0) return ffi::Error::Success();
   return ffi::Error::Internal(std::string("weight_norm: a CUDA kernel failed: ") +
                               cuda::ErrorString(code));
@@ -240,14 +233,7 @@ template <class Arguments>
 int64_t ScratchBytesAnywhere(const Arguments& arguments) {
   size_t bytes = cpu::ScratchBytes(arguments) + kHostAlignment;
 #ifdef TFWN_CUDA
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;  // no driver, so no handler runs
-  for (int device = 0; device < devices; ++device) {
-    int multiprocessors = 0;
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    bytes =
-        std::max(bytes, cuda::MostScratchBytes(arguments.layout, multiprocessors) + kCudaAlignment);
-  }
+  bytes = std::max(bytes, cuda::ScratchBytes(arguments.layout) + kCudaAlignment);
 #endif
   return static_cast<int64_t>(bytes);
 }

@@ -29,7 +29,7 @@ TFWN_EXPORT XLA_FFI_Error* tfwn_weight_norm_grad_cuda(XLA_FFI_CallFrame* frame);
 
 namespace tfwn {
 
-// Enough for both platforms and every device of this machine. Ignores the pointers.
+// Enough for both platforms and any device. Ignores the pointers.
 int64_t XlaScratchBytes(const Forward& arguments);
 int64_t XlaScratchBytes(const Backward& arguments);
 

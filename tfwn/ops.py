@@ -77,9 +77,9 @@ def weight_norm(
 
     `axis` names the axes of v that index the output units. The norm is over all other axes, and g
     has one element per unit. The gradient (eq. 3) is also a fused kernel and can itself be
-    differentiated any number of times. Neither adds an epsilon, so the result follows the formula
-    for every v, except that a unit with v = 0 gets w = 0 and zero gradients. In float32, norms may
-    range from 1e-30 to 1e+30.
+    differentiated any number of times. Neither adds an epsilon, so the result follows the formula,
+    except that a unit with v = 0 gets w = 0 and zero gradients. Norms may range from 1e-30 to
+    1e+30, or from 1e-150 to 1e+150 if v is float64; beyond that they may become 0 or infinite.
 
     | weights                          | v               | `axis`   | g        |
     |----------------------------------|-----------------|----------|----------|

@@ -194,7 +194,7 @@ int64_t Pick(std::mt19937_64* random, const std::vector<int64_t>& from) {
 
 // Draws the device properties that decide how the work is split, and the order of the threads.
 void PickDevice(std::mt19937_64* random) {
-  cuda_on_cpu::multiprocessors = static_cast<int>(Pick(random, {1, 4, 16, 132}));
+  cuda_on_cpu::multiprocessors = static_cast<int>(Pick(random, {1, 4, 16, 132, 400}));
   cuda_on_cpu::architecture = static_cast<int>(Pick(random, {80, 90}));
   cuda_on_cpu::resident = static_cast<int>(Pick(random, {1, 4}));
   cuda_on_cpu::max_clusters = static_cast<int>(Pick(random, {0, 16, 16}));
@@ -213,18 +213,14 @@ std::string DeviceName() {
 
 template <class Arguments>
 size_t ScratchBytes(const Arguments& arguments) {
-  const int multiprocessors = cuda_on_cpu::multiprocessors;
-  const size_t bytes = tfwn::cuda::ScratchBytes(arguments, multiprocessors);
-  Check(bytes <= tfwn::cuda::MostScratchBytes(arguments.layout, multiprocessors),
-        "ScratchBytes is larger than MostScratchBytes");
-  return bytes;
+  return tfwn::cuda::ScratchBytes(arguments.layout);
 }
 
 template <class Arguments>
 void Run(const Arguments& arguments, void* scratch, const tfwn::cpu::ParallelFor&) {
   cuda_on_cpu::left_by_launch = scratch;
   cuda_on_cpu::left_by_launch_bytes = ScratchBytes(arguments);
-  const int error = tfwn::cuda::Run(arguments, cuda_on_cpu::multiprocessors, scratch, nullptr);
+  const int error = tfwn::cuda::Run(arguments, scratch, nullptr);
   Check(error == 0, tfwn::cuda::ErrorString(error));
 }
 
@@ -491,6 +487,18 @@ void TestZeroUnits() {
       }
       Check(zero, p.Name() + ": a zero unit has nonzero results");
       CheckAgainstReference(p, *results);
+
+      int64_t infinite = 0;  // an element of that unit
+      while (p.Unit(infinite) != 2) ++infinite;
+      p.grad_w.Set(infinite, HUGE_VAL);
+      p.g.Set(2, HUGE_VAL);
+      const auto extreme = RunBoth(p, Inline);
+      zero = extreme->norm[2] == 0 && extreme->grad_g[2] == 0;
+      for (int64_t i = 0; i < p.v.size(); ++i) {
+        if (p.Unit(i) != 2) continue;
+        zero = zero && extreme->w[i] == 0 && (i == infinite || extreme->grad_v[i] == 0);
+      }
+      Check(zero, p.Name() + ": a zero unit with infinite g and grad_w has nonzero results");
     }
   }
 }

@@ -197,6 +197,14 @@ def test_scratch(cuda, rng):
             out=tuple(map(CudaArray, out)),
             scratch=CudaArray(unaligned),
         )
+    with pytest.raises(ValueError, match="scratch must not overlap w"):
+        cuda.weight_norm(
+            CudaArray(v),
+            CudaArray(g),
+            0,
+            out=tuple(map(CudaArray, out)),
+            scratch=CudaArray(out[0]),
+        )
     with pytest.raises(ValueError, match=r"scratch must be a contiguous.*but is ndarray"):
         cuda.weight_norm(V, G, scratch=np.ones(10))
 

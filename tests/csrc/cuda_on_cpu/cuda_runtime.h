@@ -112,9 +112,6 @@ T __shfl_xor_sync(unsigned, T value, int lane_mask) {
   return static_cast<T>(cuda_on_cpu::ShuffleXor(value, lane_mask));
 }
 
-void __cluster_barrier_arrive();
-void __cluster_barrier_wait();
-void* __cluster_map_shared_rank(const void* shared, unsigned rank);
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 void cudaGridDependencySynchronize();
 
@@ -164,6 +161,11 @@ inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) {
+  return cudaSuccess;
+}
 
 inline cudaError_t cudaMallocAsync(void** memory, size_t bytes, cudaStream_t) {
   *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
