@@ -252,11 +252,11 @@ class _Walk:
                 return type(value)(*items)
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, dict):
-            items = {key: self._new(item) for key, item in value.items()}
-            if all(items[key] is value[key] for key in items):
+            changed = {key: self._new(item) for key, item in value.items()}
+            if all(changed[key] is value[key] for key in changed):
                 return value
             table = copy.copy(value)  # Keeps the type, such as defaultdict.
-            table.update(items)
+            table.update(changed)
             return table
         return self._values.get(id(value), (value, value))[1]
 
