@@ -32,8 +32,9 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     Only g (with the normal parameterization, w is scaled instead), b and the layer's flag
     `initialized` change. All other variables of the model, such as running means and random seeds,
     are restored, except for those that this call creates. If the model is a function, its variables
-    are those of the modules and layers that it refers to: in local or global variables or
-    attributes of these, as the object of a bound method or as arguments of a functools.partial.
+    are those of the modules and layers that it refers to, or a function of the same file that it
+    calls: in local and global variables and attributes of these, as the object of a bound method,
+    or as arguments of a functools.partial.
 
     In a layer without b, only g is set. This is what mean-only batch normalization needs; its own b
     is not changed. A unit whose t does not vary keeps its g and gets b = -mu[t] * g. A unit with

@@ -41,18 +41,20 @@ def attributes(module) -> Iterator[tuple[str, Any]]:
 def submodules(root) -> list:
     """Returns the tf.Modules, Keras layers and generators in `root`, which may be one itself."""
     found: dict[int, Any] = {}
+    seen: set[int] = set()
     stack = [root]
     while stack:
         value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
         if isinstance(value, list | tuple):
             stack.extend(reversed(value))
         elif isinstance(value, dict):
             stack.extend(reversed(list(value.values())))
-        elif id(value) in found:
-            continue
         elif is_keras_layer(value):
             for layer in value._flatten_layers():
-                found.setdefault(id(layer), layer)
+                found[id(layer)] = layer
         elif isinstance(value, tf.random.Generator):
             found[id(value)] = value
         elif isinstance(value, tf.Module):
@@ -87,8 +89,11 @@ def references(model) -> list:
         elif inspect.isfunction(value):
             stack += _closure(value)
             # Other files' functions would lead through all of their libraries.
-            here = value.__globals__
-            stack += [x for x in _globals(value) if getattr(x, "__globals__", here) is here]
+            stack += [
+                other
+                for other in _globals(value)
+                if not inspect.isfunction(other) or other.__globals__ is value.__globals__
+            ]
         else:
             found.append(value)
             if not isinstance(value, tf.Module | type | types.ModuleType):

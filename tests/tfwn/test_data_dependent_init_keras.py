@@ -126,3 +126,21 @@ def test_init_scale_receives_the_layers_of_the_model():
     inside = attention.layer
     expected = [inside.query_dense, inside.key_dense, inside.value_dense, inside.output_dense, last]
     assert {id(layer) for layer in seen} == {id(layer) for layer in expected}
+
+
+def test_a_subclassed_model_that_is_not_built():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.first = WeightNormalization(keras.layers.Conv2D(4, 3, activation="relu"))
+            self.norm = keras.layers.BatchNormalization()
+            self.last = WeightNormalization(keras.layers.Conv2D(2, 1))
+
+        def call(self, x, training=False):
+            return self.last(self.norm(self.first(x), training=training))
+
+    model, x = Model(), images()
+    y = tfwn.data_dependent_init(model, x)
+    check_standard(y)
+    assert tfwn.is_initialized(model)
+    np.testing.assert_allclose(model(x, training=True), y, atol=1e-5)
