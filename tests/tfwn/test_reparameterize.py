@@ -166,6 +166,23 @@ def test_dicts_keep_their_type(tmp_path):
         tf.train.Checkpoint(model=model).restore(path).assert_consumed()
 
 
+def test_ordered_dicts_of_a_keras_model_stay_ordered_dicts():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.parts = OrderedDict(a=keras.layers.Dense(3), b=keras.layers.Dense(3))
+
+        def call(self, x):
+            return self.parts["b"](self.parts["a"](x))
+
+    model = Model()
+    model(inputs())
+    for change in (tfwn.reparameterize, tfwn.fold):
+        change(model)
+        model.parts.move_to_end("a")
+        assert isinstance(model.parts["a"], WeightNormalization) == (change is tfwn.reparameterize)
+
+
 def test_checkpoint_round_trip_and_conversion_from_a_plain_one(tmp_path):
     x = inputs()
     plain = Network()
