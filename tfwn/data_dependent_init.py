@@ -121,10 +121,9 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     return outputs
 
 
-def _check_scale(init_scale: float, layer: str = "") -> float:
+def _check_scale(init_scale: float, layer: str = "") -> None:
     if not init_scale > 0:
         raise ValueError(f"init_scale must be positive, got {init_scale}{layer}")
-    return init_scale
 
 
 def is_initialized(model) -> bool:
@@ -186,8 +185,8 @@ class _FirstPass:
         zero = (stddev <= _ZERO_STDDEV * tf.abs(mean)) | (old_g == 0)
         scale = self._init_scale
         if callable(scale):
-            of_user = getattr(layer, "keras_layer", layer)
-            scale = _check_scale(scale(of_user), f" for {layer.name!r}")
+            scale = scale(getattr(layer, "keras_layer", layer))
+            _check_scale(scale, f" for {layer.name!r}")
         g = tf.where(zero, old_g, scale / tf.where(zero, tf.ones_like(stddev), stddev))
         _in_all_replicas(lambda g, b: self._set(layer, g, b), g, -mean * g)
 

@@ -170,7 +170,7 @@ def all_time_steps():
 
     @functools.wraps(call)
     def merged(self, inputs, training=None, mask=None):
-        if not is_initializing():
+        if not (is_initializing() and tf.executing_eagerly()):
             return call(self, inputs, training=training, mask=mask)
         if mask is not None:
             mask = one_step(mask)
