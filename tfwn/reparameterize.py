@@ -35,11 +35,12 @@ def reparameterize(
 
     - In a tf.Module (from Sonnet or your own), an attribute that holds a variable w is replaced
       with an object that TensorFlow converts to the tensor w = g * v / ||v||, so the module's own
-      code runs unchanged. This includes variables in lists, tuples and dicts.
+      code runs unchanged. This includes variables in lists, tuples and dicts. Keras layers in the
+      module are changed as in a Keras model.
     - tfwn's own layers switch from the parameterization "normal" to "weight_norm".
-    - In a Keras model of any kind, and in a tf.Module that contains Keras layers, these are wrapped
-      in `tfwn.keras.WeightNormalization`, in place. A Keras model's built optimizer is recreated
-      without its state. A single Keras layer is returned in its wrapper.
+    - In a Keras model of any kind, layers are wrapped in `tfwn.keras.WeightNormalization`, in
+      place, and a built optimizer is recreated without its state. A single Keras layer is returned
+      in its wrapper.
 
     Arguments:
       model: the model, after its first call, so that its variables exist. Its methods that are
