@@ -47,14 +47,14 @@ __all__ = [
     "data_dependent_init",
     "fold",
     "is_initialized",
-    "keras",
     "reparameterize",
     "weight_norm",
 ]
 
 
 def __getattr__(name):
-    # Imported lazily, because only tfwn.keras needs Keras 3.
+    # Imported lazily, because only tfwn.keras needs Keras 3. Not in __all__, because
+    # `from tfwn import *` would import it and hide the user's own `keras`.
     if name == "keras":
         return importlib.import_module("tfwn.keras")
     raise AttributeError(f"module 'tfwn' has no attribute {name!r}")

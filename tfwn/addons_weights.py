@@ -122,7 +122,7 @@ def _of_wrapper(wrapper, name, arrays) -> list[tuple[Any, Any]]:
         values.append((variable, v))
     if own:
         raise ValueError(f"{wrapper.name!r} has no {sorted(own)}, but {name!r} in the file does")
-    if getattr(wrapper, "initialized", None) is not None:
+    if wrapper.initialized is not None:
         with_data = any(_COPY in path.split("/") for path, _ in arrays)
         values.append((wrapper.initialized, np.asarray(started and with_data)))
     return values

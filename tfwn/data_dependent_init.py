@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from tfwn.layer import FeedForward, initializing
-from tfwn.modules import refuse_keras_2, submodules, variables
+from tfwn.modules import references, refuse_keras_2, submodules, variables
 
 InitScale = float | Callable[[Any], float]
 
@@ -27,9 +27,14 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     any thread. tfwn's Dense and convolution layers, in both parameterizations, and
     `tfwn.keras.WeightNormalization` are set in the order of their calls, so each receives the
     outputs of layers that are already set. A layer that is called several times is set in its first
-    call. Only g (with the normal parameterization, w is scaled instead), b and the layer's flag
-    `initialized` change. Anything else that a forward pass changes, such as running means and
-    random seeds, is restored.
+    call, but a layer in `keras.layers.TimeDistributed` is called once here, with all time steps.
+
+    Only g (with the normal parameterization, w is scaled instead), b and the layer's flag
+    `initialized` change. All other variables of the model, such as running means and random seeds,
+    are restored, except for those that this call creates. If the model is a function, its variables
+    are those of the modules and layers that it refers to, or a function of the same file that it
+    calls: in local and global variables and attributes of these, as the object of a bound method,
+    or as arguments of a functools.partial.
 
     In a layer without b, only g is set. This is what mean-only batch normalization needs; its own b
     is not changed. A unit whose t does not vary keeps its g and gets b = -mu[t] * g. A unit with
@@ -40,10 +45,12 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
 
     Arguments:
       model: a tf.Module, Keras model or layer, or any function that calls them, like
-        `lambda x: decoder(encoder(x))`. It may be a tf.function.
+        `lambda x: decoder(encoder(x))` or `model.encode`. It may be a tf.function.
       batch: the model's only input: a tensor, or a list or dict of tensors for a Keras model
         with several inputs. Use at least 100 examples, preprocessed as for training.
       init_scale: standard deviation of the pre-activations, or a callable(layer) that returns it.
+        The layer is tfwn's Dense or convolution, or the `tfwn.keras.WeightNormalization`. If this
+        wraps a layer with inner layers, such as MultiHeadAttention, it is the inner Keras layer.
       training: passed on to the model if it has this argument: whether noise and dropout are active
         and batch normalization uses batch statistics, as in the paper's experiments.
 
@@ -57,7 +64,8 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
       ValueError: if batch is a dataset; batch is distributed but the model's variables are not; the
         model calls no layer that can be set; the moments are not finite; batch is empty; init_scale
         is not positive; or `training=False` and the model does not have this argument.
-      After any error, including one from the model, all variables have their previous values.
+      After any error, including one from the model, all variables of the model, as defined above,
+      have their previous values.
 
     >>> layer = tfwn.Dense(3)
     >>> x = tf.random.normal([100, 5], mean=2.0)
@@ -86,9 +94,10 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     if not callable(init_scale):
         _check_scale(init_scale)
     arguments = _training_argument(model, training)
-    strategy = _strategy_of(batch, model)
+    used = references(model)
+    strategy = _strategy_of(batch, variables(used))
     before = _Snapshot()
-    before.take(variables(model))
+    before.take(variables(used))
     first_pass = _FirstPass(before, init_scale)
 
     def forward(batch):
@@ -97,10 +106,10 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
             return model(batch, **arguments)
 
     try:
-        with _eager_functions():
+        with _eager_functions(), _all_time_steps():
             outputs = strategy.run(forward, (batch,)) if strategy else forward(batch)
         if not (first_pass.changed or first_pass.reached):
-            refuse_keras_2(model)
+            refuse_keras_2(used)
             raise ValueError(
                 "data_dependent_init reached no layer that it can set: the model must call tfwn's "
                 "Dense or convolutions, or Keras layers in tfwn.keras.WeightNormalization"
@@ -112,10 +121,9 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     return outputs
 
 
-def _check_scale(init_scale: float, layer: str = "") -> float:
+def _check_scale(init_scale: float, layer: str = "") -> None:
     if not init_scale > 0:
         raise ValueError(f"init_scale must be positive, got {init_scale}{layer}")
-    return init_scale
 
 
 def is_initialized(model) -> bool:
@@ -130,10 +138,8 @@ def is_initialized(model) -> bool:
     >>> tfwn.is_initialized(layer)
     False
     """
-    marks = [
-        getattr(module, "initialized", None) for module in submodules(model) if _has_mark(module)
-    ]
-    return bool(marks) and all(mark is not None and bool(mark.numpy()) for mark in marks)
+    marks = [module.initialized for module in submodules(model) if _has_mark(module)]
+    return bool(marks) and all(bool(mark.numpy()) for mark in marks)
 
 
 def _has_mark(module) -> bool:
@@ -179,7 +185,8 @@ class _FirstPass:
         zero = (stddev <= _ZERO_STDDEV * tf.abs(mean)) | (old_g == 0)
         scale = self._init_scale
         if callable(scale):
-            scale = _check_scale(scale(layer), f" for {layer.name!r}")
+            scale = scale(getattr(layer, "keras_layer", layer))
+            _check_scale(scale, f" for {layer.name!r}")
         g = tf.where(zero, old_g, scale / tf.where(zero, tf.ones_like(stddev), stddev))
         _in_all_replicas(lambda g, b: self._set(layer, g, b), g, -mean * g)
 
@@ -264,11 +271,11 @@ def _components(variable) -> tuple:
     return strategy.experimental_local_results(variable) if strategy else (variable,)
 
 
-def _strategy_of(batch, model) -> tf.distribute.Strategy | None:
+def _strategy_of(batch, variables) -> tf.distribute.Strategy | None:
     """Returns the strategy whose replicas run the model, None if the batch is not distributed."""
     if not any(isinstance(x, tf.distribute.DistributedValues) for x in tf.nest.flatten(batch)):
         return None
-    found = [getattr(variable, "distribute_strategy", None) for variable in variables(model)]
+    found = [getattr(variable, "distribute_strategy", None) for variable in variables]
     strategy = next((s for s in found if s is not None), tf.distribute.get_strategy())
     if strategy.num_replicas_in_sync == 1 and not tf.distribute.has_strategy() and not any(found):
         raise ValueError(
@@ -279,8 +286,7 @@ def _strategy_of(batch, model) -> tf.distribute.Strategy | None:
 
 
 def _training_argument(model, training) -> dict:
-    call = model if inspect.isroutine(model) else model.__call__
-    parameters = inspect.signature(call).parameters.values()
+    parameters = inspect.signature(model).parameters.values()
     if any(p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters):
         return {"training": training}
     if not training:
@@ -304,3 +310,9 @@ def _eager_functions():
             yield
         finally:
             tf.config.run_functions_eagerly(eager)
+
+
+def _all_time_steps():
+    # A layer in TimeDistributed can be set only if tfwn.keras is loaded.
+    keras_init = sys.modules.get("tfwn.keras.data_dependent_init")
+    return keras_init.all_time_steps() if keras_init else contextlib.nullcontext()

@@ -1,21 +1,18 @@
 """reparameterize: replaces w with v and g in an existing model. fold: changes them back to w."""
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from tfwn.layer import Layer
-from tfwn.modules import (
-    attributes,
-    is_keras_layer,
-    refuse_keras_2,
-    submodules,
-)
+from tfwn.modules import attributes, is_keras_layer, refuse_keras_2, submodules
 from tfwn.normalized_variable import NormalizedVariable
 from tfwn.ops import weight_norm
 from tfwn.traces import check_traces, forget_traces
-from tfwn.weight import Weight, masked
+from tfwn.weight import Weight, check_axis, masked
 
 # Variables of rank 2 and more with these names are not weights.
 _NOT_WEIGHTS = ("b", "bias", "offset", "scale", "beta", "gamma")
@@ -38,7 +35,8 @@ def reparameterize(
 
     - In a tf.Module (from Sonnet or your own), an attribute that holds a variable w is replaced
       with an object that TensorFlow converts to the tensor w = g * v / ||v||, so the module's own
-      code runs unchanged. This includes variables in lists, tuples and dicts.
+      code runs unchanged. This includes variables in lists, tuples and dicts. Keras layers in the
+      module are changed as in a Keras model.
     - tfwn's own layers switch from the parameterization "normal" to "weight_norm".
     - In a Keras model of any kind, layers are wrapped in `tfwn.keras.WeightNormalization`, in
       place, and a built optimizer is recreated without its state. A single Keras layer is returned
@@ -63,8 +61,9 @@ def reparameterize(
 
     Raises:
       ValueError: if no weight is found, an axis or mask is invalid, `kernel_mask` returns no mask,
-        a Keras model is not built, `select` or `axis` is passed for one, or an attribute of the
-        model holds a tf.function that is already traced.
+        a layer of tfwn or Keras has no variables yet, `select` or `axis` is passed and the model
+        contains a Keras layer to wrap, or an attribute of the model holds a tf.function that is
+        already traced. In this case, nothing is changed.
       TypeError: if the model contains layers of Keras 2.
 
     >>> class Linear(tf.Module):
@@ -81,12 +80,10 @@ def reparameterize(
     array([[3., 0.],
            [4., 1.]], dtype=float32)
     """
+    chosen = select is not None or not (isinstance(axis, str) and axis == "auto")
     if is_keras_layer(model):
-        if select is not None or not (isinstance(axis, str) and axis == "auto"):
-            raise ValueError(
-                "select and axis are for tf.Modules: for a Keras layer, pass weight_names and axis "
-                "to tfwn.keras.WeightNormalization(layer)"
-            )
+        if chosen:
+            raise _only_for_modules(model)
         return _keras_module().reparameterize(model, kernel_mask)
     _check_module("reparameterize", model)
     refuse_keras_2(model)
@@ -96,21 +93,29 @@ def reparameterize(
         masks.append(kernel_mask(variable) if kernel_mask else None)
         return masks[-1]
 
-    walk = _Walk(lambda owner, value: _normalized(owner, value, select, axis, mask_of))
-    walk.find(model)
-    weights = [m for m in walk.modules if isinstance(m, Weight) and m.parameterization == "normal"]
-    if not weights and not walk.changes:
+    walk = _Walk(model, lambda owner, value: _normalized(owner, value, select, axis, mask_of))
+    weights = walk.weights("normal")
+    to_wrap = _with_plain_kernels(walk.keras_layers)
+    if chosen and to_wrap:
+        raise _only_for_modules(to_wrap[0])
+    if not (weights or walk.replaced or to_wrap):
         names = [variable.name for variable in model.variables]
         raise ValueError(
             f"reparameterize found no weight in {type(model).__name__}, whose variables are {names}"
             ": call the module once to create its variables, or choose its weights with `select`"
         )
-    if kernel_mask and all(mask is None for mask in masks):
+    no_mask = kernel_mask is not None and all(mask is None for mask in masks)
+    if no_mask and not to_wrap:
         raise ValueError("kernel_mask returned no mask for any weight")
     for weight in weights:
         weight.check_g(weight.get_g())
+    walk.change_keras(
+        lambda layers: _keras_module().reparameterize(
+            layers, mask_of if kernel_mask else None, required=no_mask
+        )
+    )
     walk.change()
-    for variable in walk.new:
+    for _, variable in walk.replaced:
         variable.assign_v_and_g(variable.v, variable.g)
     for weight in weights:
         _set_weight_norm(weight)
@@ -131,8 +136,9 @@ def fold(model):
       `model` itself, or the wrapped layer if it is a `tfwn.keras.WeightNormalization`.
 
     Raises:
-      ValueError: if nothing in the model is weight-normalized, or an attribute of the model holds a
-        tf.function that is already traced.
+      ValueError: if nothing in the model is weight-normalized, a layer of tfwn or Keras has no
+        variables yet, or an attribute of the model holds a tf.function that is already traced. In
+        this case, nothing is changed.
 
     >>> layer = tfwn.Dense(2)
     >>> x = tf.ones([1, 3])
@@ -144,102 +150,143 @@ def fold(model):
     if is_keras_layer(model):
         return _keras_module().fold(model)
     _check_module("fold", model)
-    walk = _Walk(_folded)
-    walk.find(model)
-    weights = [
-        m for m in walk.modules if isinstance(m, Weight) and m.parameterization == "weight_norm"
-    ]
-    if not weights and not walk.changes:
+    walk = _Walk(model, _folded)
+    weights = walk.weights("weight_norm")
+    wrapped = _wrappers(walk.keras_layers)
+    if not (weights or walk.replaced or wrapped):
         refuse_keras_2(model)
         raise ValueError(f"fold found nothing weight-normalized in {type(model).__name__}")
+    if wrapped:
+        walk.change_keras(_keras_module().fold)
     walk.change()
+    for normalized, v in walk.replaced:
+        v.assign(normalized.value())
     for weight in weights:
         _set_normal(weight)
     return model
 
 
 class _Walk:
-    """Finds the attributes of a model's modules for which `replace` returns another value."""
+    """Finds the values in a model's attributes for which `replace` returns others.
 
-    def __init__(self, replace: Callable[[Any, Any], Any]):
+    Nothing is changed before `change_keras`, which changes all or nothing, and `change`, which
+    cannot fail.
+    """
+
+    def __init__(self, model: tf.Module, replace: Callable[[Any, Any], Any]):
+        self._model = model
         self._replace = replace
         # Includes the old value, because its id could be reused if it were garbage collected.
-        self._replaced: dict[int, tuple[Any, Any]] = {}
-        self.modules: list = []
-        self.changes: list[tuple[Any, str, Any]] = []
+        self._values: dict[int, tuple[Any, Any]] = {}
+        self.replaced: list[tuple[Any, Any]] = []
+        self.keras_layers: list = []
+        self._modules = [m for m in submodules(model) if isinstance(m, tf.Module)]
+        # tfwn's own layers keep their parameters in Weights, which are changed separately.
+        self._owners = [
+            m for m in self._modules if not isinstance(m, Layer | Weight | NormalizedVariable)
+        ]
+        for module in self._modules:
+            check_traces(module)
+        for owner in self._owners:
+            for _, value in attributes(owner):
+                self._find(owner, value)
 
-    @property
-    def new(self) -> list[NormalizedVariable]:
-        """The normalized variables that `replace` created."""
-        made = [new for old, new in self._replaced.values() if new is not old]
-        return [new for new in made if isinstance(new, NormalizedVariable)]
-
-    def find(self, model) -> None:
-        """Collects the changes without making them."""
-        self.modules = [m for m in submodules(model) if isinstance(m, tf.Module)]
-        for module in self.modules:
-            # tfwn's own layers keep their parameters in Weights, which are changed separately.
-            if isinstance(module, Layer | Weight | NormalizedVariable):
-                continue
-            for name, value in attributes(module):
-                new = self._new(module, value)
-                if new is not value:
-                    self.changes.append((module, name, new))
-
-    def _new(self, owner, value):
+    def _find(self, owner, value) -> None:
         if isinstance(value, list | tuple):
-            items = [self._new(owner, item) for item in value]
+            for item in value:
+                self._find(owner, item)
+        elif isinstance(value, dict):
+            self._find(owner, list(value.values()))
+        elif id(value) not in self._values:
+            keras = is_keras_layer(value)
+            new = value if keras else self._replace(owner, value)
+            self._values[id(value)] = value, new
+            if keras:
+                self.keras_layers.append(value)
+            elif new is not value:
+                self.replaced.append((value, new))
+
+    def weights(self, parameterization: str) -> list[Weight]:
+        """Returns the weights of tfwn's layers that have this parameterization."""
+        for module in self._modules:
+            options = getattr(module, "_weight_options", {})
+            if (
+                isinstance(module, Layer)
+                and not module._built
+                and options.get("parameterization") == parameterization
+            ):
+                raise ValueError(
+                    f"the layer {module.name!r} in {type(self._model).__name__} has no variables "
+                    "yet: call the model once, or call layer.build(input_shape)"
+                )
+        weights = [m for m in self._modules if isinstance(m, Weight)]
+        return [weight for weight in weights if weight.parameterization == parameterization]
+
+    def change_keras(self, change: Callable[[Any], Any]) -> None:
+        """Changes the Keras layers as parts of one Keras model, so that an error changes none."""
+        if not self.keras_layers:
+            return
+        import keras
+
+        whole = keras.Model(name=type(self._model).__name__)
+        whole.parts = self.keras_layers
+        change(whole)
+        for old, new in zip(self.keras_layers, whole.parts, strict=True):
+            self._values[id(old)] = old, new
+
+    def change(self) -> None:
+        """Replaces the values and drops earlier traces."""
+        for module in self._modules:
+            forget_traces(module)
+        for owner in self._owners:
+            for name, value in attributes(owner):
+                new = self._new(value)
+                if new is not value:
+                    setattr(owner, name, new)
+
+    def _new(self, value):
+        if isinstance(value, list | tuple):
+            items = [self._new(item) for item in value]
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             if hasattr(value, "_fields"):
                 return type(value)(*items)
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, dict):
-            table = {key: self._new(owner, item) for key, item in value.items()}
-            return value if all(table[key] is value[key] for key in table) else table
-        if id(value) not in self._replaced:
-            self._replaced[id(value)] = value, self._replace(owner, value)
-        return self._replaced[id(value)][1]
-
-    def change(self) -> None:
-        """Makes the changes and drops earlier traces."""
-        for module in self.modules:
-            check_traces(module)
-        for module in self.modules:
-            forget_traces(module)
-        for module, name, new in self.changes:
-            setattr(module, name, new)
+            changed = {key: self._new(item) for key, item in value.items()}
+            if all(changed[key] is value[key] for key in changed):
+                return value
+            table = copy.copy(value)  # Keeps the type, such as defaultdict.
+            table.update(changed)
+            return table
+        return self._values.get(id(value), (value, value))[1]
 
 
 def _normalized(owner, value, select, axis, mask_of):
     """Returns the replacement of an attribute's value, or the value if it is not a weight."""
-    if is_keras_layer(value):
-        return _keras_module().reparameterize(value, mask_of, required=False)
-    if not isinstance(value, tf.Variable) or not (select or _is_weight)(value):
+    if not isinstance(value, tf.Variable) or not (select or _may_be_weight)(value):
         return value
     if callable(axis):
         axis = axis(value)
     elif isinstance(axis, str) and axis == "auto":
         axis = _unit_axis(type(owner).__name__)
+    axis = check_axis(axis, value.shape.rank)
+    units = math.prod(value.shape[a] for a in axis)
+    if select is None and value.shape.num_elements() <= units:
+        return value
     return NormalizedVariable(value, axis, mask_of(value))
 
 
 def _folded(owner, value):
-    if is_keras_layer(value):
-        return _keras_module().fold(value, required=False)
-    if not isinstance(value, NormalizedVariable):
-        return value
-    value.v.assign(value.value())
-    return value.v
+    return value.v if isinstance(value, NormalizedVariable) else value
 
 
-def _is_weight(variable: tf.Variable) -> bool:
+def _may_be_weight(variable: tf.Variable) -> bool:
     name = variable.name.rpartition("/")[2].partition(":")[0]
     return (
         variable.trainable
         and variable.dtype.is_floating
         and variable.shape.rank >= 2
-        and variable.shape.num_elements() > variable.shape[-1]
         and name not in _NOT_WEIGHTS
     )
 
@@ -272,6 +319,36 @@ def _set_normal(weight: Weight) -> None:
 def _check_module(name, model):
     if not isinstance(model, tf.Module):
         raise ValueError(f"{name} needs a tf.Module or a Keras layer, got {model!r}")
+
+
+def _only_for_modules(layer) -> ValueError:
+    return ValueError(
+        f"select and axis are for tf.Modules, but there is the Keras layer {layer.name!r}: first "
+        "wrap it with tfwn.keras.WeightNormalization(layer, weight_names=..., axis=...)"
+    )
+
+
+def _wrappers(keras_layers) -> list:
+    """Returns the `tfwn.keras.WeightNormalization` among Keras layers and the layers in them."""
+    if not keras_layers:
+        return []
+    from tfwn.keras import WeightNormalization
+
+    return [one for one in submodules(keras_layers) if isinstance(one, WeightNormalization)]
+
+
+def _with_plain_kernels(keras_layers) -> list:
+    """Returns the Keras layers that have a kernel outside of a wrapper."""
+    if not keras_layers:
+        return []
+    from tfwn.keras.normalized import find, is_weight
+
+    wrapped = {id(one) for one in submodules(_wrappers(keras_layers))}
+    return [
+        layer
+        for layer in keras_layers
+        if any(id(owner) not in wrapped for owner, _ in find(layer, is_weight))
+    ]
 
 
 def _keras_module():

@@ -157,16 +157,6 @@ def _by_prefix(layers) -> list[tuple[str, Any]]:
     return [("", layers)]
 
 
-class _Kind(NamedTuple):
-    """The layout conversion for a kind of feed-forward layer; see `_Matrix`."""
-
-    to_torch: Callable[[np.ndarray], np.ndarray]
-    from_torch: Callable[[np.ndarray], np.ndarray]
-    units: tuple[int, ...]
-    torch_axis: int
-    channels: Callable[[np.ndarray], int]
-
-
 def _kind(layer) -> str:
     """Returns the kind of a layer, or "" if PyTorch has no counterpart."""
     kinds = (
@@ -200,14 +190,14 @@ def _describe(prefix: str, layer) -> tuple[str, Any, list[_Matrix], _Biases]:
     if kind == "recurrent":
         return _describe_recurrent(module, suffix, layer)
 
-    spec = _feed_forward(kind, layer)
+    to_torch, from_torch, units, torch_axis, channels_of = _feed_forward(kind, layer)
 
     def input_shape(w):
         if kind == "embedding":
             return [None]
         first = getattr(layer, "data_format", "") == "channels_first"
         spatial = [None] * (w.ndim - 2)
-        channels = spec.channels(w)
+        channels = channels_of(w)
         return [None, channels, *spatial] if first else [None, *spatial, channels]
 
     rank = len(layer.kernel_size) + 2 if hasattr(layer, "kernel_size") else 2
@@ -215,22 +205,23 @@ def _describe(prefix: str, layer) -> tuple[str, Any, list[_Matrix], _Biases]:
         module,
         "weight",
         "weight",
-        tuple(a % rank for a in spec.units),
-        spec.to_torch,
-        spec.from_torch,
-        spec.torch_axis,
+        tuple(a % rank for a in units),
+        to_torch,
+        from_torch,
+        torch_axis,
         input_shape,
     )
     return module, layer, [matrix], _Biases(["bias"], lambda b: [("bias", b)], lambda b: b)
 
 
-def _feed_forward(kind: str, layer) -> _Kind:
+def _feed_forward(kind: str, layer) -> tuple[Callable, Callable, tuple[int, ...], int, Callable]:
+    """Returns to_torch, from_torch, the axes of the units, torch_axis, and the channels of a w."""
     if kind == "dense":
-        return _Kind(np.transpose, np.transpose, (-1,), 0, lambda w: w.shape[0])
+        return np.transpose, np.transpose, (-1,), 0, lambda w: w.shape[0]
     if kind == "embedding":
-        return _Kind(np.copy, np.copy, (0,), 0, lambda w: w.shape[0])
+        return np.copy, np.copy, (0,), 0, lambda w: w.shape[0]
     if kind == "depthwise":
-        return _Kind(
+        return (
             lambda w: np.moveaxis(w, (-2, -1), (0, 1)).reshape(-1, 1, *w.shape[:-2]),
             lambda w: np.moveaxis(
                 w.reshape(-1, layer.depth_multiplier, *w.shape[2:]), (0, 1), (-2, -1)
@@ -247,8 +238,8 @@ def _feed_forward(kind: str, layer) -> _Kind:
         return np.moveaxis(w, (0, 1), (-1, -2))
 
     if kind == "transposed":
-        return _Kind(to_torch, from_torch, (-2,), 1, lambda w: w.shape[-1])
-    return _Kind(to_torch, from_torch, (-1,), 0, lambda w: w.shape[-2] * layer.groups)
+        return to_torch, from_torch, (-2,), 1, lambda w: w.shape[-1]
+    return to_torch, from_torch, (-1,), 0, lambda w: w.shape[-2] * layer.groups
 
 
 def _describe_recurrent(module, suffix, layer):

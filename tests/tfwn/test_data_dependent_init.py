@@ -10,20 +10,8 @@ import pytest
 import tensorflow as tf
 
 import tfwn
+from tests.standard import check_standard, images
 from tfwn.keras import WeightNormalization
-
-
-def images(count=32, size=10, channels=3):
-    """Returns images with mean 3, so that the pre-activations' means matter."""
-    return tf.random.stateless_normal([count, size, size, channels], [1, 2], mean=3.0)
-
-
-def check_standard(t, axis=-1, scale=1.0):
-    """Asserts that each unit of t / scale has mean 0 to 1e-5 and variance 1 to 1e-4."""
-    t = np.asarray(t, np.float64)
-    others = tuple(a for a in range(t.ndim) if a not in {a % t.ndim for a in np.atleast_1d(axis)})
-    assert np.max(np.abs(t.mean(others))) < 1e-5 * scale
-    assert np.max(np.abs(t.var(others) / scale**2 - 1)) < 1e-4
 
 
 def values(module):
@@ -430,89 +418,3 @@ def test_a_whole_batch_for_replicated_variables():
     for variable in layer.trainable_variables:
         first, second = strategy.experimental_local_results(variable)
         np.testing.assert_array_equal(first, second)
-
-
-# A function that creates the layer, and the axes of its output that index units.
-KERAS_LAYERS = {
-    "dense": (lambda: keras.layers.Dense(5, activation="relu"), -1),
-    "conv": (lambda: keras.layers.Conv2D(4, 3, groups=2, activation="relu"), -1),
-    "transpose": (lambda: keras.layers.Conv2DTranspose(4, 3), -1),
-    "depthwise": (lambda: keras.layers.DepthwiseConv2D(3, depth_multiplier=2), -1),
-    "einsum": (
-        lambda: keras.layers.EinsumDense("abcd,dxy->abcyx", (None, None, 5, 2), bias_axes="yx"),
-        (-2, -1),
-    ),
-    "einsum_ellipsis": (
-        lambda: keras.layers.EinsumDense("...d,de->...e", 3, bias_axes="e"),
-        -1,
-    ),
-    "einsum_grouped": (
-        lambda: keras.layers.EinsumDense("abcd,cde->abce", (None, 10, 3), bias_axes="ce"),
-        (-2, -1),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", KERAS_LAYERS)
-def test_keras_layers(name):
-    make, axis = KERAS_LAYERS[name]
-    layer, x = WeightNormalization(make()), images(channels=4)
-    y = tfwn.data_dependent_init(layer, x)
-    np.testing.assert_allclose(layer(x), y, atol=1e-6)
-    assert tfwn.is_initialized(layer)
-    assert "call" not in vars(layer.layer)
-    if getattr(layer.layer, "activation", None) is keras.activations.relu:
-        assert np.min(y) == 0
-        layer.layer.activation = None
-    check_standard(layer(x), axis)
-    check_standard(layer.fold()(x), axis)
-
-
-@pytest.mark.parametrize("container", [list, dict])
-def test_keras_model_with_several_inputs(container):
-    inputs = {"left": keras.Input((3,), name="left"), "right": keras.Input((4,), name="right")}
-    branches = [WeightNormalization(keras.layers.Dense(5))(x) for x in inputs.values()]
-    batch = {"left": images()[:, 0, 0], "right": images(channels=4)[:, 0, 0]}
-    if container is list:
-        inputs, batch = list(inputs.values()), list(batch.values())
-    for t in tfwn.data_dependent_init(keras.Model(inputs, branches), batch):
-        check_standard(t)
-
-
-def test_keras_bias_that_is_not_one_per_unit_is_refused():
-    layer = WeightNormalization(
-        keras.layers.EinsumDense("abcd,dxy->abcyx", (None, None, 5, 2), bias_axes="x")
-    )
-    with pytest.raises(RuntimeError, match="bias_axes 'x' are not the axes 'xy'"):
-        tfwn.data_dependent_init(layer, images())
-
-
-def test_keras_model_with_attention_is_initialized_inside(tmp_path):
-    inputs = keras.Input((10, 10, 3))
-    x = WeightNormalization(keras.layers.Conv2D(8, 3, activation="relu"))(inputs)
-    x = keras.layers.Dropout(0.1)(keras.layers.Reshape((64, 8))(x))
-    attention = WeightNormalization(keras.layers.MultiHeadAttention(2, 4))
-    model = keras.Model(inputs, attention(x, x))
-    check_standard(tfwn.data_dependent_init(model, images()))
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert tfwn.is_initialized(loaded)
-    np.testing.assert_array_equal(loaded(images()), model(images()))
-    with pytest.raises(RuntimeError, match="initialized already"):
-        tfwn.data_dependent_init(loaded, images())
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: keras.layers.LSTM(3), r"layer 'lstm.* \(LSTM\)\."),
-        (lambda: keras.layers.Embedding(3, 3), r"layer 'embedding.* \(Embedding\)\."),
-        (lambda: keras.layers.SeparableConv1D(3, 3), "layer 'separable.* are unknown"),
-    ],
-    ids=["lstm", "embedding", "separable"],
-)
-def test_keras_layers_that_cannot_be_initialized(make, message):
-    x = tf.ones([4]) if "embedding" in message else tf.ones([4, 5, 3])
-    model = keras.Sequential([WeightNormalization(make())])
-    with pytest.raises(RuntimeError, match=message):
-        tfwn.data_dependent_init(model, x)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import tfwn
+import tfwn.keras
 
 
 def public_objects():
     """Returns every object that `tfwn` and its public modules export, by qualified name."""
     found = {}
-    modules = [tfwn]
+    modules = [tfwn, tfwn.keras]
     while modules:
         module = modules.pop()
         for name in module.__all__:

@@ -72,3 +72,11 @@ def test_import_again(again, tmp_path):
         check=True,
         cwd=Path(__file__).parents[2],
     )
+
+
+def test_a_star_import_keeps_the_users_keras():
+    code = (
+        "import sys; keras = 1; from tfwn import *; assert keras == 1; assert Dense; "
+        "assert 'tfwn.keras' not in sys.modules; import tfwn; assert tfwn.keras.WeightNormalization"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,8 +1,7 @@
 """Tests tfwn.reparameterize and tfwn.fold on modules, Sonnet, tfwn's layers and Keras models."""
 
 import copy
-import subprocess
-import sys
+from collections import OrderedDict, defaultdict
 
 import keras
 import numpy as np
@@ -11,6 +10,7 @@ import tensorflow as tf
 
 import tfwn
 from tfwn.keras import WeightNormalization
+from tfwn.normalized_variable import NormalizedVariable
 
 
 def inputs(*shape):
@@ -132,6 +132,57 @@ def test_select_and_axis():
     assert model.w.g.shape == [6]
 
 
+def test_units_of_one_element_are_not_normalized():
+    class Depthwise(tf.Module):
+        def __init__(self):
+            self.pointwise = tf.Variable(inputs(1, 1, 4, 2))
+            self.spatial = tf.Variable(inputs(3, 1, 4, 2))
+
+    class Embed(tf.Module):
+        def __init__(self):
+            self.scalars, self.table = tf.Variable(inputs(5, 1)), tf.Variable(inputs(5, 2))
+
+    model = tfwn.reparameterize(Depthwise())
+    assert isinstance(model.pointwise, tf.Variable)
+    assert model.spatial.g.shape == [4, 2]
+    model = tfwn.reparameterize(Embed())
+    assert isinstance(model.scalars, tf.Variable)
+    assert model.table.g.shape == [5]
+    assert tfwn.reparameterize(Depthwise(), axis=-1).pointwise.g.shape == [2]
+    assert tfwn.reparameterize(Embed(), select=lambda v: v.shape[-1] == 1).scalars.g.shape == [5]
+
+
+def test_dicts_keep_their_type(tmp_path):
+    model = tf.Module()
+    model.ordered = OrderedDict(a=tf.Variable(inputs()), b=tf.Variable(inputs()))
+    model.counted = defaultdict(list, a=tf.Variable(inputs()))
+    for change, cls in ((tfwn.reparameterize, NormalizedVariable), (tfwn.fold, tf.Variable)):
+        change(model)
+        model.ordered.move_to_end("a")
+        assert [type(value) for value in model.counted["new"]] == []
+        assert all(isinstance(value, cls) for value in model.ordered.values())
+        assert isinstance(model.counted["a"], cls)
+        path = tf.train.Checkpoint(model=model).save(tmp_path / "checkpoint")
+        tf.train.Checkpoint(model=model).restore(path).assert_consumed()
+
+
+def test_ordered_dicts_of_a_keras_model_stay_ordered_dicts():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.parts = OrderedDict(a=keras.layers.Dense(3), b=keras.layers.Dense(3))
+
+        def call(self, x):
+            return self.parts["b"](self.parts["a"](x))
+
+    model = Model()
+    model(inputs())
+    for change in (tfwn.reparameterize, tfwn.fold):
+        change(model)
+        model.parts.move_to_end("a")
+        assert isinstance(model.parts["a"], WeightNormalization) == (change is tfwn.reparameterize)
+
+
 def test_checkpoint_round_trip_and_conversion_from_a_plain_one(tmp_path):
     x = inputs()
     plain = Network()
@@ -235,90 +286,6 @@ def test_layers_of_tfwn(exponential_g, tmp_path):
     np.testing.assert_array_equal(other(x), model(x))
 
 
-LOAD = """
-import sys
-sys.modules["tfwn"] = None  # An import fails, where tfwn is installed too.
-import numpy as np
-import tensorflow as tf
-folder, = sys.argv[1:]
-model = tf.saved_model.load(folder)
-serve = model.signatures["serving_default"]
-(name,) = serve.structured_input_signature[1]
-(y,) = serve(**{name: tf.constant(np.load(folder + "/x.npy"))}).values()
-np.testing.assert_allclose(y, np.load(folder + "/y.npy"), rtol=1e-5, atol=1e-6)
-print("served")
-"""
-
-
-def check_serves_without_tfwn(folder, x, y):
-    np.save(folder / "x.npy", x)
-    np.save(folder / "y.npy", y)
-    command = [sys.executable, "-I", "-c", LOAD, str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.stdout == "served\n", result.stderr[-2000:]
-
-
-@pytest.mark.parametrize("kind", ["module", "layers"])
-def test_a_folded_saved_model_serves_without_tfwn(kind, tmp_path):
-    class Layers(tf.Module):
-        def __init__(self):
-            self.layers = [tfwn.Dense(6, activation="relu"), tfwn.Dense(4)]
-
-        @tf.function
-        def __call__(self, x):
-            for layer in self.layers:
-                x = layer(x)
-            return x
-
-    x = inputs()
-    if kind == "layers":
-        model = Layers()
-        tfwn.data_dependent_init(model, x)
-    else:
-        model = tfwn.reparameterize(Network())
-        model.w.g.assign(model.w.g * 2)
-    y = model(x)
-    tfwn.fold(model)
-    signature = model.__call__.get_concrete_function(tf.TensorSpec([None, 4]))
-    tf.saved_model.save(model, str(tmp_path / "saved"), signatures=signature)
-    check_serves_without_tfwn(tmp_path / "saved", x, y)
-
-
-def keras_model():
-    kernel = keras.layers.Input((6, 4))
-    x = keras.layers.Conv1D(8, 3, activation="relu")(kernel)
-    x = keras.layers.BatchNormalization()(x)
-    shared = keras.layers.Dense(8)
-    x = shared(shared(x))
-    x = keras.Sequential([keras.layers.Dense(5), keras.layers.Dropout(0.1)])(x)
-    x = keras.layers.Bidirectional(keras.layers.LSTM(3, return_sequences=True))(x)
-    x = keras.layers.MultiHeadAttention(2, 3)(x, x)
-    return keras.Model(kernel, keras.layers.Dense(2)(keras.layers.Flatten()(x)))
-
-
-def test_functional_keras_model(tmp_path):
-    x = inputs(3, 6, 4)
-    model = keras_model()
-    expected = model(x)
-    count = len(model.trainable_variables)
-    types = [type(layer) for layer in model.layers]
-    assert tfwn.reparameterize(model) is model
-    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
-    # conv, shared, inner dense, 4 of the LSTMs, 4 of attention, dense
-    assert len(model.trainable_variables) == count + 12
-    model.compile("adam", "mse")
-    model.fit(x, tf.zeros([3, 2]), epochs=1, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_array_equal(loaded(x), model(x))
-    y = model(x)
-    assert tfwn.fold(model) is model
-    np.testing.assert_allclose(model(x), y, rtol=1e-4, atol=1e-5)
-    assert [type(layer) for layer in model.layers] == types
-    model.export(tmp_path / "export", verbose=False)
-    check_serves_without_tfwn(tmp_path / "export", x, y)
-
-
 def test_keras_models_with_operations():
     """A residual connection is an operation in the graph, not a layer."""
     kernel = keras.Input([6])
@@ -395,24 +362,6 @@ def test_single_keras_layer():
     assert tfwn.fold(wrapped) is layer
 
 
-def test_keras_layer_in_a_module():
-    class Mixed(tf.Module):
-        def __init__(self):
-            self.keras = keras.layers.Dense(3)
-            self.w = tf.Variable(inputs(3, 2), name="w")
-
-        def __call__(self, x):
-            return self.keras(x) @ self.w
-
-    model, x = Mixed(), inputs()
-    expected = model(x)
-    tfwn.reparameterize(model)
-    assert isinstance(model.keras, WeightNormalization)
-    np.testing.assert_allclose(model(x), expected, rtol=1e-5, atol=1e-6)
-    tfwn.fold(model)
-    assert isinstance(model.keras, keras.layers.Dense)
-
-
 def test_zero_weights_stay_zero_and_finite():
     class Linear(tf.Module):
         def __init__(self):
@@ -457,6 +406,18 @@ def test_errors():
         tfwn.reparameterize(Empty())
     with pytest.raises(ValueError, match="nothing weight-normalized in Network"):
         tfwn.fold(Network())
+    for function, options in (
+        (tfwn.fold, {}),
+        (tfwn.reparameterize, {"parameterization": "normal"}),
+    ):
+        model = Network()
+        model.layers = [tfwn.Dense(3, **options), tfwn.LSTM(2, **options)]
+        model.layers[0](inputs())
+        with pytest.raises(ValueError, match="'lstm_cell' in Network has no variables yet: call"):
+            function(model)
+        assert isinstance(model.w, tf.Variable)
+        expected = options.get("parameterization", "weight_norm")
+        assert model.layers[0].weight.parameterization == expected
     with pytest.raises(ValueError, match="nothing weight-normalized in 'dense"):
         tfwn.fold(keras.layers.Dense(3))
     with pytest.raises(ValueError, match="is not built"):

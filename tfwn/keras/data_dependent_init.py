@@ -1,6 +1,7 @@
 """Data-dependent initialization of weight-normalized Keras layers, using the hook in tfwn.layer."""
 
 import contextlib
+import functools
 import math
 
 import keras
@@ -9,7 +10,7 @@ import tensorflow as tf
 from tfwn.keras.internals import stored, stored_dtype
 from tfwn.keras.normalized import DEPTHWISE, TRANSPOSED, Reading
 from tfwn.keras.scope import Substitution
-from tfwn.layer import initialize, refuse_initialization
+from tfwn.layer import initialize, is_initializing, refuse_initialization
 from tfwn.weight import directed, masked, norm
 
 # Layers with one kernel and the pre-activation x . w + b. Separable convolutions have two kernels.
@@ -32,6 +33,8 @@ class _Unit:
 
     def __init__(self, wrapper, normalized):
         owner = normalized.owner
+        # What `init_scale` receives, so that users can compare it with the layers in their model.
+        self.keras_layer = wrapper if owner is wrapper.layer else owner
         self.name = wrapper.name if owner is wrapper.layer else normalized.v.path
         self.weight = self
         self._axis, self._mask = normalized.axis, normalized.mask
@@ -154,6 +157,34 @@ def initializing_call(wrapper, normalized):
         hook.users -= 1
         if not hook.users:
             object.__delattr__(owner, "call")
+
+
+@contextlib.contextmanager
+def all_time_steps():
+    """While active, initialization makes TimeDistributed call its layer once, with all time steps.
+
+    Otherwise, it calls the layer once per step, and the first step alone would set the layer.
+    """
+    cls = keras.layers.TimeDistributed
+    call = cls.call
+
+    @functools.wraps(call)
+    def merged(self, inputs, training=None, mask=None):
+        if not (is_initializing() and tf.executing_eagerly()):
+            return call(self, inputs, training=training, mask=mask)
+        if mask is not None:
+            mask = one_step(mask)
+        outputs = call(self, one_step(inputs), training=training, mask=mask)
+        return tf.reshape(outputs, [*inputs.shape[:2], *outputs.shape[2:]])
+
+    def one_step(x):
+        return tf.reshape(x, [-1, 1, *x.shape[2:]])
+
+    cls.call = merged
+    try:
+        yield
+    finally:
+        cls.call = call
 
 
 def refuse(layer):

@@ -1,5 +1,6 @@
 """reparameterize and fold for Keras: swap a model's layers and their wrappers."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import keras
@@ -241,7 +242,8 @@ def _replace_attributes(holder, layers):
                 return type(value)(*items)
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, dict):
-            table = {key: replaced(item) for key, item in value.items()}
+            kind = OrderedDict if isinstance(value, OrderedDict) else dict  # Keras has only these.
+            table = kind((key, replaced(item)) for key, item in value.items())
             return value if all(table[key] is value[key] for key in table) else table
         return value
 

@@ -185,7 +185,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         return is_weight(variable)
 
     def _call(self, *args, **kwargs):
-        if is_initializing():
+        # Keras traces a model that it builds, before it calls it.
+        if is_initializing() and not internals.in_stateless_scope():
             return self._initialize_and_call(*args, **kwargs)
         for one in self.normalized:
             one.check_owner()
