@@ -41,8 +41,8 @@ def reparameterize(
       code runs unchanged. This includes variables in lists, tuples and dicts.
     - tfwn's own layers switch from the parameterization "normal" to "weight_norm".
     - In a Keras model of any kind, layers are wrapped in `tfwn.keras.WeightNormalization`, in
-      place, and a built optimizer is recreated without its state. A single Keras layer is returned
-      in its wrapper.
+      place, and a built optimizer loses its state. A single Keras layer is returned in its
+      wrapper.
 
     Arguments:
       model: the model, after its first call, so that its variables exist. Its methods that are
@@ -131,8 +131,8 @@ def fold(model):
       `model` itself, or the wrapped layer if it is a `tfwn.keras.WeightNormalization`.
 
     Raises:
-      ValueError: if nothing in the model is weight-normalized, or an attribute of the model holds a
-        tf.function that is already traced.
+      ValueError: if nothing in the model is weight-normalized, an attribute of the model holds a
+        tf.function that is already traced, or a Keras layer is in two wrappers.
 
     >>> layer = tfwn.Dense(2)
     >>> x = tf.ones([1, 3])

@@ -32,7 +32,6 @@ from tfwn.keras.normalized import (
 from tfwn.keras.scope import Substitution
 from tfwn.layer import is_initializing
 from tfwn.modules import refuse_keras_2
-from tfwn.traces import check_traces, forget_traces
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -63,7 +62,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
       kernel_mask: fixed array that broadcasts to v, or a dict that maps names of variables to such
         arrays. It multiplies v before the normalization, so w is 0 where the mask is 0 and the norm
         is over the other elements.
-      kwargs: name, trainable and dtype of the wrapper. trainable and dtype default to the layer's.
+      kwargs: name, trainable and dtype of the wrapper. Default: those of the layer.
 
     Inputs, outputs, masks and call arguments are those of the layer. `wrapper.layer` is the layer.
     `wrapper.normalized` contains an object for each normalized variable, with v, g, axis and w().
@@ -101,11 +100,12 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         object.__setattr__(self, "call", _with_signature(self._call, layer.call))
         self.build.__signature__ = inspect.signature(layer.build)  # type: ignore[attr-defined]
         options = {
+            "name": layer.name,
             "dtype": layer.dtype_policy,
             "trainable": layer.trainable,
             "autocast": layer.autocast,
         }
-        super().__init__(layer, **options | kwargs)
+        super().__init__(layer, **options | {k: v for k, v in kwargs.items() if v is not None})
         internals.pass_arguments_on(self, layer)
         self.weight_names = None if weight_names is None else list(weight_names)
         self.axis = axis
@@ -173,11 +173,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
 
     def _forget_traces(self):
         """Drops traces of the layer's tf.functions, which read its kernels as they were then."""
-        layers = internals.layers_in(self.layer)
-        for layer in layers:
-            check_traces(layer, ignored=internals.TRACED_BY_KERAS)
-        for layer in layers:
-            forget_traces(layer)
+        internals.check_layer_traces(self.layer)
+        internals.forget_layer_traces(self.layer)
 
     def _is_weight(self, variable) -> bool:
         if self.weight_names is not None:
@@ -222,7 +219,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         )
 
     def fold(self) -> keras.layers.Layer:
-        """Writes w into the layer's kernels and returns the plain layer; the inverse of wrapping.
+        """Writes w into the layer's kernels and returns the plain layer under the wrapper's name.
 
         >>> import keras
         >>> layer = tfwn.keras.WeightNormalization(keras.layers.Dense(2))
@@ -237,6 +234,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             normalized.fold()
             if isinstance(normalized.v.regularizer, OfWeight):
                 normalized.v.regularizer = normalized.v.regularizer.regularizer
+        self.layer.name = self.name
         return self.layer
 
     def quantize(self, mode=None, **kwargs):
