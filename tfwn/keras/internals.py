@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
@@ -229,15 +228,18 @@ def tracked_lists(layer: keras.layers.Layer) -> list:
     return [store for _, store in layer._tracker.config.values()]
 
 
-def optimizers_in(value) -> Iterator[keras.Optimizer]:
-    """Yields the optimizers that the value is or contains."""
-    if isinstance(value, keras.Optimizer):
-        yield value
-        for attribute in list(vars(value).values()):
-            yield from optimizers_in(attribute)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from optimizers_in(item)
+def optimizers_in(optimizer) -> list[keras.Optimizer]:
+    """Returns the optimizer and all optimizers in it, or an empty list for None."""
+    found: dict[int, keras.Optimizer] = {}
+    stack = [optimizer]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list | tuple):
+            stack.extend(value)
+        elif isinstance(value, keras.Optimizer) and id(value) not in found:
+            found[id(value)] = value
+            stack.extend(vars(value).values())
+    return list(found.values())
 
 
 def restart_optimizer(optimizer: keras.Optimizer) -> None:
@@ -263,5 +265,5 @@ def restart_optimizer(optimizer: keras.Optimizer) -> None:
 def exclude_from_weight_decay(optimizer: keras.Optimizer, v, g) -> None:
     """Excludes g from the optimizer's weight decay if v is excluded."""
     if not optimizer._use_weight_decay(stored(v)):
-        excluded = getattr(optimizer, "_exclude_from_weight_decay", set())
+        excluded: set = getattr(optimizer, "_exclude_from_weight_decay", set())
         optimizer._exclude_from_weight_decay = {*excluded, optimizer._var_key(g)}

@@ -31,7 +31,7 @@ def remember(layer: keras.layers.Layer, change: str) -> None:
 class _Changed:
     """A layer whose class was `original` before the `change`."""
 
-    original: type
+    original: Any
     change: str
 
     def get_config(self):

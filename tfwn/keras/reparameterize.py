@@ -211,7 +211,7 @@ class _Change:
         for name in internals.TRACED_BY_KERAS:
             if getattr(holder, name, None) is not None:
                 setattr(holder, name, None)
-        for optimizer in list(internals.optimizers_in(getattr(holder, "optimizer", None))):
+        for optimizer in internals.optimizers_in(getattr(holder, "optimizer", None)):
             if optimizer.built:
                 internals.restart_optimizer(optimizer)
             for wrapper in _wrappers_in(holder):
