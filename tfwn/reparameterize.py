@@ -131,8 +131,8 @@ def fold(model):
       `model` itself, or the wrapped layer if it is a `tfwn.keras.WeightNormalization`.
 
     Raises:
-      ValueError: if nothing in the model is weight-normalized, an attribute of the model holds a
-        tf.function that is already traced, or a Keras layer is in two wrappers.
+      ValueError: if nothing in the model is weight-normalized, or an attribute of the model holds a
+        tf.function that is already traced.
 
     >>> layer = tfwn.Dense(2)
     >>> x = tf.ones([1, 3])

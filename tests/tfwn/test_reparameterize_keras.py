@@ -352,15 +352,3 @@ def test_layers_keep_their_names(how, tmp_path):
             assert one.output_names == ["a", "b"]
             np.testing.assert_array_equal(one.get_layer("b")(x), one(x)[1])
             one.fit(x, {"a": x[:, :3], "b": x[:, 1:]}, verbose=0)
-
-
-def test_a_layer_in_two_wrappers_is_not_folded():
-    layer, inputs, x = keras.layers.Dense(3), keras.Input([4]), normal(8, 4)
-    first, second = (WeightNormalization(layer, name=name) for name in ("a", "b"))
-    model = keras.Model(inputs, [first(inputs), second(inputs)])
-    first.g.assign(first.g * 2)
-    expected = model(x)
-    with pytest.raises(ValueError, match="weight-normalized by both 'a' and 'b'"):
-        tfwn.fold(model)
-    for one, other in zip(model(x), expected, strict=True):
-        np.testing.assert_array_equal(one, other)

@@ -57,17 +57,9 @@ def fold(model: keras.layers.Layer, required: bool = True) -> keras.layers.Layer
     wrappers = _wrappers_in(model)
     if required and not wrappers:
         raise ValueError(f"fold found nothing weight-normalized in {model.name!r}")
-    normalizing: dict[int, WeightNormalization] = {}
     for wrapper in wrappers:
         for normalized in wrapper.normalized:
             normalized.check_owner()
-            other = normalizing.setdefault(id(normalized.v), wrapper)
-            if other is not wrapper:
-                raise ValueError(
-                    f"{normalized.v.path} is weight-normalized by both {other.name!r} and "
-                    f"{wrapper.name!r}, so it cannot become the w of both: give each wrapper a "
-                    "layer of its own"
-                )
     internals.check_layer_traces(model)
     change = _Change(_unwrapped)
     change.find(model)

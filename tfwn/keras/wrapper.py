@@ -48,7 +48,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
     recurrent layers, and layers that contain others, such as MultiHeadAttention, Bidirectional and
     TimeDistributed. Each kernel gets its own g, initialized to ||v||, so wrapping alone does not
     change the outputs. w is computed once per call, outside any loop over time. Optimizers see v
-    (the layer's own kernel variable) and g. Regularizers act on w.
+    (the layer's own kernel variable) and g. Regularizers act on w. The wrapper has the layer's name
+    by default.
 
     Arguments:
       layer: the layer to normalize, built or not.
@@ -62,7 +63,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
       kernel_mask: fixed array that broadcasts to v, or a dict that maps names of variables to such
         arrays. It multiplies v before the normalization, so w is 0 where the mask is 0 and the norm
         is over the other elements.
-      kwargs: name, trainable and dtype of the wrapper. Default: those of the layer.
+      kwargs: name, trainable and dtype of the wrapper. trainable and dtype default to the layer's.
 
     Inputs, outputs, masks and call arguments are those of the layer. `wrapper.layer` is the layer.
     `wrapper.normalized` contains an object for each normalized variable, with v, g, axis and w().
@@ -99,13 +100,14 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         # From these signatures, Keras learns which arguments, masks and shapes to pass.
         object.__setattr__(self, "call", _with_signature(self._call, layer.call))
         self.build.__signature__ = inspect.signature(layer.build)  # type: ignore[attr-defined]
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         options = {
             "name": layer.name,
             "dtype": layer.dtype_policy,
             "trainable": layer.trainable,
             "autocast": layer.autocast,
         }
-        super().__init__(layer, **options | {k: v for k, v in kwargs.items() if v is not None})
+        super().__init__(layer, **options | kwargs)
         internals.pass_arguments_on(self, layer)
         self.weight_names = None if weight_names is None else list(weight_names)
         self.axis = axis
@@ -230,11 +232,11 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         for normalized in self.normalized:
             normalized.check_owner()
         self._forget_traces()
+        self.layer.name = self.name
         for normalized in self.normalized:
             normalized.fold()
             if isinstance(normalized.v.regularizer, OfWeight):
                 normalized.v.regularizer = normalized.v.regularizer.regularizer
-        self.layer.name = self.name
         return self.layer
 
     def quantize(self, mode=None, **kwargs):
