@@ -39,8 +39,8 @@ def reparameterize(
       module are changed as in a Keras model.
     - tfwn's own layers switch from the parameterization "normal" to "weight_norm".
     - In a Keras model of any kind, layers are wrapped in `tfwn.keras.WeightNormalization`, in
-      place, and a built optimizer is recreated without its state. A single Keras layer is returned
-      in its wrapper.
+      place, and a built optimizer loses its state. A single Keras layer is returned in its
+      wrapper.
 
     Arguments:
       model: the model, after its first call, so that its variables exist. Its methods that are

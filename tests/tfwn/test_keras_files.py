@@ -335,6 +335,37 @@ def test_files_of_models_that_make_their_own_layers(name, tmp_path):
         assert type(model) is cls
 
 
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize("folded", [False, True])
+def test_copies_of_models_that_make_their_own_layers(folded, registered, tmp_path):
+    class Local(Net):
+        def get_config(self):
+            return super().get_config() | {"layer": 1}  # A name that tfwn might use.
+
+        @classmethod
+        def from_config(cls, config):
+            config.pop("layer")
+            return cls(**config)
+
+    x = normal(4, 8)
+    if registered:
+        keras.saving.register_keras_serializable("tests")(Local)
+    model = Local(4, wrap=folded)
+    model(x)
+    (tfwn.fold if folded else tfwn.reparameterize)(model)
+    model.save(tmp_path / "model.keras")
+    copies = [keras.models.clone_model(model)]
+    for cls in (Local, type(model)):
+        objects = {"Local": cls}
+        copies.append(keras.models.load_model(tmp_path / "model.keras", custom_objects=objects))
+    inputs = keras.Input([8])
+    copies.append(keras.models.clone_model(keras.Model(inputs, model(inputs))).layers[1])
+    for copy in copies:
+        copy.set_weights(model.get_weights())
+        np.testing.assert_allclose(copy(x), model(x), rtol=1e-6)
+        assert type(copy.first) is type(model.first)
+
+
 @pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
 def test_a_file_of_a_plain_model_is_refused_by_a_normalized_one(tmp_path):
     x = normal(4, 8)

@@ -221,3 +221,134 @@ def test_a_kernel_that_two_layers_have_as_their_own_is_refused():
     with pytest.raises(ValueError, match=r"is a kernel of .*: let one layer have the kernel"):
         tfwn.reparameterize(model)
     np.testing.assert_array_equal(model(x), expected)
+
+
+class Constant(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 0.01
+
+
+class Slotted(keras.optimizers.Optimizer):
+    """An optimizer without a config, whose build() appends to a list."""
+
+    def __init__(self, factor):
+        super().__init__(0.01)
+        self.factor, self.sums = factor, []
+
+    def build(self, variables):
+        super().build(variables)
+        for v in variables:
+            self.sums.append(self.add_variable_from_reference(v, "sum"))
+
+    def update_step(self, gradient, variable, learning_rate):
+        total = self.sums[self._get_variable_index(variable)]
+        self.assign_add(total, gradient)
+        self.assign_sub(variable, self.factor * learning_rate * total)
+
+
+OPTIMIZERS = {
+    "schedule": lambda: keras.optimizers.Adam(Constant()),
+    "lambda": lambda: keras.optimizers.Adam(lambda: 0.01),
+    "no config": lambda: Slotted(3),
+    "average": lambda: keras.optimizers.SGD(0.01, momentum=0.9, use_ema=True),
+    "accumulation": lambda: keras.optimizers.Adam(gradient_accumulation_steps=2),
+    "loss scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.AdamW()),
+}
+if hasattr(keras.optimizers, "MultiOptimizer"):
+    OPTIMIZERS["several"] = lambda: keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(keras.optimizers.SGD(), {".*kernel": Slotted(3)})
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_restarts(name):
+    """It continues as a new optimizer of the same kind would."""
+    models = [net("sequential") for _ in range(2)]
+    models[1].set_weights(models[0].get_weights())
+    x, optimizer = normal(16, 8), OPTIMIZERS[name]()
+    models[0].compile(optimizer, "mse")
+    models[0].fit(x, x[:, :1], verbose=0)
+    for change in (tfwn.reparameterize, tfwn.fold):
+        for model in models:
+            change(model)
+        models[1].set_weights(models[0].get_weights())
+        models[1].compile(OPTIMIZERS[name](), "mse")
+        for model in models:
+            model.fit(x, x[:, :1], epochs=2, batch_size=4, shuffle=False, verbose=0)
+        for one, other in zip(models[0].weights, models[1].weights, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+        assert models[0].optimizer is optimizer
+        assert [v.shape for v in optimizer.variables] == [
+            v.shape for v in models[1].optimizer.variables
+        ]
+
+
+@pytest.mark.parametrize("change", [tfwn.reparameterize, tfwn.fold])
+def test_the_optimizer_stays_in_its_strategy(change):
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        model = net("sequential")
+        if change is tfwn.fold:
+            tfwn.reparameterize(model)
+        model.compile("adam", "mse")
+    x = normal(16, 8)
+    model.fit(x, x[:, :1], verbose=0)
+    change(model).fit(x, x[:, :1], verbose=0)
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("how", ["names", "variables"])
+def test_g_decays_only_if_its_v_does(how, built):
+    model, x = net("sequential"), normal(16, 8)
+    optimizer = keras.optimizers.AdamW(weight_decay=0.1)
+    if how == "names":
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+    else:
+        optimizer.exclude_from_weight_decay(var_list=[model.layers[0].kernel])
+    model.compile(optimizer, "mse")
+    if built:
+        model.fit(x, x[:, :1], verbose=0)
+
+    def decaying():
+        variables = {v.path.split("/", 1)[1]: v for v in model.trainable_variables}
+        return {path for path, v in variables.items() if optimizer._use_weight_decay(v.value)}
+
+    before, last = decaying(), model.layers[1].name
+    tfwn.reparameterize(model)
+    kernels = {"hidden/kernel_g", f"{last}/kernel_g"} if how == "names" else {f"{last}/kernel_g"}
+    assert decaying() == before | kernels
+    tfwn.fold(model)
+    assert decaying() == before
+
+
+def test_paths_are_those_of_the_layers():
+    def part(name):
+        return keras.Sequential([keras.Input([4]), keras.layers.Dense(4, name="dense")], name=name)
+
+    model = tfwn.reparameterize(keras.Sequential([keras.Input([4]), part("a"), part("b")]))
+    assert [v.path for v in model.trainable_variables if v.name == "kernel_g"] == [
+        "a/dense/kernel_g",
+        "b/dense/kernel_g",
+    ]
+    model.compile("sgd", "mse")
+    model.set_state_tree(model.get_state_tree())
+
+
+@pytest.mark.parametrize("how", ["reparameterize", "wrapper", "named wrapper"])
+def test_layers_keep_their_names(how, tmp_path):
+    inputs, x = keras.Input([4]), normal(8, 4)
+    outputs = []
+    for name in ("a", "b"):
+        layer = keras.layers.Dense(3, name=None if how == "named wrapper" else name)
+        if how != "reparameterize":
+            layer = WeightNormalization(layer, name=name if how == "named wrapper" else None)
+        outputs.append(layer(inputs))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", {"a": "mse", "b": "mae"})
+    if how == "reparameterize":
+        tfwn.reparameterize(model)
+    for change in (lambda model: model, tfwn.fold):
+        change(model).save(tmp_path / "model.keras")
+        for one in (model, keras.models.load_model(tmp_path / "model.keras")):
+            assert one.output_names == ["a", "b"]
+            np.testing.assert_array_equal(one.get_layer("b")(x), one(x)[1])
+            one.fit(x, {"a": x[:, :3], "b": x[:, 1:]}, verbose=0)

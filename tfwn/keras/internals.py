@@ -1,6 +1,7 @@
 """All private interfaces of Keras that tfwn.keras uses: the file to check when Keras changes."""
 
 import contextlib
+import inspect
 
 import keras
 import tensorflow as tf
@@ -11,8 +12,11 @@ from keras.src.models import Functional
 from keras.src.models.functional import functional_like_constructor
 from keras.src.ops.function import map_graph
 from keras.src.ops.node import KerasHistory
+from keras.src.optimizers.base_optimizer import BaseOptimizer
 from keras.src.utils.python_utils import is_default
 from keras.src.utils.tracking import DotNotTrackScope
+
+from tfwn.traces import check_traces, forget_traces
 
 __all__ = ["DropoutRNNCell", "Functional"]
 
@@ -28,6 +32,18 @@ def layers_in(
 ) -> list[keras.layers.Layer]:
     """Returns the layer and all layers in it."""
     return layer._flatten_layers(include_self=include_self, recursive=recursive)
+
+
+def check_layer_traces(layer: keras.layers.Layer) -> None:
+    """Raises ValueError if `forget_layer_traces` cannot drop all traces."""
+    for one in layers_in(layer):
+        check_traces(one, ignored=TRACED_BY_KERAS)
+
+
+def forget_layer_traces(layer: keras.layers.Layer) -> None:
+    """Drops the traces of tf.functions in the layer, which read its kernels as they were then."""
+    for one in layers_in(layer):
+        forget_traces(one)
 
 
 def is_functional(model) -> bool:
@@ -72,6 +88,11 @@ def add_variable(layer: keras.layers.Layer, cls: type[keras.Variable], **options
         variable = cls(**options)
     layer._track_variable(variable)
     return variable
+
+
+def take_path(wrapper: keras.layers.Layer, layer: keras.layers.Layer) -> None:
+    """Gives paths of the wrapper's variables the same prefix as the layer's."""
+    wrapper._parent_path = layer._parent_path
 
 
 def pass_arguments_on(wrapper: keras.layers.Layer, layer: keras.layers.Layer) -> None:
@@ -205,3 +226,44 @@ def replace_tracked(owner: keras.layers.Layer, old, new) -> None:
 def tracked_lists(layer: keras.layers.Layer) -> list:
     """Returns the lists in which Keras itself tracks a layer's variables and layers."""
     return [store for _, store in layer._tracker.config.values()]
+
+
+def optimizers_in(optimizer) -> list[keras.Optimizer]:
+    """Returns the optimizer and all optimizers in it, or an empty list for None."""
+    found: dict[int, keras.Optimizer] = {}
+    stack = [optimizer]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, list | tuple):
+            stack.extend(value)
+        elif isinstance(value, keras.Optimizer) and id(value) not in found:
+            found[id(value)] = value
+            stack.extend(vars(value).values())
+    return list(found.values())
+
+
+def restart_optimizer(optimizer: keras.Optimizer) -> None:
+    """Makes a built optimizer unbuilt in place; keeps its options, but not its state."""
+    rate = optimizer._learning_rate
+    if isinstance(rate, keras.Variable):
+        rate = float(rate.numpy())
+    names = set(inspect.signature(BaseOptimizer.__init__).parameters)
+    names -= {"self", "learning_rate", "kwargs"}
+    options = {name: getattr(optimizer, name) for name in names}
+    del optimizer._tracker  # It would wrap the new lists in its own type.
+    with strategy_scope(optimizer._iterations):
+        keras.Optimizer.__init__(optimizer, rate, **options)
+    for name, value in list(vars(optimizer).items()):
+        if (
+            isinstance(value, list)
+            and value is not optimizer._variables
+            and any(isinstance(item, keras.Variable) for item in value)
+        ):
+            setattr(optimizer, name, [])
+
+
+def exclude_from_weight_decay(optimizer: keras.Optimizer, v, g) -> None:
+    """Excludes g from the optimizer's weight decay if v is excluded."""
+    if not optimizer._use_weight_decay(stored(v)):
+        excluded: set = getattr(optimizer, "_exclude_from_weight_decay", set())
+        optimizer._exclude_from_weight_decay = {*excluded, optimizer._var_key(g)}

@@ -14,6 +14,7 @@ import keras
 
 from tfwn.keras.internals import makes_its_layers
 
+_KEY = "tfwn.original"  # No config of a user's class has this key.
 _NAMES = {"reparameterize": "Reparameterized", "fold": "Folded"}
 
 
@@ -30,7 +31,7 @@ def remember(layer: keras.layers.Layer, change: str) -> None:
 class _Changed:
     """A layer whose class was `original` before the `change`."""
 
-    original: type
+    original: Any
     change: str
 
     def get_config(self):
@@ -42,12 +43,16 @@ class _Changed:
         finally:
             self.__class__ = changed
         config.pop("compile_config", None)  # It belongs to the changed layer.
-        return {"layer": config}
+        return {_KEY: config}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         """Creates the original layer and makes the change."""
-        layer = keras.saving.deserialize_keras_object(config["layer"], custom_objects)
+        if _KEY not in config:  # Keras took this class, which has the same name, for the original.
+            return cls.original.from_config(config)
+        # If the class is not registered with Keras, this finds it.
+        objects = {cls.original.__name__: cls.original} | (custom_objects or {})
+        layer = keras.saving.deserialize_keras_object(config[_KEY], objects)
         change = getattr(importlib.import_module("tfwn.keras.reparameterize"), cls.change)
         return change(layer, required=False)
 

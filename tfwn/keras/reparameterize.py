@@ -13,7 +13,6 @@ from tfwn.keras.recipe import remember
 from tfwn.keras.scope import exact
 from tfwn.keras.wrapper import WeightNormalization
 from tfwn.modules import attributes
-from tfwn.traces import check_traces, forget_traces
 
 
 def reparameterize(
@@ -23,7 +22,7 @@ def reparameterize(
 
     If there is nothing to normalize, raises ValueError if `required`, otherwise returns the model.
     """
-    _check_traces(model)
+    internals.check_layer_traces(model)
     before: list[tuple[keras.Variable, tf.Tensor]] = []
     masks: list = []
 
@@ -62,7 +61,7 @@ def fold(model: keras.layers.Layer, required: bool = True) -> keras.layers.Layer
     for wrapper in wrappers:
         for normalized in wrapper.normalized:
             normalized.check_owner()
-    _check_traces(model)
+    internals.check_layer_traces(model)
     change = _Change(_unwrapped)
     change.find(model)
     return change.make(model, "fold")
@@ -79,10 +78,9 @@ def _wrapped(layer, mask_of):
     weights = [v for _, v in find(layer, is_weight)]
     if layer.built and not weights:
         return layer
-    wrapper = WeightNormalization(
-        layer, name=layer.name, kernel_mask=_masks(layer, weights, mask_of)
-    )
+    wrapper = WeightNormalization(layer, kernel_mask=_masks(layer, weights, mask_of))
     if layer.built:
+        internals.take_path(wrapper, layer)
         wrapper.build()
     return wrapper
 
@@ -186,8 +184,7 @@ class _Change:
 
     def make(self, model, name):
         """Makes the change called `name`, and returns the model or its replacement."""
-        for layer in internals.layers_in(model):
-            forget_traces(layer)
+        internals.forget_layer_traces(model)
         for old, new in self.replaced.values():
             internals.replace_layer(old, new)
         layers = {key: new for key, (_, new) in self.replaced.items()}
@@ -207,14 +204,13 @@ class _Change:
         for name in internals.TRACED_BY_KERAS:
             if getattr(holder, name, None) is not None:
                 setattr(holder, name, None)
-        if isinstance(holder, keras.Model):
-            _restart_optimizer(holder)
+        for optimizer in internals.optimizers_in(getattr(holder, "optimizer", None)):
+            if optimizer.built:
+                internals.restart_optimizer(optimizer)
+            for wrapper in _wrappers_in(holder):
+                for one in wrapper.normalized:
+                    internals.exclude_from_weight_decay(optimizer, one.v, one.g)
         return changed
-
-
-def _check_traces(model):
-    for layer in internals.layers_in(model):
-        check_traces(layer, ignored=internals.TRACED_BY_KERAS)
 
 
 def _check_built(model):
@@ -255,10 +251,3 @@ def _replace_attributes(holder, layers):
             new = replaced(value)
             if new is not value:
                 setattr(holder, name, new)
-
-
-def _restart_optimizer(model):
-    """Recreates a built optimizer, because its state belongs to the model's previous variables."""
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None and optimizer.built:
-        model.optimizer = type(optimizer).from_config(optimizer.get_config())

@@ -32,7 +32,6 @@ from tfwn.keras.normalized import (
 from tfwn.keras.scope import Substitution
 from tfwn.layer import is_initializing
 from tfwn.modules import refuse_keras_2
-from tfwn.traces import check_traces, forget_traces
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
@@ -49,7 +48,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
     recurrent layers, and layers that contain others, such as MultiHeadAttention, Bidirectional and
     TimeDistributed. Each kernel gets its own g, initialized to ||v||, so wrapping alone does not
     change the outputs. w is computed once per call, outside any loop over time. Optimizers see v
-    (the layer's own kernel variable) and g. Regularizers act on w.
+    (the layer's own kernel variable) and g. Regularizers act on w. The wrapper has the layer's name
+    by default.
 
     Arguments:
       layer: the layer to normalize, built or not.
@@ -100,7 +100,9 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         # From these signatures, Keras learns which arguments, masks and shapes to pass.
         object.__setattr__(self, "call", _with_signature(self._call, layer.call))
         self.build.__signature__ = inspect.signature(layer.build)  # type: ignore[attr-defined]
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
         options = {
+            "name": layer.name,
             "dtype": layer.dtype_policy,
             "trainable": layer.trainable,
             "autocast": layer.autocast,
@@ -173,11 +175,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
 
     def _forget_traces(self):
         """Drops traces of the layer's tf.functions, which read its kernels as they were then."""
-        layers = internals.layers_in(self.layer)
-        for layer in layers:
-            check_traces(layer, ignored=internals.TRACED_BY_KERAS)
-        for layer in layers:
-            forget_traces(layer)
+        internals.check_layer_traces(self.layer)
+        internals.forget_layer_traces(self.layer)
 
     def _is_weight(self, variable) -> bool:
         if self.weight_names is not None:
@@ -223,7 +222,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         )
 
     def fold(self) -> keras.layers.Layer:
-        """Writes w into the layer's kernels and returns the plain layer; the inverse of wrapping.
+        """Writes w into the layer's kernels and returns the plain layer under the wrapper's name.
 
         >>> import keras
         >>> layer = tfwn.keras.WeightNormalization(keras.layers.Dense(2))
@@ -234,6 +233,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         for normalized in self.normalized:
             normalized.check_owner()
         self._forget_traces()
+        self.layer.name = self.name
         for normalized in self.normalized:
             normalized.fold()
             if isinstance(normalized.v.regularizer, OfWeight):
