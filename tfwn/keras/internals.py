@@ -1,4 +1,7 @@
-"""All private interfaces of Keras that tfwn.keras uses: the file to check when Keras changes."""
+"""All private interfaces of Keras that tfwn.keras uses: the file to check when Keras changes.
+
+One is TensorFlow's: the names of the functions with which tf.custom_gradient calls another.
+"""
 
 import contextlib
 import sys

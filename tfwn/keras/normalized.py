@@ -195,18 +195,19 @@ def is_weight(variable: keras.Variable) -> bool:
 
 
 def own_variables(layer: keras.layers.Layer) -> Iterator[keras.Variable]:
-    """Yields the variables in the layer's attributes, and in lists, tuples and dicts there."""
-    tracked = tracked_lists(layer)  # These also have variables that the layer no longer uses.
-    values = [value for _, value in attributes(layer)]
-    yield from _variables_in([v for v in values if not any(v is one for one in tracked)])
+    """Yields the variables in the layer's attributes, then those in lists, tuples and dicts there.
+
+    Keras' own lists are left out, because they also contain variables that were replaced.
+    """
+    return _variables_in([value for _, value in attributes(layer)], tracked_lists(layer))
 
 
-def _variables_in(values) -> Iterator[keras.Variable]:
-    values = list(values.values()) if isinstance(values, dict) else values
+def _variables_in(values: list, ignored: list) -> Iterator[keras.Variable]:
     yield from (value for value in values if isinstance(value, keras.Variable))
     for value in values:
-        if isinstance(value, list | tuple | dict):
-            yield from _variables_in(value)
+        if isinstance(value, list | tuple | dict) and not any(value is one for one in ignored):
+            inner = value.values() if isinstance(value, dict) else value
+            yield from _variables_in(list(inner), ignored)
 
 
 def find(layer, select: Callable[[keras.Variable], bool]) -> Iterator[tuple]:

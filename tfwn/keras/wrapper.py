@@ -285,11 +285,11 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
 
     def __setattr__(self, name, value):
         # Sets the layer's own attributes, such as `activation`, as __getattr__ reads them.
-        layer = vars(self).get("layer")
-        if layer is None or name.startswith("_") or name in dir(self) or name not in dir(layer):
+        own = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        if own or name not in dir(vars(self).get("layer")):
             super().__setattr__(name, value)
         else:
-            setattr(layer, name, value)
+            setattr(self.layer, name, value)
 
     def _method(self, method):
         @functools.wraps(method)
