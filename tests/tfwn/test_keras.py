@@ -289,19 +289,6 @@ def test_config_round_trip():
     assert again.normalized[0].g.shape == (2, 3)
 
 
-@pytest.mark.parametrize("axis", [0, (0, 1), None])
-def test_axis(axis):
-    layer = keras.layers.Dense(3)
-    layer.build((None, 4))
-    before = np.asarray(layer.kernel)
-    wrapped = WeightNormalization(layer, axis=axis)
-    wrapped.build((None, 4))
-    (normalized,) = wrapped.normalized
-    shape = () if axis is None else tuple(np.atleast_1d((4, 3))[list(np.atleast_1d(axis))])
-    assert tuple(normalized.g.shape) == shape
-    np.testing.assert_allclose(normalized.w(), before, rtol=1e-6)
-
-
 def test_bidirectional_around_the_wrapper_runs_backwards():
     layer = keras.layers.Bidirectional(WeightNormalization(keras.layers.LSTM(3)), merge_mode=None)
     forward, backward = layer(sequence())
@@ -332,17 +319,6 @@ def test_the_norm_is_taken_of_the_stored_v_in_mixed_precision():
     v = np.asarray(normalized.v, np.float64)
     # w is rounded once, to the 8 bits of bfloat16. Rounding v as well would exceed the tolerance.
     np.testing.assert_allclose(w, np.asarray(normalized.g) * v / norm(v, -1), rtol=2.0**-8)
-
-
-def test_not_trainable():
-    wrapped = WeightNormalization(keras.layers.Dense(3))
-    wrapped(sequence(4, 8))
-    wrapped.trainable = False
-    assert wrapped.trainable_variables == []
-    frozen = keras.layers.Dense(3, trainable=False)
-    wrapped = WeightNormalization(frozen)
-    wrapped(sequence(4, 8))
-    assert wrapped.trainable_variables == []
 
 
 def test_regularizers_act_on_w_once_and_activity_losses_arrive():
@@ -406,50 +382,6 @@ def test_wrapped_subclass_with_its_own_sublayers():
     wrapped(sequence(4, 8))
     assert len(wrapped.normalized) == 2
     assert len({n.g.path for n in wrapped.normalized}) == 2
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="layer must be a Keras layer, got 3"):
-        WeightNormalization(3)
-    with pytest.raises(ValueError, match=r"tfwn.data_dependent_init\(model, batch\)"):
-        WeightNormalization(keras.layers.Dense(3), data_init=True)
-    with pytest.raises(ValueError, match="already"):
-        WeightNormalization(WeightNormalization(keras.layers.Dense(3)))
-    with pytest.raises(ValueError, match=r"no variable to normalize.*gamma"):
-        WeightNormalization(keras.layers.BatchNormalization()).build((4, 3))
-    with pytest.raises(ValueError, match=r"no variable to normalize.*weight_names"):
-        WeightNormalization(keras.layers.Dense(3), weight_names=["w"]).build((4, 3))
-    with pytest.raises(ValueError, match="constraint"):
-        WeightNormalization(keras.layers.Dense(3, kernel_constraint="max_norm")).build((4, 3))
-    with pytest.raises(ValueError, match="sums over no axis of its kernel"):
-        WeightNormalization(keras.layers.EinsumDense("ab,b->ab", (3,))).build((4, 3))
-    inner = keras.layers.TimeDistributed(WeightNormalization(keras.layers.Dense(3)))
-    with pytest.raises(ValueError, match="wrap only one of the two"):
-        WeightNormalization(inner).build((4, 3, 2))
-    with pytest.raises(ValueError, match=r"axis must lie in \[-2, 2\)"):
-        WeightNormalization(keras.layers.Dense(3), axis=2).build((4, 3))
-
-
-def test_names_that_no_variable_has_are_refused():
-    lstm = dict(weight_names=["kernel", "recurent_kernel"])
-    with pytest.raises(ValueError, match=r"names recurent_kernel, which.*recurrent_kernel"):
-        WeightNormalization(keras.layers.LSTM(3), **lstm).build((2, 4, 3))
-    with pytest.raises(ValueError, match=r"axis names kernal, which.*kernel, recurrent_kernel"):
-        WeightNormalization(keras.layers.LSTM(3), axis={"kernal": 0}).build((2, 4, 3))
-    axis = {"kernel": -1, "recurrent_kernel": -1}  # One table may serve several selections.
-    wrapper = WeightNormalization(keras.layers.LSTM(3), weight_names=["kernel"], axis=axis)
-    wrapper.build((2, 4, 3))
-    assert [one.v.name for one in wrapper.normalized] == ["kernel"]
-
-
-def test_a_replaced_kernel_is_told():
-    wrapper = WeightNormalization(keras.layers.Dense(3))
-    x = sequence(4, 8)
-    wrapper(x)
-    wrapper.g.assign(wrapper.g * 3)
-    wrapper.layer.quantize("int8")
-    with pytest.raises(RuntimeError, match=r"another variable than the .*kernel.*tfwn\.fold"):
-        wrapper(x)
 
 
 def test_a_folded_layer_can_be_quantized():

@@ -67,6 +67,21 @@ def test_g_trains_when_its_v_does(name, switch, tmp_path):
         assert np.any(g.numpy() != old)
 
 
+def test_a_frozen_layer_or_wrapper():
+    wrapped = WeightNormalization(keras.layers.Dense(3))
+    wrapped(normal(4, 8))
+    wrapped.trainable = False
+    assert wrapped.trainable_variables == []
+    frozen = keras.layers.Dense(3, trainable=False)
+    wrapped = WeightNormalization(frozen)
+    wrapped(normal(4, 8))
+    assert wrapped.trainable_variables == []
+    frozen = WeightNormalization(keras.layers.Dense(3), trainable=False)
+    model = keras.Sequential([keras.Input((8,)), frozen])
+    assert model.trainable_variables == []
+    assert tfwn.fold(model).trainable_variables == []
+
+
 @every_layer
 def test_weights_are_numbers(name):
     """Code that averages or rescales all weights as floats must work on a wrapped layer."""
@@ -254,36 +269,6 @@ def test_dropout_of_a_cell_is_the_same_at_all_steps():
     first, second = (rnn(normal(4, 6, 3), training=True).numpy() for _ in range(2))
     np.testing.assert_array_equal(first, np.repeat(first[:, :1], 6, 1))
     assert np.any(first != second)
-
-
-@every_layer
-def test_attributes_of_the_layer(name):
-    """The wrapper passes on the layer's attributes, properties and methods, which see w."""
-
-    class Extended(type(LAYERS[name][0]())):
-        receptive_field = 7
-
-        @property
-        def total(self):
-            return sum(float(tf.reduce_sum(v)) for v in self.weights)
-
-        def method(self):
-            return self.total
-
-    wrapper, _x, _y = wrapped(name)
-    plain = wrapper.layer
-    plain.__class__ = Extended
-    for one in wrapper.normalized:
-        one.g.assign(one.g * 2)
-    kernels = sum(float(tf.reduce_sum(one.v)) for one in wrapper.normalized)
-    assert wrapper.receptive_field == 7
-    # Each kernel is twice v.
-    np.testing.assert_allclose(wrapper.total, plain.total + kernels, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(wrapper.method(), wrapper.total)
-    if name in ("dense", "conv"):
-        np.testing.assert_allclose(wrapper.kernel, 2 * wrapper.layer.kernel.numpy(), rtol=1e-5)
-    with pytest.raises(AttributeError, match="nothing"):
-        wrapper.nothing  # noqa: B018
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a .quantize:UserWarning")

@@ -110,6 +110,81 @@ def test_w_is_computed_once_outside_of_a_loop():
     assert not any("WeightNorm" in node.op for f in functions for node in f.node_def)
 
 
+class WithCustomGradient(keras.layers.Layer):
+    """Multiplies by a layer's kernel; only if `how` is "plain", without a custom gradient."""
+
+    def __init__(self, how, layer):
+        super().__init__()
+        self.how, self.layer = how, layer
+
+    def build(self, shape):
+        self.layer.build(shape)
+
+    def call(self, x):
+        if self.how == "plain":
+            return self.layer(x)
+        if self.how == "remat":
+            return keras.remat(self.layer)(x)
+        if self.how == "argument":
+            return keras.remat(tf.matmul)(x, tf.convert_to_tensor(self.layer.kernel))
+
+        @tf.custom_gradient
+        def product(x):
+            kernel = tf.convert_to_tensor(self.layer.kernel)
+
+            def grad(grad_y, variables=()):
+                grad_x = tf.matmul(grad_y, kernel, transpose_b=True)
+                return grad_x, [tf.matmul(x, grad_y, transpose_a=True) for _ in variables]
+
+            return tf.matmul(x, kernel), grad
+
+        return product(x)
+
+
+def without_bias():
+    return keras.layers.Dense(3, use_bias=False)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("how", ["remat", "custom"])
+def test_kernels_read_in_a_custom_gradient_are_refused(how, graph):
+    """Refused without a tape, too, because a trace may be differentiated later."""
+    wrapper = WeightNormalization(WithCustomGradient(how, without_bias()))
+    call = tf.function(wrapper) if graph else wrapper
+    with pytest.raises(RuntimeError, match=r"kernel is read in a function with a custom gradient"):
+        call(normal(4, 8))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("how", ["inside", "outside", "argument"])
+def test_custom_gradients_elsewhere_work(how, graph):
+    def gradients(how):
+        keras.utils.set_random_seed(1)
+        if how == "inside":
+            layer = WithCustomGradient("remat", WeightNormalization(without_bias()))
+        else:
+            mode = how if how == "argument" else "plain"
+            layer = WeightNormalization(WithCustomGradient(mode, without_bias()))
+        x = normal(4, 8)
+        layer(x)
+        wrapper = layer.layer if how == "inside" else layer
+        wrapper.g.assign(wrapper.g * 3)
+        call = keras.remat(layer) if how == "outside" else layer
+
+        def run():
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                loss = tf.reduce_sum(call(x) ** 2)
+            return tape.gradient(loss, [x, *(v.value for v in layer.trainable_variables)])
+
+        return tf.function(run)() if graph else run()
+
+    found, expected = gradients(how), gradients("plain")
+    assert len(found) == 3
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 class MaskedByItself(keras.layers.Layer):
     """Multiplies its kernel by a mask in each call, like keras.io's PixelCNN."""
 

@@ -1,7 +1,11 @@
-"""All private interfaces of Keras that tfwn.keras uses: the file to check when Keras changes."""
+"""All private interfaces of Keras that tfwn.keras uses: the file to check when Keras changes.
+
+One is TensorFlow's: the names of the functions with which tf.custom_gradient calls another.
+"""
 
 import contextlib
 import inspect
+import sys
 
 import keras
 import tensorflow as tf
@@ -60,7 +64,7 @@ def makes_its_layers(cls: type[keras.layers.Layer]) -> bool:
 
 def stored(variable: keras.Variable) -> tf.Variable:
     """Returns the variable as stored, without Keras' cast for mixed precision."""
-    with backend.AutocastScope(None):
+    with autocast_off():
         return variable.value
 
 
@@ -74,6 +78,20 @@ def read_dtype(owner: keras.layers.Layer, variable: keras.Variable) -> str:
     if variable._autocast and owner.autocast and tf.as_dtype(owner.compute_dtype).is_floating:
         return owner.compute_dtype
     return variable._dtype
+
+
+def autocast_off():
+    """Returns a context in which variables read as stored, without Keras' cast."""
+    return backend.AutocastScope(None)
+
+
+def custom_gradients() -> int:
+    """Returns how many functions with a custom gradient are being called, such as keras.remat's."""
+    frame, count = sys._getframe(), 0
+    while frame:
+        count += frame.f_code.co_name in ("_eager_mode_decorator", "_graph_mode_decorator")
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
 
 
 def strategy_scope(variable: keras.Variable):

@@ -1,5 +1,7 @@
 """A wrapper's state for each kernel: v, g and the axes, and how a call reads w in place of v."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -8,14 +10,18 @@ import tensorflow as tf
 
 from tfwn.keras.internals import (
     add_variable,
+    autocast_off,
+    custom_gradients,
     in_stateless_scope,
     layers_in,
     read_dtype,
     stored,
     stored_dtype,
     strategy_scope,
+    tracked_lists,
 )
 from tfwn.keras.scope import exact
+from tfwn.modules import attributes
 from tfwn.normalized_variable import Normalized
 from tfwn.ops import weight_norm
 from tfwn.traces import current_graph, is_within
@@ -27,6 +33,9 @@ TRANSPOSED = (
     keras.layers.Conv3DTranspose,
 )
 DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+
+# From the id of each v to the wrapper that normalizes it, until this is folded.
+wrappers: weakref.WeakValueDictionary = weakref.WeakValueDictionary()
 
 
 class NormalizedKernel(Normalized):
@@ -42,7 +51,7 @@ class NormalizedKernel(Normalized):
         self.unit = None  # Created by data-dependent initialization as its view of the layer.
 
     def w(self, dtype=None) -> tf.Tensor:
-        """Returns w in `dtype`, by default that of v."""
+        """Returns w in `dtype`, by default that in which v is read: in a call, it is autocast."""
         return self.scaled(exact(self.g), dtype)
 
     def scaled(self, g, dtype=None) -> tf.Tensor:
@@ -52,30 +61,39 @@ class NormalizedKernel(Normalized):
 
     # Attributes that a Keras variable has.
     value = property(lambda self: self.w())
-    dtype = property(lambda self: stored_dtype(self.v))
+    ndim = property(lambda self: len(self.v.shape))
     device = property(lambda self: stored(self.v).device)
     path = property(lambda self: self.v.path)
 
     def check_owner(self) -> None:
         """Raises RuntimeError if the owner no longer uses v."""
-        if not any(value is self.v for value in vars(self.owner).values()):
+        if not any(v is self.v for v in own_variables(self.owner)):
             raise RuntimeError(
                 f"{self.owner.name!r} has another variable than the {self.v.path} with which it "
                 "was weight-normalized, for example after quantize(): call tfwn.fold first, then "
                 "quantize() on what it returns"
             )
 
-    def check_mask(self) -> None:
-        """Raises ValueError if LoRA is enabled on a masked kernel."""
-        if self.mask is not None and getattr(self.owner, "lora_enabled", False):
-            raise ValueError(
-                f"{self.owner.name!r} has a kernel_mask, which does not apply to what LoRA adds to "
-                "the kernel: call enable_lora only on layers without a mask"
-            )
+    def assign(self, value, use_locking=False, name=None, read_value=True):
+        """Sets w: v = w and g = ||w||; a unit with w = 0 gets a random direction."""
+        with autocast_off():
+            value = tf.cast(value, self.dtype)
+            return super().assign(value, use_locking, name, read_value)
+
+    def assign_v_and_g(self, v, g) -> None:
+        """Sets v and g; a unit with v = 0 gets a random direction and g = 0."""
+        with autocast_off():
+            super().assign_v_and_g(v, g)
+
+    def sparse_read(self, indices, name=None) -> tf.Tensor:
+        """Returns the rows of w at `indices`; with axis=0 and no mask, normalizes only these."""
+        with autocast_off():
+            rows = super().sparse_read(indices, name)
+        return tf.cast(rows, self.dtype)
 
     def fold(self) -> None:
         """Sets v = w and g = ||w||, which does not change w, even where g was negative."""
-        w = self.w()
+        w = self.w(stored_dtype(self.v))
         self.v.assign(w)
         self.g.assign(norm(w, self.axis))
 
@@ -97,13 +115,20 @@ class Reading:
 
     w is computed here, once and outside any loop in the call, directly in the dtype in which its
     owner reads it, without a cast. A tf.function that the call calls computes its own w, because
-    its trace outlives this call.
+    its trace outlives this call. A function with a custom gradient may not read w: TensorFlow finds
+    no variable in w, and keras.remat runs the function again after this call, when it would read v.
     """
 
     def __init__(self, normalized: NormalizedKernel, g: tf.Tensor | None = None):
-        normalized.check_mask()
+        owner = normalized.owner
+        if normalized.mask is not None and getattr(owner, "lora_enabled", False):
+            raise ValueError(
+                f"{owner.name!r} has a kernel_mask, which does not apply to what LoRA adds to the "
+                "kernel: call enable_lora only on layers without a mask"
+            )
         self._normalized = normalized
         self._g = g
+        self._custom_gradients = custom_gradients()
         self._compute()
 
     def _compute(self):
@@ -117,6 +142,14 @@ class Reading:
 
     def __call__(self, dtype) -> tf.Tensor:
         """Returns w in this dtype."""
+        if custom_gradients() > self._custom_gradients:
+            raise RuntimeError(
+                f"{self._normalized.v.path} is read in a function with a custom gradient, such as "
+                "that of keras.remat or tf.recompute_grad, so v and g would get no gradient: "
+                "normalize the layers that the function calls one by one, use keras.RematScope "
+                "instead of keras.remat, or pass tf.convert_to_tensor(kernel) to the function as "
+                "an argument"
+            )
         return self._w if dtype == self._dtype and is_within(self._graph) else self._in(dtype)
 
     def assign(self, w) -> None:
@@ -161,19 +194,47 @@ def is_weight(variable: keras.Variable) -> bool:
     return variable.name in ("kernel", "embeddings") or variable.name.endswith("_kernel")
 
 
+def own_variables(layer: keras.layers.Layer) -> Iterator[keras.Variable]:
+    """Yields the variables in the layer's attributes, then those in lists, tuples and dicts there.
+
+    Keras' own lists are left out, because they also contain variables that were replaced.
+    """
+    return _variables_in([value for _, value in attributes(layer)], tracked_lists(layer))
+
+
+def _variables_in(values: list, ignored: list) -> Iterator[keras.Variable]:
+    yield from (value for value in values if isinstance(value, keras.Variable))
+    for value in values:
+        if isinstance(value, list | tuple | dict) and not any(value is one for one in ignored):
+            inner = value.values() if isinstance(value, dict) else value
+            yield from _variables_in(list(inner), ignored)
+
+
 def find(layer, select: Callable[[keras.Variable], bool]) -> Iterator[tuple]:
     """Yields (owner, v) for each variable that `select` chooses in the layer and the layers in it.
 
-    If several layers have v as an attribute, the owner is the one that created it.
+    If several layers have v in their attributes, the owner is the one that created it.
     """
     owners: dict[int, tuple] = {}
     for owner in layers_in(layer):
-        for v in vars(owner).values():
-            if isinstance(v, keras.Variable) and select(v):
+        for v in own_variables(owner):
+            if select(v):
                 made = v.path == f"{owner.path}/{v.name}"
                 if made or id(v) not in owners:
                     owners[id(v)] = owner, v
     yield from owners.values()
+
+
+def check_free(v: keras.Variable) -> None:
+    """Raises ValueError if a wrapper normalizes v already."""
+    if id(v) in wrappers:
+        gc.collect()  # Deletes wrappers that the program no longer uses.
+    if id(v) in wrappers:
+        raise ValueError(
+            f"{v.path} is normalized by the wrapper {wrappers[id(v)].name!r} already, and a second "
+            "one would train its own g: call that wrapper instead, or call its fold() before you "
+            "wrap the layer again"
+        )
 
 
 def option(value, v, default=None) -> Any:
@@ -216,9 +277,15 @@ def normalize(wrapper, owner, v) -> NormalizedKernel:
         )
     g.follow(v)
     normalized = NormalizedKernel(owner, v, g, axes, mask)
-    if v.regularizer is not None:
-        v.regularizer = OfWeight(v.regularizer, normalized)
+    regularizer = own_regularizer(v)
+    if regularizer is not None:
+        v.regularizer = OfWeight(regularizer, normalized)
     return normalized
+
+
+def own_regularizer(v: keras.Variable) -> keras.regularizers.Regularizer | None:
+    """Returns the variable's regularizer as its layer set it."""
+    return v.regularizer.regularizer if isinstance(v.regularizer, OfWeight) else v.regularizer
 
 
 def unit_axes(owner: keras.layers.Layer, v: keras.Variable) -> int | tuple[int, ...]:

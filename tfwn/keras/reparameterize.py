@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfwn.keras import internals
-from tfwn.keras.normalized import find, is_weight
+from tfwn.keras.normalized import find, is_weight, own_variables
 from tfwn.keras.recipe import remember
 from tfwn.keras.scope import exact
 from tfwn.keras.wrapper import WeightNormalization
@@ -99,10 +99,7 @@ def _masks(layer, weights, mask_of) -> dict | None:
 
 
 def _has_kernels_itself(layer) -> bool:
-    values = vars(layer).values()
-    return isinstance(layer, WeightNormalization) or any(
-        isinstance(value, keras.Variable) and is_weight(value) for value in values
-    )
+    return isinstance(layer, WeightNormalization) or any(map(is_weight, own_variables(layer)))
 
 
 def _unwrapped(layer):

@@ -23,11 +23,13 @@ from tfwn.keras.data_dependent_init import (
 )
 from tfwn.keras.normalized import (
     NormalizedKernel,
-    OfWeight,
     Reading,
+    check_free,
     find,
     is_weight,
     normalize,
+    own_regularizer,
+    wrappers,
 )
 from tfwn.keras.scope import Substitution
 from tfwn.layer import is_initializing
@@ -55,8 +57,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
       layer: the layer to normalize, built or not.
       data_init: must be False. For data-dependent initialization, call
         `tfwn.data_dependent_init(model, batch)`. It never happens in the layer's first call.
-      weight_names: names of the variables to normalize. Default: "kernel", "embeddings" and all
-        names that end in "_kernel".
+      weight_names: name or names of the variables to normalize. Default: "kernel", "embeddings" and
+        all names that end in "_kernel".
       axis: the axis or axes of v that index its output units; the norm is over all other axes. None
         means one norm for the whole tensor. A dict maps names of variables to their axes. Default:
         depends on the type of the layer that owns the variable; the last axis for unknown types.
@@ -64,14 +66,18 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         arrays. It multiplies v before the normalization, so w is 0 where the mask is 0 and the norm
         is over the other elements.
       kwargs: name, trainable and dtype of the wrapper. trainable and dtype default to the layer's.
+        trainable=False freezes the layer, too.
 
     Inputs, outputs, masks and call arguments are those of the layer. `wrapper.layer` is the layer.
     `wrapper.normalized` contains an object for each normalized variable, with v, g, axis and w().
+    The layer's other public attributes can be read and set through the wrapper.
 
     Raises:
       ValueError: if `data_init` is True, the layer is already weight-normalized or quantized, it
         has no variable to normalize, or such a variable has a constraint (which would act on v, not
-        on w).
+        on w) or is normalized by another wrapper.
+      RuntimeError: when called, if the layer reads a kernel in a function with a custom gradient,
+        such as keras.remat, in which v and g would get no gradient.
 
     >>> import keras
     >>> layer = tfwn.keras.WeightNormalization(keras.layers.Dense(2))
@@ -80,6 +86,14 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
     >>> [tuple(variable.shape) for variable in layer.trainable_variables]
     [(2,), (3, 2), (2,)]
     """
+
+    # Declared here, so that __setattr__ does not set the attributes of this name in the layer.
+    weight_names: list[str] | None = None
+    axis: Any = "auto"
+    kernel_mask: Any = None
+    normalized: tuple[NormalizedKernel, ...] = ()
+    initialized: tf.Variable | None = None
+    built_while_initializing = False
 
     def __init__(
         self,
@@ -98,7 +112,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
                 "call tfwn.data_dependent_init(model, batch) once before training"
             )
         # From these signatures, Keras learns which arguments, masks and shapes to pass.
-        object.__setattr__(self, "call", _with_signature(self._call, layer.call))
+        if type(self).call is WeightNormalization.call:
+            object.__setattr__(self, "call", _with_signature(self.call, layer.call))
         self.build.__signature__ = inspect.signature(layer.build)  # type: ignore[attr-defined]
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         options = {
@@ -108,19 +123,20 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             "autocast": layer.autocast,
         }
         super().__init__(layer, **options | kwargs)
+        if not self.trainable:
+            layer.trainable = False
         internals.pass_arguments_on(self, layer)
-        self.weight_names = None if weight_names is None else list(weight_names)
+        if weight_names is not None:
+            self.weight_names = [weight_names] if isinstance(weight_names, str) else [*weight_names]
         self.axis = axis
-        self.kernel_mask: Any = None if kernel_mask is None else np.asarray(kernel_mask)
         if isinstance(kernel_mask, Mapping):
             self.kernel_mask = {name: np.asarray(mask) for name, mask in kernel_mask.items()}
+        elif kernel_mask is not None:
+            self.kernel_mask = np.asarray(kernel_mask)
         self.supports_masking = layer.supports_masking
-        self.normalized: tuple[NormalizedKernel, ...] = ()
         # Whether data-dependent initialization has set this layer. Saved with the model, but not
         # among its weights, so that arithmetic on weights cannot change it. Created here, so that a
         # checkpoint can be restored before the layer is built.
-        self.initialized = None
-        self.built_while_initializing = False
         if not isinstance(layer, NOT_INITIALIZABLE):
             with tf.init_scope():
                 self.initialized = tf.Variable(False, trainable=False, name="initialized")
@@ -140,12 +156,15 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
                 "none yet, call the layer once before wrapping it"
             )
         self._check_names({v.name for _, v in found})
+        for _, v in found:
+            check_free(v)
         self._forget_traces()
         # A tuple, because Keras' tracker would wrap a list in one of its own.
         self.normalized = tuple(normalize(self, *one) for one in found)
+        wrappers.update((id(one.v), self) for one in self.normalized)
         # tf.train.Checkpoint saves attributes only.
         for i, one in enumerate(self.normalized):
-            setattr(self, "g" if len(found) == 1 else f"g_{i}", one.g)
+            super().__setattr__("g" if len(found) == 1 else f"g_{i}", one.g)
         if self.initialized is not None and not self.can_initialize():
             del self.initialized  # Removes it from checkpoints, too.
             self.initialized = None
@@ -183,7 +202,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
             return variable.name in self.weight_names
         return is_weight(variable)
 
-    def _call(self, *args, **kwargs):
+    def call(self, *args, **kwargs):
+        """Calls the layer with w as its kernels."""
         # Keras traces a model that it builds, before it calls it.
         if is_initializing() and not internals.in_stateless_scope():
             return self._initialize_and_call(*args, **kwargs)
@@ -235,9 +255,9 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         self._forget_traces()
         self.layer.name = self.name
         for normalized in self.normalized:
+            wrappers.pop(id(normalized.v), None)
             normalized.fold()
-            if isinstance(normalized.v.regularizer, OfWeight):
-                normalized.v.regularizer = normalized.v.regularizer.regularizer
+            normalized.v.regularizer = own_regularizer(normalized.v)
         return self.layer
 
     def quantize(self, mode=None, **kwargs):
@@ -257,12 +277,20 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
                 value = getattr(layer, name)
         else:
             value = getattr(layer, name)
-        for one in self.normalized:
-            if value is one.v:
-                return one
         if inspect.ismethod(value) and value.__self__ is layer:
             return self._method(value)
+        normalized = {id(one.v): one for one in self.normalized}
+        if any(id(leaf) in normalized for leaf in keras.tree.flatten(value)):
+            return keras.tree.map_structure(lambda leaf: normalized.get(id(leaf), leaf), value)
         return value
+
+    def __setattr__(self, name, value):
+        # Sets the layer's own attributes, such as `activation`, as __getattr__ reads them.
+        own = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        if own or name not in dir(vars(self).get("layer")):
+            super().__setattr__(name, value)
+        else:
+            setattr(self.layer, name, value)
 
     def _method(self, method):
         @functools.wraps(method)
