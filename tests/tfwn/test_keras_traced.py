@@ -125,8 +125,12 @@ class WithCustomGradient(keras.layers.Layer):
             return self.layer(x)
         if self.how == "remat":
             return keras.remat(self.layer)(x)
-        if self.how == "argument":
+        if self.how == "tensor":
             return keras.remat(tf.matmul)(x, tf.convert_to_tensor(self.layer.kernel))
+        if self.how == "argument":  # As in quantization-aware training.
+            return tf.matmul(x, tf.grad_pass_through(lambda w: 1.0 * w)(self.layer.kernel))
+        if self.how == "remat argument":
+            return keras.remat(lambda x, kernel: tf.matmul(x, kernel))(x, self.layer.kernel)
 
         @tf.custom_gradient
         def product(x):
@@ -156,14 +160,14 @@ def test_kernels_read_in_a_custom_gradient_are_refused(how, graph):
 
 
 @pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("how", ["inside", "outside", "argument"])
+@pytest.mark.parametrize("how", ["inside", "outside", "tensor", "argument"])
 def test_custom_gradients_elsewhere_work(how, graph):
     def gradients(how):
         keras.utils.set_random_seed(1)
         if how == "inside":
             layer = WithCustomGradient("remat", WeightNormalization(without_bias()))
         else:
-            mode = how if how == "argument" else "plain"
+            mode = "plain" if how == "outside" else how
             layer = WeightNormalization(WithCustomGradient(mode, without_bias()))
         x = normal(4, 8)
         layer(x)

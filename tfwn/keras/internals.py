@@ -1,6 +1,6 @@
 """All private interfaces of Keras that tfwn.keras uses: the file to check when Keras changes.
 
-One is TensorFlow's: the names of the functions with which tf.custom_gradient calls another.
+Only `hidden_from_gradients` uses TensorFlow's, too.
 """
 
 import contextlib
@@ -85,11 +85,21 @@ def autocast_off():
     return backend.AutocastScope(None)
 
 
-def custom_gradients() -> int:
-    """Returns how many functions with a custom gradient are being called, such as keras.remat's."""
+def hidden_from_gradients(variable: keras.Variable) -> int:
+    """Returns how many functions are being called whose custom gradient ignores the variable.
+
+    These are functions with a tf.custom_gradient that do not have the variable as an argument, and
+    that of tf.recompute_grad, which keras.remat calls.
+    """
     frame, count = sys._getframe(), 0
     while frame:
-        count += frame.f_code.co_name in ("_eager_mode_decorator", "_graph_mode_decorator")
+        if frame.f_code.co_name in ("_eager_mode_decorator", "_graph_mode_decorator"):
+            local = frame.f_locals
+            # In a graph, arguments are converted to tensors before the function is called.
+            eager = frame.f_code.co_name == "_eager_mode_decorator"
+            again = eager and getattr(local["f"], "__qualname__", "").startswith("recompute_grad.")
+            given = any(value is variable for value in tf.nest.flatten(local["args"]))
+            count += again or not given
         frame = frame.f_back  # type: ignore[assignment]
     return count
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfwn.keras.internals import (
     add_variable,
     autocast_off,
-    custom_gradients,
+    hidden_from_gradients,
     in_stateless_scope,
     layers_in,
     read_dtype,
@@ -115,8 +115,9 @@ class Reading:
 
     w is computed here, once and outside any loop in the call, directly in the dtype in which its
     owner reads it, without a cast. A tf.function that the call calls computes its own w, because
-    its trace outlives this call. A function with a custom gradient may not read w: TensorFlow finds
-    no variable in w, and keras.remat runs the function again after this call, when it would read v.
+    its trace outlives this call. A function with a custom gradient may read w only if it is an
+    argument: TensorFlow finds no variable in w, and keras.remat runs its function again after this
+    call, when it would read v.
     """
 
     def __init__(self, normalized: NormalizedKernel, g: tf.Tensor | None = None):
@@ -128,7 +129,7 @@ class Reading:
             )
         self._normalized = normalized
         self._g = g
-        self._custom_gradients = custom_gradients()
+        self._hidden = hidden_from_gradients(normalized.v)
         self._compute()
 
     def _compute(self):
@@ -142,7 +143,7 @@ class Reading:
 
     def __call__(self, dtype) -> tf.Tensor:
         """Returns w in this dtype."""
-        if custom_gradients() > self._custom_gradients:
+        if hidden_from_gradients(self._normalized.v) > self._hidden:
             raise RuntimeError(
                 f"{self._normalized.v.path} is read in a function with a custom gradient, such as "
                 "that of keras.remat or tf.recompute_grad, so v and g would get no gradient: "
