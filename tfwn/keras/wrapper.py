@@ -112,7 +112,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
                 "call tfwn.data_dependent_init(model, batch) once before training"
             )
         # From these signatures, Keras learns which arguments, masks and shapes to pass.
-        if type(self).call is WeightNormalization.call:
+        if type(self).call is __class__.call:  # type: ignore[name-defined]
             object.__setattr__(self, "call", _with_signature(self.call, layer.call))
         self.build.__signature__ = inspect.signature(layer.build)  # type: ignore[attr-defined]
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
