@@ -48,7 +48,7 @@ class _Conv(FeedForward):
         self._format = ("NWC", "NHWC", "NDHWC")[self._spatial_rank - 1]
 
     def _sizes(self, name, value, least=1) -> tuple[int, ...]:
-        scalar = isinstance(value, numbers.Integral)
+        scalar = isinstance(value, numbers.Number)
         sizes = (value,) * self._spatial_rank if scalar else tuple(value)
         if len(sizes) != self._spatial_rank or any(
             not isinstance(size, numbers.Integral) or size < least for size in sizes
@@ -114,8 +114,9 @@ class _ConvND(_Conv):
         if padding == "CAUSAL":
             padding = "VALID"
             x = tf.pad(x, [[0, 0], [self.dilation_rate[0] * (self.kernel_size[0] - 1), 0], [0, 0]])
-        # TensorFlow infers the groups from the shapes, but not on the CPU in 3D or in float64.
-        split = self.groups if self._spatial_rank == 3 or x.dtype == tf.float64 else 1
+        # TensorFlow infers the groups from the shapes, but not on the CPU in 3D or these dtypes.
+        half = x.dtype == tf.float16 and not tf.config.list_physical_devices("GPU")
+        split = self.groups if self._spatial_rank == 3 or half or x.dtype == tf.float64 else 1
         outputs = [
             tf.nn.convolution(x_i, w_i, self.strides, padding, self._format, self.dilation_rate)
             for x_i, w_i in zip(tf.split(x, split, -1), tf.split(w, split, -1), strict=True)

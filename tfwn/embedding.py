@@ -63,6 +63,8 @@ class Embedding(Layer):
         ids = tf.convert_to_tensor(inputs)
         if not ids.dtype.is_integer:
             raise ValueError(f"inputs of {self.name!r} must be integers, got {ids.dtype.name}")
+        if ids.dtype != tf.int32:
+            ids = tf.cast(ids, tf.int64)
         self.build(ids.shape)
         return self.weight.rows(ids)
 

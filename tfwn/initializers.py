@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 _v1 = tf.compat.v1
@@ -15,6 +16,8 @@ def initial_value(initializer, shape, dtype) -> tf.Tensor:
         # TensorFlow has no QR decomposition, which "orthogonal" needs, in half precision.
         wide = tf.float64 if dtype == tf.float64 else tf.float32
         return tf.cast(_named(initializer)(shape, dtype=wide), dtype)
+    if not callable(initializer) and np.ndim(initializer):
+        raise ValueError(f"{_RULE}, got one of type {type(initializer).__name__}")
     if not callable(initializer):
         return tf.fill(shape, tf.cast(initializer, dtype))
     return tf.cast(tf.convert_to_tensor(initializer(shape, dtype=dtype.name)), dtype)
@@ -28,10 +31,7 @@ def snake_case(name: str) -> str:
 def _named(name: str) -> Callable:
     key = snake_case(name)
     if key not in _INITIALIZERS:
-        raise ValueError(
-            "an initializer must be a number, a callable(shape, dtype) or one of "
-            f"{', '.join(sorted(_INITIALIZERS))}, got {name!r}"
-        )
+        raise ValueError(f"{_RULE}, got {name!r}")
     return _INITIALIZERS[key]
 
 
@@ -64,3 +64,7 @@ _INITIALIZERS = {
     "zero": _zeros,
     "zeros": _zeros,
 }
+_RULE = (
+    "an initializer must be a number, a callable(shape, dtype) or one of "
+    f"{', '.join(sorted(_INITIALIZERS))}"
+)

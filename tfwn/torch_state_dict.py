@@ -355,8 +355,15 @@ def _read_matrix(arrays, matrix, used):
 
 def _value(weight, matrix, v, g):
     dtype = weight.dtype.as_numpy_dtype
+    name = f"{matrix.prefix}{matrix.name}"
     if g is None:
-        return weight, matrix.from_torch(v).astype(dtype), None
+        return _from_w(weight, name, matrix.from_torch(v).astype(dtype))
+    fits = g.ndim == v.ndim and all(n in (1, m) for n, m in zip(g.shape, v.shape, strict=True))
+    if g.ndim and not fits:
+        raise ValueError(
+            f"{name}: the shape of g must be [] or that of v, {list(v.shape)}, with 1 for the axes "
+            f"of the norm, got {list(g.shape)}"
+        )
     normed = [a for a in range(v.ndim) if g.ndim == 0 or g.shape[a] == 1]
     same_units = all(
         v.shape[a] == 1 or (a in normed) == (a != matrix.torch_axis) for a in range(v.ndim)
@@ -366,12 +373,21 @@ def _value(weight, matrix, v, g):
         g = g[tuple(slice(None) if a in weight.axis else 0 for a in range(g.ndim))]
         if weight.exponential_g and not np.all(g > 0):
             raise ValueError(
-                f"{matrix.prefix}{matrix.name}: g must be positive for a layer with exponential_g, "
+                f"{name}: g must be positive for a layer with exponential_g, "
                 f"got {np.min(g)}: create the layer with exponential_g=False"
             )
         return weight, matrix.from_torch(v).astype(dtype), g.astype(dtype)
     w = array_weight_norm(v, g, [a for a in range(v.ndim) if a not in normed])
-    return weight, matrix.from_torch(w).astype(dtype), None
+    return _from_w(weight, name, matrix.from_torch(w).astype(dtype))
+
+
+def _from_w(weight, name, w):
+    if weight.exponential_g and not np.all(array_norm(w, weight.axis) > 0):
+        raise ValueError(
+            f"{name}: a unit is zero, which a layer with exponential_g cannot represent: create "
+            "the layer with exponential_g=False"
+        )
+    return weight, w, None
 
 
 def as_array(value) -> np.ndarray:

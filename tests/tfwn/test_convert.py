@@ -305,6 +305,10 @@ def test_errors_leave_the_layer_alone():
     exponential.build([None, 3])
     state = {"weight_v": np.ones([2, 3]), "weight_g": [[1.0], [-1.0]], "bias": np.zeros(2)}
     unchanged(exponential, state, "g must be positive")
+    unchanged(exponential, linear(weight=np.eye(2, 3) * [[1], [0]]), "weight: a unit is zero")
+    for g in (np.ones(2), np.ones([1, 2]), np.ones([2, 3, 1])):
+        state = {"weight_v": np.ones([2, 3]), "weight_g": g, "bias": np.zeros(2)}
+        unchanged(layer, state, r"weight: the shape of g must be \[\] or that of v, \[2, 3\]")
     with pytest.raises(ValueError, match="generation must be one of"):
         tfwn.convert.to_torch(layer, "first")
     with pytest.raises(ValueError, match="no variables yet"):

@@ -27,6 +27,10 @@ ERRORS = {
         4, 3, 2, dilation_rate=2
     ),
     "filters must be a multiple of groups=3, got 4": lambda: tfwn.Conv2D(4, 3, groups=3),
+    "kernel_size must be an integer or a sequence of 2.*got 3.0": lambda: tfwn.Conv2D(4, 3.0),
+    "an initializer must be a number.*got one of type ndarray": (
+        lambda: tfwn.Dense(3, kernel_initializer=np.ones([5, 3]))(tf.ones([1, 5]))
+    ),
     r"output_padding must lie in \[0, 2\) along axis 0 for a window of 3": (
         lambda: tfwn.Conv2DTranspose(4, 3, 2, output_padding=2)
     ),
@@ -115,6 +119,28 @@ def test_effective_weight_from_outside_the_layer():
     np.testing.assert_array_equal(layer(x, w), y)
     np.testing.assert_array_equal(tf.nn.relu(layer.pre_activation(x, w)), y)
     np.testing.assert_array_equal(layer.pre_activation(x, 0 * w), [[0.0] * 3] * 2)
+
+
+@pytest.mark.parametrize("dtype", [tf.uint8, tf.int16, tf.int32, tf.uint64], ids=lambda t: t.name)
+def test_embeddings_of_any_integers(dtype):
+    layer = tfwn.Embedding(5, 3)
+    np.testing.assert_array_equal(layer(tf.constant([1, 4], dtype)), layer([1, 4]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_gradients_of_grouped_convolutions_in_half_precision(dtype):
+    x = tf.random.stateless_normal([2, 8, 8, 4], [1, 2])
+    layers = [tfwn.Conv2D(4, 3, groups=2, compute_dtype=one) for one in ("float32", dtype)]
+    found = []
+    for layer in layers:
+        layer(x)
+        for variable, value in zip(layer.variables, layers[0].variables, strict=True):
+            variable.assign(value)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.cast(layer(x), tf.float32) ** 2)
+        found.append(tape.gradient(loss, layer.trainable_variables))
+    for exact, rounded in zip(*found, strict=True):
+        np.testing.assert_allclose(rounded, exact, atol=0.02 * np.abs(exact).max())
 
 
 def test_inputs_are_cast():
