@@ -52,7 +52,8 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
         The layer is tfwn's Dense or convolution, or the `tfwn.keras.WeightNormalization`. If this
         wraps a layer with inner layers, such as MultiHeadAttention, it is the inner Keras layer.
       training: passed on to the model if it has this argument: whether noise and dropout are active
-        and batch normalization uses batch statistics, as in the paper's experiments.
+        and batch normalization uses batch statistics, as in the paper's experiments. tfwn's
+        mean-only batch normalization always uses the mean of `batch` here.
 
     Returns:
       The model's output for `batch`, after the initialization.

@@ -110,6 +110,21 @@ def test_time_distributed_counts_all_steps(outer):
     assert tfwn.is_initialized(layer)
 
 
+def test_batch_normalization_in_time_distributed_stays_per_step():
+    inner = keras.Sequential(
+        [
+            keras.Input([4]),
+            keras.layers.BatchNormalization(),
+            WeightNormalization(keras.layers.Dense(3)),
+        ]
+    )
+    model = keras.Sequential([keras.Input([6, 4]), keras.layers.TimeDistributed(inner)])
+    steps = images(channels=4)[:, 0, :6] + tf.reshape(tf.range(6.0), [6, 1])
+    y = tfwn.data_dependent_init(model, steps)
+    check_standard(y[:, 0])  # Set from the first step.
+    np.testing.assert_allclose(model(steps, training=True), y, atol=1e-5)
+
+
 def test_init_scale_receives_the_layers_of_the_model():
     attention = WeightNormalization(keras.layers.MultiHeadAttention(2, 4))
     last = WeightNormalization(keras.layers.Dense(3))

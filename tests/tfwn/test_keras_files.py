@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import pickle
 import tarfile
 import zipfile
 
@@ -364,6 +365,50 @@ def test_copies_of_models_that_make_their_own_layers(folded, registered, tmp_pat
         copy.set_weights(model.get_weights())
         np.testing.assert_allclose(copy(x), model(x), rtol=1e-6)
         assert type(copy.first) is type(model.first)
+
+
+def test_models_whose_classes_have_the_same_name(tmp_path):
+    """A class that is not registered cannot be found, and none may take its place."""
+
+    def model(activation):
+        class Same(keras.Model):
+            def __init__(self, **kwargs):
+                super().__init__(**kwargs)
+                self.layer = keras.layers.Dense(3, activation)
+
+            def call(self, x):
+                return self.layer(x)
+
+        return Same()
+
+    x = normal(4, 8)
+    models = [model("relu"), model("tanh")]
+    for one in models:
+        one(x)
+        tfwn.reparameterize(one)
+    models[0].save(tmp_path / "model.keras")
+    with pytest.raises(TypeError, match="Could not locate class 'Same'"):
+        keras.models.load_model(tmp_path / "model.keras")
+    for one in models:
+        clone = keras.models.clone_model(one)
+        clone(x)
+        clone.set_weights(one.get_weights())
+        np.testing.assert_array_equal(clone(x), one(x))
+
+
+@keras.saving.register_keras_serializable("tests")
+class Pickled(Net):
+    """A model that pickle finds in this module."""
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_pickle(folded):
+    x, model = normal(4, 8), Pickled(4, wrap=folded)
+    model(x)
+    (tfwn.fold if folded else tfwn.reparameterize)(model)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_allclose(again(x), model(x), rtol=1e-6)
+    assert type(again.first) is type(model.first)
 
 
 @pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")

@@ -129,6 +129,10 @@ class WithCustomGradient(keras.layers.Layer):
             return keras.remat(tf.matmul)(x, tf.convert_to_tensor(self.layer.kernel))
         if self.how == "argument":  # As in quantization-aware training.
             return tf.matmul(x, tf.grad_pass_through(lambda w: 1.0 * w)(self.layer.kernel))
+        if self.how == "keyword":  # In a graph, TensorFlow allows none.
+            through = tf.grad_pass_through(lambda w: 1.0 * w)
+            kernel = self.layer.kernel
+            return tf.matmul(x, through(w=kernel) if tf.executing_eagerly() else through(kernel))
         if self.how == "remat argument":
             return keras.remat(lambda x, kernel: tf.matmul(x, kernel))(x, self.layer.kernel)
 
@@ -160,7 +164,7 @@ def test_kernels_read_in_a_custom_gradient_are_refused(how, graph):
 
 
 @pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("how", ["inside", "outside", "tensor", "argument"])
+@pytest.mark.parametrize("how", ["inside", "outside", "tensor", "argument", "keyword"])
 def test_custom_gradients_elsewhere_work(how, graph):
     def gradients(how):
         keras.utils.set_random_seed(1)

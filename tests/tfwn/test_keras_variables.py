@@ -49,6 +49,13 @@ def test_errors():
         WeightNormalization(keras.layers.Dense(3), axis=2).build((4, 3))
 
 
+def test_building_twice_is_refused():
+    wrapper = WeightNormalization(keras.layers.Dense(3))
+    wrapper.build((None, 4))
+    with pytest.raises(ValueError, match=r"'dense.*' is built already"):
+        wrapper.build((None, 4))
+
+
 def test_names_that_no_variable_has_are_refused():
     lstm = dict(weight_names=["kernel", "recurent_kernel"])
     with pytest.raises(ValueError, match=r"names recurent_kernel, which.*recurrent_kernel"):
@@ -246,6 +253,21 @@ class Doubled(WeightNormalization):
 
     def call(self, x):
         return 2 * super().call(x)
+
+
+class Own(WeightNormalization):
+    """A subclass with attributes that the layer has, too."""
+
+    def __init__(self, layer, **kwargs):
+        super().__init__(layer, **kwargs)
+        self.units, self.activation = 7, None
+
+
+def test_attributes_of_a_subclass_are_its_own():
+    wrapper = Own(keras.layers.Dense(3, "relu"))
+    assert wrapper(normal(4, 6)).shape == (4, 3)
+    assert (wrapper.units, wrapper.activation) == (7, None)
+    assert (wrapper.layer.units, wrapper.layer.activation) == (3, keras.activations.relu)
 
 
 def test_subclasses_may_have_their_own_call(tmp_path):

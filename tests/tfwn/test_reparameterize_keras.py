@@ -283,6 +283,40 @@ def test_the_optimizer_restarts(name):
         ]
 
 
+class TwoOptimizers(keras.Model):
+    """Has optimizers with names of its own, as models of adversarial networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = keras.layers.Dense(8), keras.layers.Dense(1)
+
+    def compile(self):
+        super().compile()
+        self.first, self.others = keras.optimizers.SGD(), [keras.optimizers.Adam()]
+
+    def call(self, x):
+        return self.two(self.one(x))
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x) - y) ** 2)
+        parts = [self.one.trainable_variables, self.two.trainable_variables]
+        for optimizer, variables, gradients in zip(
+            (self.first, *self.others), parts, tape.gradient(loss, parts), strict=True
+        ):
+            optimizer.apply(gradients, variables)
+        return {"loss": loss}
+
+
+def test_optimizers_under_other_names_restart():
+    x, model = normal(16, 8), TwoOptimizers()
+    model.compile()
+    for change in (lambda model: None, tfwn.reparameterize, tfwn.fold):
+        change(model)
+        model.fit(x, x[:, :1], verbose=0)
+
+
 @pytest.mark.parametrize("change", [tfwn.reparameterize, tfwn.fold])
 def test_the_optimizer_stays_in_its_strategy(change):
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():

@@ -7,7 +7,7 @@ import math
 import keras
 import tensorflow as tf
 
-from tfwn.keras.internals import stored, stored_dtype
+from tfwn.keras.internals import layers_in, stored, stored_dtype
 from tfwn.keras.normalized import DEPTHWISE, TRANSPOSED, Reading
 from tfwn.keras.scope import Substitution
 from tfwn.layer import initialize, is_initializing, refuse_initialization
@@ -161,21 +161,25 @@ def initializing_call(wrapper, normalized):
 
 @contextlib.contextmanager
 def all_time_steps():
-    """While active, initialization makes TimeDistributed call its layer once, with all time steps.
+    """While active, layers in a TimeDistributed are initialized from all time steps.
 
-    Otherwise, it calls the layer once per step, and the first step alone would set the layer.
+    TimeDistributed calls its layer once per step, so otherwise the first step alone would set it.
+    With batch normalization in the layer, it does, because its statistics are those of one step.
     """
     cls = keras.layers.TimeDistributed
     call = cls.call
 
     @functools.wraps(call)
     def merged(self, inputs, training=None, mask=None):
-        if not (is_initializing() and tf.executing_eagerly()):
-            return call(self, inputs, training=training, mask=mask)
-        if mask is not None:
-            mask = one_step(mask)
-        outputs = call(self, one_step(inputs), training=training, mask=mask)
-        return tf.reshape(outputs, [*inputs.shape[:2], *outputs.shape[2:]])
+        kinds = map(type, layers_in(self.layer))
+        if (
+            is_initializing()
+            and tf.executing_eagerly()
+            and keras.layers.BatchNormalization not in kinds
+        ):
+            one = None if mask is None else one_step(mask)
+            call(self, one_step(inputs), training=training, mask=one)  # Sets the layers in it.
+        return call(self, inputs, training=training, mask=mask)
 
     def one_step(x):
         return tf.reshape(x, [-1, 1, *x.shape[2:]])

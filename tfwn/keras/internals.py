@@ -28,6 +28,7 @@ __all__ = ["DropoutRNNCell", "Functional"]
 TRACED_BY_KERAS = ("train_function", "test_function", "predict_function")
 
 current_scope = backend.get_stateless_scope
+unpickle = keras.Model._unpickle_model
 in_stateless_scope = backend.in_stateless_scope
 
 
@@ -98,7 +99,8 @@ def hidden_from_gradients(variable: keras.Variable) -> int:
             # In a graph, arguments are converted to tensors before the function is called.
             eager = frame.f_code.co_name == "_eager_mode_decorator"
             again = eager and getattr(local["f"], "__qualname__", "").startswith("recompute_grad.")
-            given = any(value is variable for value in tf.nest.flatten(local["args"]))
+            arguments = tf.nest.flatten((local["args"], local["kwargs"]))
+            given = any(value is variable for value in arguments)
             count += again or not given
         frame = frame.f_back  # type: ignore[assignment]
     return count

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from tfwn.keras.internals import makes_its_layers
+from tfwn.keras.internals import makes_its_layers, unpickle
 
 _KEY = "tfwn.original"  # No config of a user's class has this key.
 _NAMES = {"reparameterize": "Reparameterized", "fold": "Folded"}
@@ -50,11 +50,15 @@ class _Changed:
         """Creates the original layer and makes the change."""
         if _KEY not in config:  # Keras took this class, which has the same name, for the original.
             return cls.original.from_config(config)
-        # If the class is not registered with Keras, this finds it.
+        # For clone_model, which needs no registered class and calls this class itself.
         objects = {cls.original.__name__: cls.original} | (custom_objects or {})
         layer = keras.saving.deserialize_keras_object(config[_KEY], objects)
         change = getattr(importlib.import_module("tfwn.keras.reparameterize"), cls.change)
         return change(layer, required=False)
+
+    def __reduce__(self):
+        """Pickles like Keras, but names no class: pickle finds only the original one."""
+        return unpickle, super().__reduce__()[1]
 
 
 @functools.cache
@@ -67,8 +71,13 @@ def _changed_class(original, change: str):
         "__doc__": original.__doc__,
     }
     cls = type(original.__name__, (_Changed, original), members)
-    return keras.saving.register_keras_serializable(package="tfwn", name=_NAMES[change])(cls)
+    cls = keras.saving.register_keras_serializable(package="tfwn", name=_NAMES[change])(cls)
+    # Files name all changed classes alike, and are loaded with the one of keras.Model.
+    name = keras.saving.get_registered_name(cls)
+    loader = cls if original is keras.Model else _changed_class(keras.Model, change)
+    keras.saving.get_custom_objects()[name] = loader
+    return cls
 
 
 for _change in _NAMES:
-    _changed_class(keras.Model, _change)  # To load files; all share one from_config.
+    _changed_class(keras.Model, _change)

@@ -201,7 +201,7 @@ class _Change:
         for name in internals.TRACED_BY_KERAS:
             if getattr(holder, name, None) is not None:
                 setattr(holder, name, None)
-        for optimizer in internals.optimizers_in(getattr(holder, "optimizer", None)):
+        for optimizer in internals.optimizers_in([value for _, value in attributes(holder)]):
             if optimizer.built:
                 internals.restart_optimizer(optimizer)
             for wrapper in _wrappers_in(holder):

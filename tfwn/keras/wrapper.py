@@ -70,7 +70,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
 
     Inputs, outputs, masks and call arguments are those of the layer. `wrapper.layer` is the layer.
     `wrapper.normalized` contains an object for each normalized variable, with v, g, axis and w().
-    The layer's other public attributes can be read and set through the wrapper.
+    The layer's other public attributes can be read and set through the wrapper; in a subclass they
+    can only be read.
 
     Raises:
       ValueError: if `data_init` is True, the layer is already weight-normalized or quantized, it
@@ -143,6 +144,11 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
 
     def build(self, *shapes, **named_shapes):
         """Builds the layer and creates a g for each of its kernels."""
+        if self.normalized:
+            raise ValueError(
+                f"the wrapper {self.name!r} is built already: build or call it only once before "
+                "its variables are created"
+            )
         internals.build_from_shape(self.layer, *shapes, **named_shapes)
         self._build_shapes = [list(shapes), dict(named_shapes)]
         self.built_while_initializing = is_initializing()
@@ -285,8 +291,11 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
         return value
 
     def __setattr__(self, name, value):
-        # Sets the layer's own attributes, such as `activation`, as __getattr__ reads them.
-        own = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        # Sets the layer's own attributes, such as `activation`, as __getattr__ reads them. A
+        # subclass keeps what is set in it, because it may have attributes with the same names.
+        cls = type(self)
+        own = cls is not __class__ or name.startswith("_")  # type: ignore[name-defined]
+        own = own or name in vars(self) or hasattr(cls, name)
         if own or name not in dir(vars(self).get("layer")):
             super().__setattr__(name, value)
         else:
