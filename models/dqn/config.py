@@ -67,7 +67,8 @@ class Config(SweepConfig):
     # rmsprop is the centered variant, with Nature's decay rates.
     optimizer: Literal["adamax", "rmsprop"] = option("adamax", resume="never")
     discount: Fraction = 0.99  # Discount factor per step.
-    target_every: Count = 10_000  # Steps between updates of the target network.
+    # Steps (with --variant deep_q_rl: updates) between copies to the target network.
+    target_every: Count = 10_000
     epsilon: Fraction = 0.1  # Final probability of a random action.
     epsilon_steps: Count = 1_000_000  # Steps after the warm-up over which epsilon decays from 1.
     filters: tuple[Count, ...] = option((32, 64, 64), resume="never")  # Filters per convolution.
@@ -90,7 +91,8 @@ class Config(SweepConfig):
     # process per core, but actions are chosen with weights up to two updates old.
     num_envs: Count = option(1, resume="never")
     # deep_q_rl: two extra no-ops at the start of a game or life, 4 random actions at the start of a
-    # life, updates counted from the start of a life, no states that span two lives.
+    # life, updates counted from the start of a life, no states that span two lives, and
+    # --target-every counts updates.
     variant: Literal["nature", "deep_q_rl"] = "nature"
     replay_file: str = option("", resume="free")  # Keep the replay memory in this file, not in RAM.
     save_replay: bool = option(True, named=True)  # Save the replay memory, so resuming is exact.

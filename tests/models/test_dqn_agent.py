@@ -8,7 +8,7 @@ import tensorflow as tf
 from catch import CATCH, config_of, random_batch, random_states
 
 import tfwn
-from models.dqn import replay
+from models.dqn import replay, training
 from models.dqn.agent import Actor, FrameStack, Learner, Network, make_optimizer
 from models.dqn.config import Config
 from models.dqn.replay import Replay
@@ -222,3 +222,21 @@ def test_there_is_an_update_every_four_steps_after_the_warm_up(num_envs):
     due = [actor.updates(step) for step in range(0, 80, num_envs)]
     assert sum(due) == 10
     assert sum(due[: 40 // num_envs]) == 0
+
+
+@pytest.mark.parametrize("variant", ["nature", "deep_q_rl"])
+def test_the_target_network_is_copied_by_steps_but_by_updates_in_deep_q_rl(monkeypatch, variant):
+    actor, _ = actor_of(1, variant=variant, learning_starts=20, target_every=6, batch_size=2)
+    learner, copies = actor._learner, []
+    learner.initialized.assign(True)
+    monkeypatch.setattr(
+        learner, "copy_to_target", lambda: copies.append((step + 1, int(iterations)))
+    )
+    iterations = learner.optimizer.iterations
+    for step in range(90):
+        training.advance(actor._config, learner, actor, step)
+    steps, updates = zip(*copies, strict=True)
+    if variant == "nature":
+        assert list(steps) == list(range(6, 91, 6))
+    else:  # A game has 5 actions and, after the 5th, an update.
+        assert (list(updates), int(iterations)) == ([6, 12], 14)
