@@ -109,6 +109,7 @@ class Config(SweepConfig):
         for kind in ("normal", "weight_norm")
     }  # fmt: skip
     MEASURE: ClassVar[str] = "test_score"
+    SELECT_HIGHEST: ClassVar[bool] = True  # Figure 5.
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset("the paper's values: 50M steps, 7 GiB of memory, days"),
