@@ -156,6 +156,8 @@ class Config(SweepConfig):
         check_game(self.game)
         if self.strategy != "none":
             raise UserError(f"--strategy {self.strategy}: DQN trains on one device; omit it")
+        if self.sweep and self.replay_file:
+            raise UserError("--sweep: each run needs its own file, so omit --replay-file")
         if self.steps <= self.learning_starts:
             raise UserError(
                 f"--steps {self.steps} must be more than --learning-starts {self.learning_starts}"
