@@ -82,7 +82,7 @@ class Config(SweepConfig):
     test_every: Count = 250_000  # Steps per epoch, which ends with a test.
     # Tests: --test-steps actions (paper), or 30 games of at most 5 minutes (nature).
     protocol: Literal["paper", "nature"] = option("paper", named=True, was="test")
-    test_steps: Count = option(125_000, named=True)  # Actions per test with --protocol paper.
+    test_steps: Count = 125_000  # Actions per test with --protocol paper.
     test_epsilon: Fraction = 0.05  # Probability of a random action in evaluation.
     held_out: Count = 3200  # Number of held-out states whose mean maximum Q is logged.
     # Scaling of frames to 84 x 84: bilinear as in deep_q_rl, or area averages as in Nature's code.

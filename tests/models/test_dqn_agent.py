@@ -151,6 +151,20 @@ def test_the_output_layer_may_be_left_uninitialized(rng):
     assert 0.3 < hidden.std() < 1
 
 
+@pytest.mark.parametrize("parameterization", ["normal", "weight_norm"])
+def test_natures_initial_weights_and_biases_are_uniform_up_to_the_root_of_fan_in(parameterization):
+    made = Learner(Config.of_preset("nature", parameterization=parameterization), 6, tf.float32)
+    fan_ins = (256, 512, 576, 3136, 512)
+    for layer, fan_in in zip(made.online.layers, fan_ins, strict=True):
+        w, b = (x.numpy().ravel() * fan_in**0.5 for x in (layer.weight(), layer.b))
+        for values in (w, b):
+            assert 0.5 < abs(values).max() <= 1 + 1e-5
+            assert len(np.unique(values)) > 0.9 * len(values)
+            # 6 standard deviations of a uniform variable's variance.
+            assert abs(values.var() - 1 / 3) < 6 * 0.3 / len(values) ** 0.5
+        assert np.isin(b, w).mean() < 0.5  # A few of 3136 * 512 values coincide.
+
+
 def test_the_papers_preset_is_the_table_of_the_paper():
     config = Config()
     assert (config.steps, config.replay, config.learning_starts) == (50_000_000, 10**6, 50_000)
