@@ -23,9 +23,9 @@ Deviations from the paper, and choices where it is silent:
     deep_q_rl` plays and learns like that code (see Config) except for its initial weights (He's,
     uniform; biases 0.1), its random first 4 actions in a test, and the new game that it starts at
     each epoch.
- 3. The target network is copied every 10,000 actions, as in Nature's code. Nature's table calls
-    the unit parameter updates, and deep_q_rl does count updates, so it copies every 40,000 actions
-    or more, and so does `--variant deep_q_rl`. The paper is silent.
+ 3. The target network is copied every 10,000 actions, as in Nature's code. Nature's table says
+    10,000 parameter updates, and that is what deep_q_rl and `--variant deep_q_rl` count: 40,000
+    actions or more. The paper does not mention it.
  4. The batch for data-dependent initialization is drawn from the replay memory after the warm-up.
     The paper specifies neither its source nor whether the output layer is initialized too
     (`--init-output none` leaves that layer out). In the paper's code, the normal parameterization
