@@ -57,8 +57,8 @@ class Experiment:
       styles: matplotlib's line properties of arms; by default, each arm has its own color.
       limits: the axis limits of the paper's figure, ((x), (y)), for runs of the paper's preset.
       gradual: whether the measure improves steadily; the table then shows when it reaches a level.
-      error: for a single run, the columns of metrics.csv with the measure's standard error and the
-        sample size, and what the sample consists of ("games").
+      error: for a single run, the columns of metrics.csv with the standard error of the measure's
+        last value and the sample size, and what the sample consists of ("games").
     """
 
     title: str
@@ -108,7 +108,8 @@ class Arm:
     def value(self, column: Column) -> str:
         """Returns the mean of a column over the seeds and its standard error, as text."""
         mean, error = mean_and_error([column.of(run, self.epoch) for run in self.runs])
-        if len(self.runs) == 1 and column == self.measure and self.experiment.error:
+        shown = (column.name, column.highest) == (self.measure.name, False)
+        if len(self.runs) == 1 and shown and self.experiment.error:
             error = Column(self.experiment.error[0], "").of(self.runs[0], self.epoch)
         return with_error(mean, error, column.form)
 
@@ -202,7 +203,7 @@ class Comparison:
                 axes.set(xlim=self.experiment.limits[0], ylim=self.experiment.limits[1])
 
     def draw_rates(self) -> None:
-        """Draws the measure in the last epoch by learning rate; crosses mark diverged runs."""
+        """Draws the measure by learning rate; crosses mark diverged runs."""
         column = self.experiment.columns[0]
         with self.output.figure(
             f"{self.name}-rates", self.title, "learning rate", column.label
@@ -256,7 +257,7 @@ class Comparison:
         self.output.table(self.name, self.title, ["", *heads], rows, self.notes())
 
     def rates_table(self) -> None:
-        """Creates the table of the first seed's measure in the last epoch, by arm and rate."""
+        """Creates the table of the first seed's measure, by arm and rate."""
         column, rows = self.experiment.columns[0], []
         rates = sorted({rate for arm in self.arms for rate in arm.rates})
         for arm in self.arms:

@@ -63,10 +63,12 @@ def read(path: str | Path) -> dict[str, list[float]]:
     return {name: [float(row.get(name) or math.nan) for row in rows] for name in columns}
 
 
-def last(path: str | Path, column: str) -> float:
-    """Returns the last value in a column, NaN if there is none."""
+def last(path: str | Path, column: str, highest: bool = False) -> float:
+    """Returns the last (or highest) value in a column, NaN if there is none."""
     values = [value for value in read(path).get(column, []) if not math.isnan(value)]
-    return values[-1] if values else math.nan
+    if not values:
+        return math.nan
+    return max(values) if highest else values[-1]
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -142,7 +142,9 @@ class SweepConfig(RunConfig):
     learning_rate: float | None = None  # The step size.
 
     ARMS: ClassVar[dict[str, dict[str, Any]]] = {}  # The field values that define each arm.
-    MEASURE: ClassVar[str] = ""  # The metrics.csv column whose last value selects the rate.
+    # The column of metrics.csv whose last (or highest) value selects the rate.
+    MEASURE: ClassVar[str] = ""
+    SELECT_HIGHEST: ClassVar[bool] = False
     LOWER_IS_BETTER: ClassVar[bool] = False
 
     @property

@@ -50,6 +50,7 @@ class Sweep:
         self.arms = tuple(dict.fromkeys(config.arms)) or tuple(config.ARMS)
         self.rates = tuple(dict.fromkeys(config.learning_rates))
         self.seeds = tuple(dict.fromkeys(config.seeds))
+        self.measured = "highest " * config.SELECT_HIGHEST + config.MEASURE
         self._running: dict[SweepConfig, tuple[subprocess.Popen, float]] = {}
         self._failed: dict[SweepConfig, str] = {}
         self._console = rich.console.Console()
@@ -80,7 +81,7 @@ class Sweep:
 
     def measure(self, one: SweepConfig) -> float:
         """Returns the measure of a finished run."""
-        return metrics.last(one.out, self.config.MEASURE)
+        return metrics.last(one.out, self.config.MEASURE, self.config.SELECT_HIGHEST)
 
     def wanted(self) -> list[SweepConfig]:
         """Returns the runs to make; an arm's other seeds follow once its best rate is known."""
@@ -158,7 +159,7 @@ class Sweep:
         process, began = self._running.pop(one)
         outcome = run_folder.outcome(one)
         if outcome == "finished":
-            text = f"{self.config.MEASURE} {self.measure(one):.5g}"
+            text = f"{self.measured} {self.measure(one):.5g}"
         elif outcome == "diverged":
             text = f"diverged: {run_folder.load(one.out)['diverged']}"
         else:
@@ -203,7 +204,7 @@ class Sweep:
                     if run_folder.outcome(one) == "finished"
                 ]
                 print(f"{arm}: best rate {show(best.learning_rate)}, ", end="")
-                print(f"{self.config.MEASURE} {', '.join(shown)}")
+                print(f"{self.measured} {', '.join(shown)}")
         if self._failed:
             names = ", ".join(Path(one.out).name for one in self._failed)
             raise UserError(

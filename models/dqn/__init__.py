@@ -23,13 +23,16 @@ Deviations from the paper, and choices where it is silent:
     deep_q_rl` plays and learns like that code (see Config) except for its initial weights (He's,
     uniform; biases 0.1), its random first 4 actions in a test, and the new game that it starts at
     each epoch.
- 3. The batch for data-dependent initialization is drawn from the replay memory after the warm-up.
+ 3. The target network is copied every 10,000 actions, as in Nature's code. Nature's table says
+    10,000 parameter updates, and that is what deep_q_rl and `--variant deep_q_rl` count: 40,000
+    actions or more. The paper does not mention it.
+ 4. The batch for data-dependent initialization is drawn from the replay memory after the warm-up.
     The paper specifies neither its source nor whether the output layer is initialized too
     (`--init-output none` leaves that layer out). In the paper's code, the normal parameterization
     is w = g v with Glorot's v and a constant g set by this initialization (`--frozen-g`).
- 4. With several games, a test plays them in parallel and drops those unfinished at the end; the
+ 5. With several games, a test plays them in parallel and drops those unfinished at the end; the
     paper's code drops only one.
- 5. Frames are scaled bilinearly, as in deep_q_rl. `--preset nature` averages areas, as Nature's
+ 6. Frames are scaled bilinearly, as in deep_q_rl. `--preset nature` averages areas, as Nature's
     code does, but differs from it in two details: in that code, a lost life in training cuts the
     action short, and play resumes after 1 to 30 no-ops with a new frame stack; and the first
     convolution pads its input by 1.

@@ -49,6 +49,13 @@ class Network(tf.Module):
             make.dense(actions, init_scale=config.init_output or 1.0, compute_dtype=tf.float32),
         ]
         self(tf.zeros([1, 84, 84, 4], tf.uint8))
+        if not config.data_dependent_init:  # As in Nature's code, biases are like the weights.
+            for index, layer in enumerate(self.layers):
+                bound = math.prod(layer.weight().shape[:-1]) ** -0.5
+                uniform = tf.keras.initializers.RandomUniform(
+                    -bound, bound, config.seed * 10 + 5 + index
+                )
+                layer.b.assign(uniform(layer.b.shape, layer.b.dtype))
 
     def __call__(self, states: tf.Tensor) -> tf.Tensor:
         """Returns the Q-values."""

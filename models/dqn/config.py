@@ -67,7 +67,8 @@ class Config(SweepConfig):
     # rmsprop is the centered variant, with Nature's decay rates.
     optimizer: Literal["adamax", "rmsprop"] = option("adamax", resume="never")
     discount: Fraction = 0.99  # Discount factor per step.
-    target_every: Count = 10_000  # Steps between updates of the target network.
+    # Steps (with --variant deep_q_rl: updates) between copies to the target network.
+    target_every: Count = 10_000
     epsilon: Fraction = 0.1  # Final probability of a random action.
     epsilon_steps: Count = 1_000_000  # Steps after the warm-up over which epsilon decays from 1.
     filters: tuple[Count, ...] = option((32, 64, 64), resume="never")  # Filters per convolution.
@@ -81,7 +82,7 @@ class Config(SweepConfig):
     test_every: Count = 250_000  # Steps per epoch, which ends with a test.
     # Tests: --test-steps actions (paper), or 30 games of at most 5 minutes (nature).
     protocol: Literal["paper", "nature"] = option("paper", named=True, was="test")
-    test_steps: Count = option(125_000, named=True)  # Actions per test with --protocol paper.
+    test_steps: Count = 125_000  # Actions per test with --protocol paper.
     test_epsilon: Fraction = 0.05  # Probability of a random action in evaluation.
     held_out: Count = 3200  # Number of held-out states whose mean maximum Q is logged.
     # Scaling of frames to 84 x 84: bilinear as in deep_q_rl, or area averages as in Nature's code.
@@ -90,7 +91,8 @@ class Config(SweepConfig):
     # process per core, but actions are chosen with weights up to two updates old.
     num_envs: Count = option(1, resume="never")
     # deep_q_rl: two extra no-ops at the start of a game or life, 4 random actions at the start of a
-    # life, updates counted from the start of a life, no states that span two lives.
+    # life, updates counted from the start of a life, no states that span two lives, and
+    # --target-every counts updates.
     variant: Literal["nature", "deep_q_rl"] = "nature"
     replay_file: str = option("", resume="free")  # Keep the replay memory in this file, not in RAM.
     save_replay: bool = option(True, named=True)  # Save the replay memory, so resuming is exact.
@@ -107,6 +109,7 @@ class Config(SweepConfig):
         for kind in ("normal", "weight_norm")
     }  # fmt: skip
     MEASURE: ClassVar[str] = "test_score"
+    SELECT_HIGHEST: ClassVar[bool] = True  # Figure 5.
 
     PRESETS: ClassVar[dict[str, Preset]] = {
         "paper": Preset("the paper's values: 50M steps, 7 GiB of memory, days"),
@@ -153,6 +156,8 @@ class Config(SweepConfig):
         check_game(self.game)
         if self.strategy != "none":
             raise UserError(f"--strategy {self.strategy}: DQN trains on one device; omit it")
+        if self.sweep and self.replay_file:
+            raise UserError("--sweep: each run needs its own file, so omit --replay-file")
         if self.steps <= self.learning_starts:
             raise UserError(
                 f"--steps {self.steps} must be more than --learning-starts {self.learning_starts}"

@@ -60,7 +60,10 @@ def draw(runs: list[figures.FinishedRun], output: figures.Output) -> None:
             experiment = comparison.Experiment(
                 f"DQN on {game}, epochs of {here[0].config.test_every:,} steps",
                 score,
-                (score, dataclasses.replace(score, label="highest", highest=True)),
+                (
+                    dataclasses.replace(score, label=f"highest {score.label}", highest=True),
+                    dataclasses.replace(score, label="last"),
+                ),
                 {f"{i}-{k}": PAPER.get(game, {}).get(k) for i, k in ARMS},
                 {f"{i}-{k}": f"{INITS[i]}, {k.replace('_', ' ')}" for i, k in ARMS},
                 styles={

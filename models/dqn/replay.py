@@ -29,6 +29,7 @@ FRAME = FRAME_SHAPE[0] * FRAME_SHAPE[1]
 # Bytes before the frames in the file. They hold three numbers: how many slots were ever written,
 # the id of the memory that wrote them, and the id of the lost memory that it replaced.
 _HEADER = 4096
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 class Batch(NamedTuple):
@@ -92,7 +93,7 @@ class Replay:
         if in_memory:
             _check_memory(self._slots * environments * FRAME, capacity)
         if file is not None:
-            _make_file(file, self._file_slots * environments * FRAME)
+            _make_file(file, self._file_slots * environments * FRAME, mapped=not in_memory)
             self._header = _lock_header(file)
             if new and self._header[0]:
                 raise UserError(
@@ -313,16 +314,18 @@ def available_memory() -> int | None:
     try:
         with open("/proc/meminfo") as file:
             free = next(int(x.split()[1]) * 1024 for x in file if x.startswith("MemAvailable"))
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        limit = (_CGROUP / "memory.max").read_text().strip()
         if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            free = min(free, int(limit) - used)
-    except (OSError, ValueError, StopIteration):
+            used = int((_CGROUP / "memory.current").read_text())
+            stat = dict(map(str.split, (_CGROUP / "memory.stat").read_text().splitlines()))
+            # The kernel drops cached files, such as a replay file, when memory is needed.
+            free = min(free, int(limit) - used + int(stat["inactive_file"]))
+    except (OSError, ValueError, KeyError, StopIteration):
         pass
     return free
 
 
-def _make_file(path: Path, needed: int) -> None:
+def _make_file(path: Path, needed: int, mapped: bool) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b") as file:
@@ -340,6 +343,8 @@ def _make_file(path: Path, needed: int) -> None:
                     f"{free / 2**30:.1f} GiB are free there: lower --replay, or name a file on "
                     "another disk with --replay-file"
                 )
+            # What is mapped is allocated now: later, a full disk would kill the process (SIGBUS).
+            os.posix_fallocate(file.fileno(), 0, _HEADER + needed * mapped)
             file.truncate(_HEADER + needed)
     except OSError as error:
         raise UserError(

@@ -119,21 +119,26 @@ def advance(config: Config, learner: Learner, actor: Actor, step: int) -> None:
     if config.num_envs == 1:
         # Nature's order: act, observe, remember, learn.
         actor.remember(actions, actor.games.step(actions))
-        learn(config, learner, actor, step)
+        updates = learn(config, learner, actor, step)
     else:
         actor.games.send(actions)
-        learn(config, learner, actor, step)
+        updates = learn(config, learner, actor, step)
         actor.remember(actions, actor.games.recv())
         if count := due(config, actor, after):
             actor.replay.prepare(config.batch_size, count, to_tensors)
-    if crosses(step, after, config.target_every) and learner.initialized:
+    before = step
+    if config.variant == "deep_q_rl":  # It counts updates.
+        after = int(learner.optimizer.iterations)
+        before = after - updates
+    if crosses(before, after, config.target_every) and learner.initialized:
         learner.copy_to_target()
 
 
-def learn(config: Config, learner: Learner, actor: Actor, step: int) -> None:
-    """Performs the updates that are due after a step, in one call."""
+def learn(config: Config, learner: Learner, actor: Actor, step: int) -> int:
+    """Performs the updates that are due after a step, in one call, and returns their number."""
     if count := due(config, actor, step):
         learner.update(actor.replay.batches(config.batch_size, count, to_tensors))
+    return count
 
 
 def due(config: Config, actor: Actor, step: int) -> int:

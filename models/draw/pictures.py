@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from models.common import checkpoints, plots, runtime, video
+from models.common import checkpoints, plots, replicas, runtime, video
 from models.draw.config import Config, Sample
 from models.draw.network import Network, window
 
@@ -14,7 +14,7 @@ from models.draw.network import Network, window
 def sample_noise(config: Config, seed: int = 0, count: int = 100) -> tf.Tensor:
     """Returns z for `count` images, [T, count, latent_units]."""
     shape = [config.glimpses, count, config.latent_units]
-    return tf.random.stateless_normal(shape, [seed, 0], alg="philox")
+    return tf.random.stateless_normal(shape, replicas.fold_in([seed, 0], 0), alg="philox")
 
 
 def with_window(canvas: np.ndarray, parameters, config: Config, scale: int) -> np.ndarray:

@@ -31,7 +31,9 @@ def load(config: Config, data_dir: str = "") -> data.Images:
 def noise(config: Config, x, seed) -> tf.Tensor:
     """Returns u, [T, batch, latent_units], for x, this replica's share of the batch."""
     batch = tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
-    u = replicas.normal_like(tf.zeros([batch, config.glimpses, config.latent_units]), seed)
+    like = tf.zeros([batch, config.glimpses, config.latent_units])
+    # Folded, because [seed, 1], [seed, 2], ... also seed the layers' v.
+    u = replicas.normal_like(like, replicas.fold_in(seed, 0))
     return tf.transpose(u, [1, 0, 2])
 
 

@@ -76,7 +76,8 @@ class MnistVAE(tf.Module):
     def encode(self, x, seed):
         """Draws z from q(z|x); returns z and log q(z|x), both float32 [batch, latents]."""
         mu, log_sigma, context = self.moments(x)
-        noise = replicas.normal_like(mu, seed)
+        # Folded, because [seed, 1], [seed, 2], ... also seed the layers' v.
+        noise = replicas.normal_like(mu, replicas.fold_in(seed, 0))
         z = mu + tf.exp(log_sigma) * noise
         return self.transform(z, log_normal(noise, 0.0, 0.0) - log_sigma, context)
 
@@ -111,7 +112,8 @@ class MnistVAE(tf.Module):
 
     def sample(self, count: int, seed) -> tf.Tensor:
         """Draws z from the prior; returns the pixels' means, in [0, 1]."""
-        return tf.sigmoid(self.decode(tf.random.stateless_normal([count, self.latents], seed)))
+        z = tf.random.stateless_normal([count, self.latents], replicas.fold_in(seed, 0))
+        return tf.sigmoid(self.decode(z))
 
     def reconstruct(self, x, seed) -> tf.Tensor:
         """Draws z from q(z|x); returns the pixels' means, in [0, 1]."""

@@ -3,7 +3,9 @@
 import importlib.util
 import sys
 
+import numpy as np
 import pytest
+import tensorflow as tf
 from support import SOURCE
 
 from models.common import command_line
@@ -23,6 +25,19 @@ def command(capsys):
         return status, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def normal_seeds(monkeypatch):
+    """The set of all seeds with which stateless normal numbers are drawn."""
+    seeds, draw = set(), tf.random.stateless_normal
+
+    def record(shape, seed, **options):
+        seeds.add(tuple(np.array(seed).tolist()))
+        return draw(shape, seed, **options)
+
+    monkeypatch.setattr(tf.random, "stateless_normal", record)
+    return seeds
 
 
 @pytest.fixture

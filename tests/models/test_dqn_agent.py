@@ -8,7 +8,7 @@ import tensorflow as tf
 from catch import CATCH, config_of, random_batch, random_states
 
 import tfwn
-from models.dqn import replay
+from models.dqn import replay, training
 from models.dqn.agent import Actor, FrameStack, Learner, Network, make_optimizer
 from models.dqn.config import Config
 from models.dqn.replay import Replay
@@ -151,6 +151,20 @@ def test_the_output_layer_may_be_left_uninitialized(rng):
     assert 0.3 < hidden.std() < 1
 
 
+@pytest.mark.parametrize("parameterization", ["normal", "weight_norm"])
+def test_natures_initial_weights_and_biases_are_uniform_up_to_the_root_of_fan_in(parameterization):
+    made = Learner(Config.of_preset("nature", parameterization=parameterization), 6, tf.float32)
+    fan_ins = (256, 512, 576, 3136, 512)
+    for layer, fan_in in zip(made.online.layers, fan_ins, strict=True):
+        w, b = (x.numpy().ravel() * fan_in**0.5 for x in (layer.weight(), layer.b))
+        for values in (w, b):
+            assert 0.5 < abs(values).max() <= 1 + 1e-5
+            assert len(np.unique(values)) > 0.9 * len(values)
+            # 6 standard deviations of a uniform variable's variance.
+            assert abs(values.var() - 1 / 3) < 6 * 0.3 / len(values) ** 0.5
+        assert np.isin(b, w).mean() < 0.5  # A few of 3136 * 512 values coincide.
+
+
 def test_the_papers_preset_is_the_table_of_the_paper():
     config = Config()
     assert (config.steps, config.replay, config.learning_starts) == (50_000_000, 10**6, 50_000)
@@ -222,3 +236,21 @@ def test_there_is_an_update_every_four_steps_after_the_warm_up(num_envs):
     due = [actor.updates(step) for step in range(0, 80, num_envs)]
     assert sum(due) == 10
     assert sum(due[: 40 // num_envs]) == 0
+
+
+@pytest.mark.parametrize("variant", ["nature", "deep_q_rl"])
+def test_the_target_network_is_copied_by_steps_but_by_updates_in_deep_q_rl(monkeypatch, variant):
+    actor, _ = actor_of(1, variant=variant, learning_starts=20, target_every=6, batch_size=2)
+    learner, copies = actor._learner, []
+    learner.initialized.assign(True)
+    monkeypatch.setattr(
+        learner, "copy_to_target", lambda: copies.append((step + 1, int(iterations)))
+    )
+    iterations = learner.optimizer.iterations
+    for step in range(90):
+        training.advance(actor._config, learner, actor, step)
+    steps, updates = zip(*copies, strict=True)
+    if variant == "nature":
+        assert list(steps) == list(range(6, 91, 6))
+    else:  # A game has 5 actions and, after the 5th, an update.
+        assert (list(updates), int(iterations)) == ([6, 12], 14)

@@ -1,6 +1,8 @@
 """Tests models/dqn/replay.py against a plain list of transitions."""
 
 import collections
+import errno
+import os
 import pathlib
 
 import numpy as np
@@ -208,6 +210,14 @@ def test_too_little_memory_says_how_much_and_the_remedy(monkeypatch):
         Replay(1_000_000)
 
 
+def test_cached_files_count_as_free_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("2500\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nactive_file 200\ninactive_file 2000\n")
+    assert replay.available_memory() == 3000 - (2500 - 2000)
+
+
 def test_a_million_frames_take_memory_only_as_they_are_filled(rng):
     if replay.available_memory() < 7 * 2**30:
         pytest.skip("needs 7 GiB of free memory")
@@ -225,6 +235,24 @@ def test_an_unwritable_or_foreign_file_is_told(tmp_path):
     other.write_bytes(b"something else")
     with pytest.raises(UserError, match="holds 14 bytes and not the"):
         Replay(10, file=other)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_mapped_bytes_have_their_place_on_the_disk_from_the_start(tmp_path, monkeypatch, in_memory):
+    """Writing to a mapped hole kills the process when the disk is full."""
+    ring = tmp_path / "ring"
+    made = Replay(300, file=ring, in_memory=in_memory)
+    mapped = 4096 if in_memory else ring.stat().st_size
+    assert mapped <= ring.stat().st_blocks * 512
+    made.close()
+    made.file.unlink()
+
+    def full(file, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"ring: cannot write .* \(No space left on device\)"):
+        Replay(300, file=ring, in_memory=in_memory)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -224,6 +224,7 @@ def test_a_signal_in_the_last_evaluation_leaves_it_to_the_resumed_run(run, tmp_p
         (["--filters", "4", "4"], "--filters"),
         (["--learning-starts", "8"], "--learning-starts"),
         (["--replay-file", "/proc/no/ring"], "/proc/no/ring"),
+        (["--sweep", "--num-envs", "1", "--replay-file", "ring"], "omit --replay-file"),
     ],
 )
 def test_a_mistake_is_named_in_one_line_and_leaves_no_folder(run, tmp_path, argv, named):

@@ -328,6 +328,17 @@ def test_every_glimpse_and_image_has_noise_of_its_own():
     assert abs(np.corrcoef(u[0].numpy().ravel(), u[1].numpy().ravel())[0, 1]) < 0.15
 
 
+def test_weights_and_noise_have_different_seeds(normal_seeds):
+    draw.Network(config_of(), SIDE)
+    weights = set(normal_seeds)
+    normal_seeds.clear()
+    for seed in map(list, weights):
+        training.noise(config_of(), tf.zeros([1, 2, 2]), tf.constant(seed, tf.int64))
+    pictures.sample_noise(config_of())
+    assert len(normal_seeds) == len(weights) > 4
+    assert not weights & normal_seeds
+
+
 def test_adam_is_the_codes():
     adam = training.make_optimizer(Config(), [])
     assert (float(adam.learning_rate), adam.beta_1, adam.beta_2) == (

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import matplotlib.figure
 import numpy as np
@@ -14,6 +15,7 @@ from models.cifar.config import Config as Cifar
 from models.common import figures as common
 from models.common import metrics
 from models.common.run_folder import program_of
+from models.common.sweep import Sweep
 from models.dqn.config import Config as Dqn
 from models.draw.config import Config as Draw
 from models.vae.config import Config as Vae
@@ -293,9 +295,9 @@ def test_figure_5_has_a_plot_for_each_game_and_figure_6_the_highest_scores(run, 
     make_dqn_run(tmp_path / "runs" / "3", [500], game="Pong", test="nature")
     status, _, text = run(tmp_path / "runs")
     assert status == 0
-    last, highest, paper, *_, over = cells(text, "data-dependent, initial Q 1, weight norm")
+    highest, last, paper, *_, over = cells(text, "data-dependent, initial Q 1, weight norm")
     assert (last, highest, paper, over) == ("255.0 ± 55.0", "305.0 ± 5.0", "403", "2 seeds")
-    last, highest, paper, *_, over = cells(text, "data-dependent, initial Q 1, normal")
+    highest, last, paper, *_, over = cells(text, "data-dependent, initial Q 1, normal")
     assert (last, highest, paper, over) == ("20.0 ± 2.0", "20.0", "410", "30 games, 1 seed")
     # The paper has no results for Pong.
     assert cells(text, "data-dependent, initial Q 1, weight norm", 1)[2] == "0.0003"
@@ -305,12 +307,28 @@ def test_figure_5_has_a_plot_for_each_game_and_figure_6_the_highest_scores(run, 
         assert path.read_bytes().startswith(PNG)
 
 
+def test_dqn_s_rate_is_that_of_the_highest_score_in_sweep_and_table(run, tmp_path):
+    scores, rates = {1e-3: [10, 300, 20], 3e-3: [10, 100, 200]}, (1e-3, 3e-3)
+    sweep = Sweep(Dqn(out=str(tmp_path / "runs"), steps=750_000, learning_rates=rates))
+    arm = "one-weight_norm"
+    for one in sweep.first(arm):
+        make_dqn_run(Path(one.out), scores[one.rate], game=one.game, learning_rate=one.rate)
+    assert sweep.best(arm).rate == 1e-3
+    label = "data-dependent, initial Q 1, weight norm"
+    text = run(tmp_path / "runs")[2]
+    assert cells(text, label)[:4] == ["300.0", "20.0 ± 2.0", "2179", "0.001"]
+    assert cells(text, f"{label}, seed 0") == ["**300.0**", "200.0"]
+
+
 def test_scores_of_different_tests_are_not_drawn_together(run, tmp_path):
     make_dqn_run(tmp_path / "runs" / "0", [10])
     make_dqn_run(tmp_path / "runs" / "1", [10], kind="normal", test="nature")
     status, err, _ = run(tmp_path / "runs")
     assert (status, err.count("\n")) == (2, 1)
     assert "some runs of Breakout have --protocol nature and some paper" in err
+    shorter = make_dqn_run(tmp_path / "2", [10], kind="normal", test_steps=20_000)
+    status, err, _ = run(tmp_path / "runs" / "0", shorter)
+    assert (status, f"{shorter} is --preset paper, changed: test-steps 20000" in err) == (2, True)
 
 
 def test_what_can_be_drawn_is_drawn_and_the_rest_reported(run, tmp_path):

@@ -125,3 +125,19 @@ def test_binarized_mnist(data_dir):
     assert (images.train_images[grey.train_images == 255] == 255).all()
     assert (images.test_images[grey.test_images == 0] == 0).all()
     assert images.test_images.mean() == pytest.approx(grey.test_images.mean(), rel=1e-3)
+
+
+@each_dataset
+def test_weights_and_noise_have_different_seeds(dataset, normal_seeds):
+    config = config_of(dataset=dataset)
+    network = make_network(config)
+    x = tf.zeros([1, *load(config).train_images.shape[1:]])
+    network(x, SEED)
+    weights = {seed for seed in normal_seeds if seed[0] == config.seed}
+    normal_seeds.clear()
+    for seed in weights:
+        network(x, tf.constant(seed, tf.int64))
+    network.sample(1, tf.constant([config.seed, 0], tf.int64))
+    assert weights
+    assert normal_seeds
+    assert not weights & normal_seeds
