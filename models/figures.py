@@ -114,7 +114,7 @@ def keep(paths: Sequence[str], folder: Path) -> list[str]:
                 raise UserError(f"{run.path} has not finished: continue it with --resume")
             if any(session["git"].get("changed") for session in content["sessions"]):
                 raise UserError(f"{run.path} ran with uncommitted changes: commit, then rerun it")
-            text = json.dumps(relative(content | {"caveats": run.caveats}), indent=2) + "\n"
+            text = json.dumps(relative(content), indent=2) + "\n"
             config = target / "config.json"
             if config.exists() and config.read_text() != text:
                 raise UserError(f"{target} holds a different run than {run.path}: remove one")

@@ -26,7 +26,8 @@ class Config(SweepConfig):
     parameterization: Literal[
         "normal", "batch_norm", "weight_norm", "weight_norm_mean_only_bn", "mean_only_bn"
     ] = "weight_norm"
-    dataset: Literal["cifar10", "synthetic_cifar10"] = "cifar10"  # Synthetic data needs no files.
+    # Synthetic data needs no files.
+    dataset: Literal["cifar10", "synthetic_cifar10"] = option("cifar10", resume="never")
     whiten: bool = True  # Apply ZCA whitening.
     zca_epsilon: float = 1e-5  # Added to the eigenvalues in ZCA whitening.
     width: Count = option(96, memory=True)  # Channels of convolutions 1 to 3; twice that later.
@@ -40,7 +41,8 @@ class Config(SweepConfig):
     bn_epsilon: float = 1e-6  # Added to the variance in batch norm.
     synchronized: bool = True  # Compute batch moments over all replicas, not per replica.
     epochs: Count = 200  # Passes over the training images.
-    batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
+    # Images per step, over all replicas.
+    batch_size: Count = option(100, memory=True, resume="never")
     # Adam's learning rate in the first half of the epochs (none: 0.0003 for normal, else 0.003).
     learning_rate: float | None = option(None, named=True)
     # Learning rates tried by --sweep.

@@ -133,4 +133,4 @@ def evaluate(asked: Evaluate) -> None:
     _, evaluate_step = make_steps(found.config, tf.distribute.get_strategy(), network)
     with progress.evaluation() as report:
         error = error_rate(evaluate_step, images, report)
-    print(f"test error {error:.2%}" + found.config.note(images.caveat))
+    print(f"test error {error:.2%}{found.note(images.caveat)}")

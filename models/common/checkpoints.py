@@ -11,7 +11,6 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
-from models.common import run_folder
+from models.common import files, run_folder
 from models.common.errors import NotFinite, UserError, first_line
 
 
@@ -80,8 +79,7 @@ class Checkpoints:
                 self._managers[best].save(checkpoint_number=step, check_interval=False)
                 # TensorFlow does not sync its files to the disk.
                 for path in (self.folder / "best" if best else self.folder).glob(f"step-{step}.*"):
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
+                    files.sync(path)
             else:  # All workers must take part, because variables may be spread over them.
                 with tempfile.TemporaryDirectory() as unused:
                     self._tf.write(f"{unused}/step")
@@ -156,6 +154,13 @@ class Found:
         """Restores all variables of the trackables, which have the same names as in Run.begin."""
         _read(tf.train.Checkpoint(**trackables), self.path)
 
+    def note(self, *caveats: str) -> str:
+        """Returns Config.note with the checkpoint's name, and how the run changed or diverged."""
+        content = run_folder.load(self.folder)
+        name = self.path.parent.name if self.path.name == "tf" else self.path.name
+        name += " of a run that diverged" if "diverged" in content else ""
+        return self.config.note(name, *content.get("changes", ()), *caveats)
+
 
 def open_run(path: str | Path, config_class: type) -> Found:
     """Returns the checkpoint that `find` picks, with its run's folder and Config."""
@@ -209,8 +214,8 @@ def _list(folder: Path) -> list[Path]:
     def step(prefix: Path) -> int:
         return int(re.sub(r"\D", "", (prefix.parent if prefix.name == "tf" else prefix).name) or 0)
 
-    files = itertools.chain(*map(folder.glob, ("step-*.index", "tf.index", "step-*/tf.index")))
-    return sorted((file.with_suffix("") for file in files), key=step)
+    found = itertools.chain(*map(folder.glob, ("step-*.index", "tf.index", "step-*/tf.index")))
+    return sorted((file.with_suffix("") for file in found), key=step)
 
 
 class _State(tf.train.experimental.PythonState):

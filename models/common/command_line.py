@@ -18,7 +18,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from models.common import run_folder, sweep
 from models.common.errors import UserError, nearest
-from models.common.options import RunConfig, check_ranges, flag_of, show
+from models.common.options import RunConfig, SweepConfig, check_ranges, flag_of, show
 
 
 def main(functions: Mapping[type, str], argv: Sequence[str] | None = None) -> None:
@@ -95,14 +95,37 @@ def parse(config_class: type[RunConfig], argv: Sequence[str], commands: Sequence
     config = _parse(
         config_class, argv, default=default, prog=f"python -m {program}", description=about
     )
+    if issubclass(config_class, SweepConfig):
+        _refuse_unused(config, argv)
     if first.resume:
-        run_folder.refuse_changes(saved, config)
+        run_folder.refuse_changes(saved, config, "--resume")
     if config.out == config_class.out:  # Fill in the template.
         values = dataclasses.asdict(config) | {"program": program.split(".")[-1]}
         if getattr(config, "sweep", False):
             values |= {"parameterization": "sweep", "seed": ""}
         config = dataclasses.replace(config, out=config.out.format(**values).strip("-"))
     return config
+
+
+def _refuse_unused(config: SweepConfig, argv: Sequence[str]) -> None:
+    """Raises UserError if an option has no effect, either because of --sweep or without it."""
+    given = {word.split("=")[0].replace("_", "-").replace("--no-", "--", 1) for word in argv}
+    single = {"seed": "seeds", "learning_rate": "learning_rates"}
+    single |= dict.fromkeys(sorted(config.arm_fields()), "arms")
+    if config.sweep:
+        for name, instead in single.items():
+            if flag_of(name) in given:
+                raise UserError(
+                    f"{flag_of(name)} has no effect with --sweep: use {flag_of(instead)}"
+                )
+        return
+    for name in sweep.GRID:
+        if flag_of(name) in given:
+            use = [flag_of(one) for one, many in single.items() if many == name]
+            raise UserError(
+                f"{flag_of(name)} has no effect without --sweep: add it"
+                + (f", or use {' and '.join(use)}" if use else "")
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,9 @@ class Arm:
         self.experiment, self.config = experiment, runs[0].config
         self.name, self.preset = runs[0].arm, runs[0].preset
         self.measure = experiment.columns[0]
-        self.seed = min(run.config.seed for run in runs)
+        by_seed = group(runs, lambda run: run.config.seed)
+        # The first seed of a sweep is the one with all rates.
+        self.seed = min(by_seed, key=lambda s: (-len({r.config.rate for r in by_seed[s]}), s))
         self.rates = dict(sorted(group(runs, lambda run: run.config.rate).items()))
         for seeds in self.rates.values():
             check_same_settings(seeds)
@@ -95,6 +97,7 @@ class Arm:
             self.best = choose(first, key=lambda rate: self.measure.of(first[rate], epoch))
             self.runs = [run for run in self.rates[self.best] if self.ends(run)]
             self.epoch = min(map(self.ends, self.runs))
+        self.diverged = all(run.outcome == "diverged" for run in runs)
 
     def first(self, rate: float) -> FinishedRun | None:
         """Returns the first seed's run at a rate, None if there is none."""
@@ -115,11 +118,15 @@ class Arm:
 
     def unit(self) -> str:
         """Returns what the standard errors are taken over: "3 seeds" or "30 games, 1 seed"."""
-        if len(self.runs) > 1 or not self.experiment.error:
-            return f"{len(self.runs)} seed" + ("s" if len(self.runs) > 1 else "")
-        _, count, over = self.experiment.error
-        number = Column(count, "").of(self.runs[0], self.epoch)
-        return f"{number:.0f} {over}, 1 seed" if number > 0 else "1 seed"
+        count = len(self.runs)
+        text = f"{count} seed" + "s" * (count > 1)
+        if lost := sum(run.outcome == "diverged" for run in self.rates[self.best]):
+            text = f"{count} of {count + lost} seeds, {lost} diverged"
+        if count == 1 and self.experiment.error:
+            _, size, over = self.experiment.error
+            number = Column(size, "").of(self.runs[0], self.epoch)
+            text = f"{number:.0f} {over}, {text}" if number > 0 else text
+        return text
 
     def curve(self, column: Column) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns epochs, the mean over the seeds up to the shortest run, and its error."""
@@ -152,7 +159,11 @@ class Comparison:
         self.colors = {name: f"C{index % 10}" for index, name in enumerate(names)}
         self.presets = sorted({arm.preset for arm in arms})
         if not any(arm.runs for arm in arms):
-            raise UserError(f"none of the {experiment.title} runs has finished an epoch yet")
+            diverged = sum(run.outcome == "diverged" for run in runs)
+            raise UserError(
+                f"{experiment.title}: no run can be drawn: {diverged} diverged, "
+                f"{len(runs) - diverged} have not finished an epoch yet"
+            )
 
     def draw(self) -> None:
         """Draws the figures and creates the tables."""
@@ -180,7 +191,7 @@ class Comparison:
         return {
             "color": self.colors[arm.name],
             "ls": lines[self.presets.index(arm.preset) % 4],
-            "label": self.label(arm),
+            "label": self.label(arm) + (", diverged" if arm.diverged else ""),
             **self.experiment.styles.get(arm.name, {}),
         }
 
@@ -191,9 +202,11 @@ class Comparison:
         column = self.experiment.curve
         with self.output.figure(f"{self.name}-curves", self.title, "epochs", column.label) as axes:
             for arm in self.arms:
-                if arm.runs:
+                style = self.style(arm)
+                if arm.diverged:
+                    axes.plot([], [], **style)
+                elif arm.runs:
                     epochs, mean, spread = arm.curve(column)
-                    style = self.style(arm)
                     style["label"] += f", rate {arm.best:g}, {arm.unit()}"
                     axes.plot(epochs, mean, **style)
                     band = {"color": style["color"], "alpha": 0.2, "lw": 0}
@@ -220,9 +233,9 @@ class Comparison:
                 for rate, runs in arm.rates.items():
                     ended = [run for run in runs if arm.ends(run)]
                     values = [column.of(run, arm.ends(run)) for run in ended]
-                    # NaN leaves a gap in the line if all runs diverged.
+                    # NaN leaves a gap in the line if no run has a value.
                     points.append((rate, *(mean_and_error(values) if ended else (math.nan,) * 2)))
-                    if len(ended) < len(runs):
+                    if any(run.outcome == "diverged" for run in runs):
                         height = 0.97 if errors else 0.03
                         cross = {"marker": "x", "color": self.style(arm)["color"], "clip_on": False}
                         axes.plot(rate, height, transform=axes.get_xaxis_transform(), **cross)
@@ -237,22 +250,26 @@ class Comparison:
     def table(self) -> None:
         """Creates the table of all arms, each at its best rate."""
         columns, rows = list(self.experiment.columns), []
-        arms = [arm for arm in self.arms if arm.runs]
-        sign = -1 if arms[0].config.LOWER_IS_BETTER else 1
+        sign = -1 if self.arms[0].config.LOWER_IS_BETTER else 1
         # The final value of the worst arm: the table lists when each arm reaches it.
-        level = min(sign * arm.curve(columns[0])[1][-1] for arm in arms)
-        for arm in arms:
-            values = [arm.value(column) for column in columns]
-            epochs, mean, _ = arm.curve(columns[0])
-            reached = [f"{first_reached(epochs, sign * mean, level):.1f}"] * self.experiment.gradual
-            papers = self.experiment.paper.values()
-            paper = [str(self.experiment.paper.get(arm.name) or "")] if any(papers) else []
-            rate, rates = f"{arm.best:g}", f"{len(arm.rates)}"
-            done = f"{arm.epoch:g} of {arm.config.last_epoch:g}"
-            rows.append([self.label(arm), *values, *reached, *paper, rate, rates, done, arm.unit()])
+        level = min(sign * arm.curve(columns[0])[1][-1] for arm in self.arms if arm.runs)
+        gradual, papers = self.experiment.gradual, any(self.experiment.paper.values())
+        for arm in self.arms:
+            paper = [str(self.experiment.paper.get(arm.name) or "")] * papers
+            rates = f"{len(arm.rates)}"
+            if arm.runs:
+                values = [arm.value(column) for column in columns]
+                epochs, mean, _ = arm.curve(columns[0])
+                reached = [f"{first_reached(epochs, sign * mean, level):.1f}"] * gradual
+                done = f"{arm.epoch:g} of {arm.config.last_epoch:g}"
+                cells = [*values, *reached, *paper, f"{arm.best:g}", rates, done, arm.unit()]
+                rows.append([self.label(arm), *cells])
+            elif arm.diverged:
+                blanks = [""] * (len(columns) - 1 + gradual)
+                rows.append([self.label(arm), "diverged", *blanks, *paper, "", rates, "", ""])
         heads = [column.label for column in columns]
-        heads += [f"epochs to {sign * level:{columns[0].form}}"] * self.experiment.gradual
-        heads += ["paper, 200 epochs"] if any(self.experiment.paper.values()) else []
+        heads += [f"epochs to {sign * level:{columns[0].form}}"] * gradual
+        heads += ["paper, 200 epochs"] * papers
         heads += ["best rate", "rates tried", "epochs", "± over"]
         self.output.table(self.name, self.title, ["", *heads], rows, self.notes())
 
@@ -269,7 +286,7 @@ class Comparison:
                 elif run.outcome == "diverged":
                     cells.append("diverged")
                 else:
-                    text = f"{column.of(run, math.inf):{column.form}}"
+                    text = with_error(column.of(run, math.inf), math.nan, column.form)
                     best = rate == arm.best and len(arm.rates) > 1
                     cells.append(f"**{text}**" if best else text)
             rows.append([f"{self.label(arm)}, seed {arm.seed}", *cells])

@@ -128,10 +128,9 @@ def cached(name: str, source: np.ndarray, make: Callable[[], dict[str, np.ndarra
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         # Several processes may do this at once: each writes its own file, and the last one wins.
-        handle, temporary = tempfile.mkstemp(suffix=".npz", dir=folder)
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, allow_pickle=False, **result)
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            np.savez(f"{temporary}/new.npz", allow_pickle=False, **result)
+            os.replace(f"{temporary}/new.npz", path)
     return result
 
 

@@ -82,16 +82,17 @@ def read_run(folder: Path) -> FinishedRun:
             f"{folder}: its config.json has parameterization {config.parameterization!r}, which "
             f"must be one of {', '.join(sorted(kinds))}; leave this run out"
         )
-    changes = config.changes({"learning_rate", *(config.arm_fields() if config.arm else ())})
+    differences = config.changes({"learning_rate", *(config.arm_fields() if config.arm else ())})
+    changes = [f"{folder.name} {text}" for text in content.get("changes", ())]
     config = dataclasses.replace(config, out=str(folder))
     return FinishedRun(
         folder,
         program,
         config,
         config.arm or config.parameterization,
-        config.preset + (f", {changes}" if changes else ""),
+        config.preset + (f", {differences}" if differences else ""),
         metrics.read(folder),
-        content.get("caveats", ""),
+        "; ".join(filter(None, [content.get("caveats"), *changes])),
         run_folder.outcome(config),
     )
 

@@ -24,6 +24,11 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".new")
     with open(temporary, "w", newline="") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(temporary)
     temporary.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -75,8 +75,10 @@ def _read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        # A crash may cut the last row short. It is newer than any checkpoint: resuming drops it.
-        return [
-            {name: value for name, value in row.items() if name and value}
-            for row in csv.DictReader(file)
-        ]
+        text = file.read()
+    # A crash or a full disk may cut the last row short: it counts only with its line break.
+    whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
+    return [
+        {name: value for name, value in row.items() if name and value}
+        for row in csv.DictReader(whole)
+    ]

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from models.common import checkpoints, metrics, options, progress, run_folder, runtime, tensorboard
+from models.common import (
+    checkpoints,
+    files,
+    metrics,
+    options,
+    progress,
+    run_folder,
+    runtime,
+    tensorboard,
+)
 from models.common.errors import NotFinite
 
 
@@ -91,13 +100,12 @@ class Run:
         )
         rows = 0
         if self.config.resume:
-            # A checkpoint restores the old learning rate, but --accept-changes may set a new one.
+            # A checkpoint restores its learning rate, but the Config's may be a newer one.
             found: list[Any] = [getattr(t, "learning_rate", None) for t in trackables.values()]
             rates = [(r, tf.convert_to_tensor(r)) for r in found if hasattr(r, "assign")]
             state = self._checkpoints.restore()
-            if self.config.accept_changes:
-                for rate, value in rates:
-                    rate.assign(value)
+            for rate, value in rates:
+                rate.assign(value)
             if state is None:
                 self.say("no checkpoint yet: starting from the beginning")
             else:
@@ -105,7 +113,8 @@ class Run:
                 self.step, rows, self.best = state["step"], state["rows"], state["best"]
                 self.say(f"resumed at step {self.step:,}")
         if self._folder:
-            self._folder.write_config(self.config, "; ".join(filter(None, self._caveats)))
+            caveats = "; ".join(filter(None, self._caveats))
+            self._folder.write_config(self.config, caveats, self.step)
             self._metrics = metrics.Metrics(self.path, rows)
             self._tensorboard = tensorboard.TensorBoard(self.path, self.step)
         return self.step
@@ -189,6 +198,8 @@ class Run:
     def save(self) -> None:
         """Saves a checkpoint of the current state."""
         self._saved = {"step": self.step, **self._metadata()}
+        if self._metrics:
+            files.sync(self._metrics.path)  # The checkpoint counts its rows.
         self._checkpoints.save(self.step, self._metadata())
 
     def keep_best(self, score: float) -> bool:

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -54,10 +55,19 @@ class RunFolder:
                     folder.rmdir()
         self._lock.close()
 
-    def write_config(self, config: options.RunConfig, caveats: str = "") -> None:
-        """Writes config.json, which makes the folder a run folder."""
+    def write_config(self, config: options.RunConfig, caveats: str = "", step: int = 0) -> None:
+        """Writes config.json, which makes the folder a run folder.
+
+        Args:
+          config: the Config.
+          caveats: limitations of the results.
+          step: the step at which the session begins; changes after step 0 are recorded.
+        """
         path = self.path / "config.json"
-        history = json.loads(path.read_text())["sessions"] if path.exists() else []
+        before = load(self.path) if path.exists() else {}
+        history, changed = before.get("sessions", []), before.get("changes", [])
+        if step and (new := changes(load_config(self.path, type(config)), config)):
+            changed.append(f"from step {step:,}: {', '.join(new.values())}")
         history.append(
             {
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -75,6 +85,7 @@ class RunFolder:
                 for name, (paper, here) in config.differences().items()
             },
             "caveats": caveats,
+            "changes": changed,
             "sessions": history,
         }
         files.write_atomically(path, json.dumps(content, indent=2) + "\n")
@@ -159,19 +170,27 @@ def changes(saved: options.RunConfig, config: options.RunConfig) -> dict[str, st
     return found
 
 
-def refuse_changes(saved: options.RunConfig, config: options.RunConfig) -> None:
-    """Raises UserError if a run would be resumed with changes that are not allowed."""
-    changed = changes(saved, config)
+def refuse_changes(
+    saved: options.RunConfig, config: options.RunConfig, where: str, besides: Collection[str] = ()
+) -> None:
+    """Raises UserError if a run would be resumed with changes that are not allowed.
+
+    Args:
+      saved, config: the run's Config before and now.
+      where: the beginning of the error message.
+      besides: fields to ignore.
+    """
+    changed = {n: text for n, text in changes(saved, config).items() if n not in besides}
     roles = {field.name: field.metadata.get("resume") for field in dataclasses.fields(config)}
     if never := [text for name, text in changed.items() if roles[name] == "never"]:
         raise UserError(
-            f"--resume: {', '.join(never)}, which cannot change within a run; omit the option, or "
-            "start a new run"
+            f"{where}: {', '.join(never)}, which cannot change within a run; keep the earlier "
+            "value, or start anew in another --out"
         )
     if changed and not config.accept_changes:
         raise UserError(
-            f"--resume: {', '.join(changed.values())}; omit the option to continue as before, "
-            "or give --accept-changes to continue with the new value"
+            f"{where}: {', '.join(changed.values())}; keep the earlier value, or give "
+            "--accept-changes to continue with the new one"
         )
 
 

@@ -26,7 +26,7 @@ from models.common.options import SweepConfig, flags, show
 from models.common.progress import duration
 
 _LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
-_GRID = ("arms", "learning_rates", "seeds", "jobs")
+GRID = ("arms", "learning_rates", "seeds", "jobs")
 
 
 def run(config: SweepConfig) -> None:
@@ -96,14 +96,8 @@ class Sweep:
         varied = {"seed", "learning_rate", *self.config.arm_fields()}
         for file in sorted(self.root.glob("*/config.json")):
             saved = run_folder.load_config(file.parent, type(self.config))
-            changed = run_folder.changes(saved, self.config)
-            others = [text for name, text in changed.items() if name not in varied]
-            if others and not self.config.accept_changes:
-                raise UserError(
-                    f"--sweep: in {file.parent}: {', '.join(others)}; repeat the earlier options, "
-                    "name another --out, or give --accept-changes to continue with the new value "
-                    "in the runs that are not finished"
-                )
+            where = f"--sweep: in {file.parent}"
+            run_folder.refuse_changes(saved, self.config, where, varied)
 
     def make_runs(self) -> None:
         """Starts the runs and waits until all of them have ended."""
@@ -131,7 +125,7 @@ class Sweep:
         else:
             default = one.of_preset(one.preset)
             words = ["--preset", one.preset]
-        same = {name: getattr(one, name) for name in (*_GRID, "out", "resume")}
+        same = {name: getattr(one, name) for name in (*GRID, "out", "resume")}
         same |= {"accept_changes": False, "sweep": False}
         words += ["--out", one.out, *flags(one, dataclasses.replace(default, **same))]
         threads = max(1, len(os.sched_getaffinity(0)) // self.config.jobs)

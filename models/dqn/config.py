@@ -37,6 +37,7 @@ SMOKE = {
 NATURE = {
     "parameterization": "normal", "data_dependent_init": False, "protocol": "nature",
     "optimizer": "rmsprop", "learning_rate": 2.5e-4, "batch_size": 32, "scaling": "area",
+    "learning_rates": (1e-4, 2.5e-4, 1e-3, 3e-3),
 }  # fmt: skip
 
 
@@ -79,7 +80,7 @@ class Config(SweepConfig):
     # Initial standard deviation of Q (none: the output layer is not initialized from data).
     init_output: Annotated[float, Range(1e-6)] | None = 1.0
     init_batch: Count = 512  # States in the initialization batch.
-    test_every: Count = 250_000  # Steps per epoch, which ends with a test.
+    test_every: Count = option(250_000, resume="never")  # Steps per epoch, which ends with a test.
     # Tests: --test-steps actions (paper), or 30 games of at most 5 minutes (nature).
     protocol: Literal["paper", "nature"] = option("paper", named=True, was="test")
     test_steps: Count = 125_000  # Actions per test with --protocol paper.

@@ -115,7 +115,7 @@ def evaluate(asked: Evaluate) -> None:
         limit += "" if asked.games else f", {config.test_steps:,} steps in all"
     print(f"{config.title}, {found.path}")
     count = "1 game" if len(scores) == 1 else f"{len(scores)} games"
-    print(f"score {np.mean(scores):,.1f}{spread}, {count}{trained.note()}")
+    print(f"score {np.mean(scores):,.1f}{spread}, {count}{found.note()}")
     print(f"protocol {asked.protocol}: {limit}, epsilon {asked.epsilon:g}, raw rewards")
     print(f"lowest {min(scores):,.0f}, highest {max(scores):,.0f}, length {np.mean(lengths):,.0f}")
 

@@ -17,8 +17,10 @@ class Config(SweepConfig):
         "runs/draw-{preset}-{parameterization}-{seed}", resume="free"
     )  # The run folder.
     parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Used for every matrix.
-    dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # Synthetic data needs no files.
-    train_images: Count = 50_000  # Images to train on, the first of the file's 60,000.
+    # Synthetic data needs no files.
+    dataset: Literal["mnist", "synthetic_mnist"] = option("mnist", resume="never")
+    # Images to train on, the first of the file's 60,000.
+    train_images: Count = option(50_000, resume="never")
     binarization_seed: int = 0  # Seed for binarizing the gray values, done once.
     attention: bool = True  # Read and write through attention windows, not whole images.
     read_size: FilterCount = 2  # Filters per axis of the read window.
@@ -29,7 +31,8 @@ class Config(SweepConfig):
     latent_units: Count = 100  # Dimension of z at each glimpse.
     initial_stddev: float = 0.01  # Standard deviation of all initial weights.
     epochs: Count = 100  # Passes over the training images.
-    batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
+    # Images per step, over all replicas.
+    batch_size: Count = option(100, memory=True, resume="never")
     learning_rate: float = 3e-4  # Adam's learning rate.
     learning_rates: tuple[float, ...] = option((3e-4,), resume="free")  # Rates tried by --sweep.
     beta_1: Fraction = 0.9  # Adam's momentum.
@@ -47,12 +50,18 @@ class Config(SweepConfig):
         "paper": Preset("section 5.3 with attention windows of 2x2 and 5x5, 64 glimpses"),
         "no-attention": Preset(
             "whole images, 10 glimpses: the default of the code that the paper starts from",
-            {"attention": False, "glimpses": 10, "learning_rate": 1e-3},
+            {"attention": False, "glimpses": 10, "learning_rate": 1e-3, "learning_rates": (1e-3,)},
         ),
         "cpu": Preset(
             "16 glimpses, 5 epochs, rate .001, wider init; not comparable with the paper's numbers",
             # With N(0, .01), the bound stays at the mean image's -208 for one to five epochs.
-            {"glimpses": 16, "epochs": 5, "learning_rate": 1e-3, "initial_stddev": 0.05},
+            {
+                "glimpses": 16,
+                "epochs": 5,
+                "learning_rate": 1e-3,
+                "learning_rates": (1e-3,),
+                "initial_stddev": 0.05,
+            },
         ),
         "smoke": Preset(
             "a quick check that it runs, in under a minute; its numbers and pictures mean nothing",
@@ -64,6 +73,7 @@ class Config(SweepConfig):
                 "decoder_units": 32,
                 "latent_units": 10,
                 "learning_rate": 1e-2,
+                "learning_rates": (1e-2,),
                 "epochs": 2,
             },
         ),

@@ -151,4 +151,4 @@ def evaluate(asked: Evaluate) -> None:
     _, evaluate_step = make_steps(found.config, tf.distribute.get_strategy(), network)
     with progress.evaluation() as report:
         losses = mean_losses(found.config, evaluate_step, images.test_images, report, asked.draws)
-    print(f"test {describe(losses)}{found.config.note(images.caveat)}")
+    print(f"test {describe(losses)}{found.note(images.caveat)}")

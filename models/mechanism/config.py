@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any, ClassVar, Literal
 
+from tyro.conf import Fixed, Suppress
+
 from models.common.errors import UserError
 from models.common.options import Count, Preset, SweepConfig, option
 
@@ -14,12 +16,17 @@ class Config(SweepConfig):
     # The run folder.
     out: str = option("runs/mechanism-{preset}-{parameterization}-{seed}", resume="free")
     parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Used in every layer.
+    # Not options of this program, which computes in float32 on one device.
+    mixed_precision: Suppress[Fixed[Literal["none", "bfloat16"]]] = "none"
+    jit_compile: Suppress[Fixed[bool]] = False
+    strategy: Suppress[Fixed[Literal["none", "mirrored", "multi_worker"]]] = "none"
     # Start with ||v|| = g, so that the first step changes w as in the normal parameterization.
     matched_start: bool = False
-    dataset: Literal["mnist", "synthetic_mnist"] = "mnist"  # Synthetic data needs no files.
+    # Synthetic data needs no files.
+    dataset: Literal["mnist", "synthetic_mnist"] = option("mnist", resume="never")
     units: Count = 128  # Units of each of the two hidden layers.
     epochs: Count = 5  # Passes over the training images.
-    batch_size: Count = option(100, memory=True)  # Images per step.
+    batch_size: Count = option(100, memory=True, resume="never")  # Images per step.
     learning_rate: float = 0.1  # Learning rate of SGD, which has no momentum.
     # Learning rates tried by --sweep.
     learning_rates: tuple[float, ...] = option((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), resume="free")

@@ -53,7 +53,9 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
     # The run folder.
     out: str = option("runs/vae-{dataset}-{preset}-{parameterization}-{seed}", resume="free")
     # Data set, which determines the model. Synthetic data needs no files.
-    dataset: Literal["mnist", "cifar10", "synthetic_mnist", "synthetic_cifar10"] = "mnist"
+    dataset: Literal["mnist", "cifar10", "synthetic_mnist", "synthetic_cifar10"] = option(
+        "mnist", resume="never"
+    )
     parameterization: Literal["normal", "weight_norm"] = "weight_norm"  # Used in every layer.
     # With --parameterization normal: w = g v with a constant g, as in the paper's code.
     frozen_g: bool = False
@@ -61,8 +63,10 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
     data_dependent_init: bool = True  # Use the data-dependent initialization of section 3.
     init_examples: Count = option(200, memory=True)  # Images in the initialization batch.
     epochs: Count | None = None  # Passes over the training images (none: MNIST 300, CIFAR-10 450).
-    train_examples: Count | None = None  # Number of training images to use (none: all).
-    batch_size: Count = option(100, memory=True)  # Images per step, over all replicas.
+    # Number of training images to use (none: all).
+    train_examples: Count | None = option(None, resume="never")
+    # Images per step, over all replicas.
+    batch_size: Count = option(100, memory=True, resume="never")
     learning_rate: float = 0.002  # Adamax: learning rate.
     # Learning rates tried by --sweep.
     learning_rates: tuple[float, ...] = option((0.001, 0.002, 0.004, 0.008), resume="free")
@@ -110,9 +114,11 @@ class Config(Cifar10Config, MnistConfig, SweepConfig):
         super().check()
         if len(self.maps) != 3:
             raise UserError(f"--maps takes 3 numbers, got {len(self.maps)}")
-        if len(self.stochastic_layers) > 5:
+        if not self.made:
+            raise UserError("--made takes at least one number")
+        if not 1 <= len(self.stochastic_layers) <= 5:
             raise UserError(
-                "--stochastic-layers takes at most 5 numbers, for 16x16 to 1x1 pixels; got "
+                "--stochastic-layers takes 1 to 5 numbers, for 16x16 to 1x1 pixels; got "
                 f"{len(self.stochastic_layers)}"
             )
 

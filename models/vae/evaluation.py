@@ -2,7 +2,6 @@
 
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,19 +82,20 @@ def describe(result: dict[str, float]) -> str:
     return words + f"  KL {result['kl']:.2f}"
 
 
-def restore(path: str) -> tuple[Config, Any, Path]:
-    """Returns a run's Config, its network with averaged weights, and the run folder."""
+def restore(path: str) -> tuple[checkpoints.Found, Any]:
+    """Returns a checkpoint and the run's network with averaged weights."""
     found = checkpoints.open_run(path, Config)
     network = make_network(found.config, runtime.compute_dtype(found.config))
     found.restore(averaged=network)
-    return found.config, network, found.folder
+    return found, network
 
 
 def evaluate(asked: Evaluate) -> None:
     """The `evaluate` command."""
-    config, network, _ = restore(asked.checkpoint)
+    found, network = restore(asked.checkpoint)
+    config = found.config
     images = load(config, asked.data_dir)
     step = make_evaluate_step(config, tf.distribute.get_strategy(), network)
     with progress.evaluation() as report:
         result = bounds(config, step, images.test_images, asked.eval_samples, report)
-    print(f"test {describe(result)}{config.note(*caveats(config, images))}")
+    print(f"test {describe(result)}{found.note(*caveats(config, images))}")

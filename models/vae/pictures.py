@@ -29,14 +29,14 @@ def reconstructions(config: Config, network, images, count: int = 50, seed: int 
 
 def sample(asked: Sample) -> None:
     """The `sample` command."""
-    config, network, folder = restore(asked.checkpoint)
-    png = samples(config, network, asked.count, asked.seed)
-    plots.write(asked.out or folder / "samples" / "samples.png", png)
+    found, network = restore(asked.checkpoint)
+    png = samples(found.config, network, asked.count, asked.seed)
+    plots.write(asked.out or found.folder / "samples" / "samples.png", png)
 
 
 def reconstruct(asked: Reconstruct) -> None:
     """The `reconstruct` command."""
-    config, network, folder = restore(asked.checkpoint)
-    images = load(config, asked.data_dir)
-    png = reconstructions(config, network, images, asked.count, asked.seed)
-    plots.write(asked.out or folder / "samples" / "reconstructions.png", png)
+    found, network = restore(asked.checkpoint)
+    images = load(found.config, asked.data_dir)
+    png = reconstructions(found.config, network, images, asked.count, asked.seed)
+    plots.write(asked.out or found.folder / "samples" / "reconstructions.png", png)

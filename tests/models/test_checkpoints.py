@@ -77,6 +77,17 @@ def test_what_a_process_that_died_was_writing_is_removed(run, tmp_path):
     assert not (folder / "step-20_temp").exists()
 
 
+def test_a_result_names_its_checkpoint_and_what_happened_to_the_run(line, run, tmp_path):
+    run("--out", tmp_path / "a", "--preset", "smoke")
+    run("--out", tmp_path / "a", "--resume", "--steps", 20, "--accept-changes")
+    found = checkpoints.open_run(tmp_path / "a", line.Config)
+    changed = "from step 10: --steps was 10 and is now 20"
+    assert found.note("JPEG").endswith(f"; step-20; {changed}; JPEG)")
+    run("--out", tmp_path / "a", "--resume", "--steps", 90, "--accept-changes",
+        "--learning-rate", 1e30)  # fmt: skip
+    assert "; step-20 of a run that diverged; " in found.note()
+
+
 def test_only_the_last_k_are_kept(run, tmp_path, saving):
     saving(10)
     run("--out", tmp_path / "a", "--steps", 50, "--keep", 3)

@@ -328,6 +328,7 @@ def test_a_run_learns_logs_and_evaluates(run, tmp_path):
     assert logged["learning_rate"] == pytest.approx([0.003, 0.003, 0.002])
     status, out, _ = run("evaluate", tmp_path / "a")
     assert (status, out.split(" (")[0]) == (0, f"test error {logged['test_error'][2]:.2%}")
+    assert "; step-30; " in out
     assert "synthetic" in out
 
 

@@ -1,6 +1,8 @@
 """Tests models/common/data.py: the data sets, missing data, and the cache."""
 
+import errno
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,6 +102,16 @@ def test_a_damaged_cache_is_made_again(cache):
     np.testing.assert_array_equal(cache(np.arange(5)), np.arange(5) ** 2)
     np.testing.assert_array_equal(cache(np.arange(5)), np.arange(5) ** 2)
     assert len(cache.calls) == 2
+
+
+def test_a_full_disk_leaves_nothing_in_the_cache(cache, monkeypatch):
+    def savez(path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", savez)
+    np.testing.assert_array_equal(cache(np.arange(5)), np.arange(5) ** 2)
+    assert not list(cache.folder.iterdir())
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(cache):

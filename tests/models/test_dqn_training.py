@@ -161,7 +161,7 @@ def test_a_run_is_evaluated_and_watched(run, tmp_path, monkeypatch):
     status, out, err = run("evaluate", tmp_path / "a", "--games", 3)
     assert (status, err) == (0, "")
     about = Config.PRESETS["smoke"].about
-    assert f"3 games ({about})" in out
+    assert f"3 games ({about}; step-" in out
     again = run("evaluate", tmp_path / "a", "--games", 3)
     assert again == (status, out, err)
     assert re.search(

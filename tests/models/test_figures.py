@@ -123,9 +123,53 @@ def test_an_arm_that_diverged_at_every_rate_is_in_the_table_of_rates(run, tmp_pa
     make_run(tmp_path / "runs" / "a", rate=0.1, diverged="loss is nan")
     make_run(tmp_path / "runs" / "b", rate=0.2, diverged="loss is nan", done=0)
     make_run(tmp_path / "runs" / "c", rate=0.1, kind="normal")
+    status, err, text = run(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
+    assert (status, "no run can be drawn: 2 diverged, 0 have not" in err) == (2, True)
     _, _, text = run(tmp_path / "runs")
     assert cells(text, "weight norm, seed 0") == ["diverged", "diverged"]
     assert cells(text, "normal, seed 0")[0] == "10.00"
+    assert cells(text, "weight norm") == ["diverged", "", "", "8.46", "", "2"]
+
+
+def test_a_seed_that_diverged_at_the_best_rate_is_counted(run, tmp_path):
+    make_run(tmp_path / "runs" / "0", ends=0.04)
+    make_run(tmp_path / "runs" / "1", seed=1, diverged="loss is nan", done=2)
+    make_run(tmp_path / "runs" / "2", seed=2, ends=0.06)
+    *_, unit = cells(run(tmp_path / "runs")[2], "weight norm")
+    assert unit == "2 of 3 seeds, 1 diverged"
+
+
+def test_a_run_in_progress_is_blank_and_not_diverged(run, tmp_path, monkeypatch):
+    labels = []
+    savefig = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, path: [labels.extend(self.axes[0].get_legend_handles_labels()[1]),
+                            savefig(self, path)],
+    )  # fmt: skip
+    make_run(tmp_path / "runs" / "a", rate=0.001)
+    make_run(tmp_path / "runs" / "b", rate=0.003, done=0)
+    _, _, text = run(tmp_path / "runs")
+    assert cells(text, "weight norm, seed 0") == ["**10.00**"]
+    assert labels
+    assert "diverged" not in labels
+
+
+def test_the_first_seed_is_the_one_with_all_rates(run, tmp_path):
+    for rate, seed in ((0.001, 3), (0.003, 3), (0.003, 1), (0.003, 2)):
+        ends = 0.04 if rate == 0.003 else 0.05
+        make_run(tmp_path / "runs" / f"{rate}-{seed}", rate=rate, seed=seed, ends=ends)
+    text = run(tmp_path / "runs")[2]
+    assert cells(text, "weight norm, seed 3") == ["10.00", "**8.00**"]
+
+
+def test_changes_within_a_run_are_named(run, tmp_path):
+    folder = make_run(tmp_path / "a")
+    path = folder / "config.json"
+    change = "from step 500: --dropout was 0.5 and is now 0.2"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"changes": [change]}))
+    assert f"; a {change}" in run(folder)[2]
 
 
 def test_presets_are_not_mixed_without_labels(run, tmp_path):
@@ -188,7 +232,7 @@ def test_runs_without_an_epoch_are_left_out(run, tmp_path):
     assert cells(run(tmp_path / "a", tmp_path / "b")[2], "weight norm")[-1] == "1 seed"
     status, err, _ = run(tmp_path / "b")
     assert status == 2
-    assert "none of the CIFAR-10 runs has finished an epoch" in err
+    assert "CIFAR-10: no run can be drawn: 0 diverged, 1 have not finished an epoch" in err
 
 
 def test_figure_3_has_both_data_sets(run, tmp_path):

@@ -42,6 +42,14 @@ def test_norms_follow_the_formula_with_weight_norm_alone(command, tmp_path, kind
     assert table["loss"][-1] < table["loss"][1]
 
 
+@pytest.mark.parametrize(
+    "words", [["--mixed-precision", "bfloat16"], ["--jit-compile"], ["--strategy", "mirrored"]]
+)
+def test_options_that_would_do_nothing_are_refused(command, tmp_path, words):
+    status, _, err = command(FUNCTIONS, "--preset", "smoke", *words, "--out", tmp_path / "a")
+    assert (status, words[0] in err, err.count("\n")) == (2, True, 1)
+
+
 def test_a_matched_start_makes_the_first_step_the_normal_one(rng):
     x, y = rng.random((100, 784)).astype(np.float32), np.arange(100) % 10
     changes = {}

@@ -165,6 +165,35 @@ def test_rows_after_the_checkpoint_are_dropped(run, tmp_path, monkeypatch):
     assert metrics.read(tmp_path / "a")["step"] == [0, 10, 20, 30, 40]
 
 
+def test_a_changed_option_stays_changed_and_is_recorded(run, tmp_path, monkeypatch):
+    """Also if the run is killed before it saves a checkpoint with the new learning rate."""
+
+    def crash():
+        raise InterruptedError
+
+    argv = ["--out", tmp_path / "a", "--resume"]
+    run("--out", tmp_path / "a", "--steps", 20)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 30, crash)
+        with pytest.raises(InterruptedError):
+            run(*argv, "--learning-rate", 0.01, "--steps", 60, "--accept-changes")
+    assert run(*argv)[0] == 0
+    rates = [v for name, v in weights(tmp_path / "a").items() if "learning_rate" in name]
+    assert rates == [np.float32(0.01)]
+    change = "from step 20: --learning-rate was 0.1 and is now 0.01, --steps was 20 and is now 60"
+    content = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert content["changes"] == [change]
+
+
+def test_a_row_cut_short_does_not_count(tmp_path):
+    table = metrics.Metrics(tmp_path)
+    table.write(1, {"score": -130.76})
+    whole = table.path.read_text()
+    for rest in ("2,0.1,-", "2,0.1,-13"):
+        table.path.write_text(whole + rest, newline="")
+        assert metrics.read(tmp_path)["score"] == [-130.76]
+
+
 def test_a_run_that_fails_before_it_begins_leaves_nothing(line, tmp_path):
     (tmp_path / "there").mkdir()
     for out in ("there", "new/folder"):

@@ -17,6 +17,7 @@ from models.common import command_line, metrics, options, run_folder
 from models.common.errors import UserError
 from models.dqn.config import Config as Dqn
 from models.draw.config import Config as Draw
+from models.mechanism.config import Config as Mechanism
 from models.vae.config import Config as Vae
 
 # A program without TensorFlow. Its best rate is 0.2, or 0.1 with weight_norm.
@@ -174,6 +175,9 @@ def test_other_hyper_parameters_are_refused_unless_accepted(tiny, tmp_path):
         (["--jobs", "0"], "--jobs must be at least 1"),
         (["--out", "/proc/sweep"], "--out /proc/sweep: cannot write there"),
         (["--seeds", "0", "1e12"], "--seeds must be from 0 to 4,294,967,295"),
+        (["--seed", "0"], "--seed has no effect with --sweep: use --seeds"),
+        (["--learning_rate=1"], "--learning-rate has no effect with --sweep: use --learning-rates"),
+        (["--parameterization", "normal"], "with --sweep: use --arms"),
     ],
 )
 def test_a_mistake_names_the_flag_and_leaves_nothing(tiny, tmp_path, words, named):
@@ -182,7 +186,7 @@ def test_a_mistake_names_the_flag_and_leaves_nothing(tiny, tmp_path, words, name
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("config_class", [Cifar, Vae, Draw, Dqn])
+@pytest.mark.parametrize("config_class", [Cifar, Vae, Draw, Dqn, Mechanism])
 def test_every_arm_is_a_valid_config_and_known_by_its_values(config_class):
     for preset in config_class.PRESETS:
         for name, values in config_class.ARMS.items():
@@ -190,6 +194,7 @@ def test_every_arm_is_a_valid_config_and_known_by_its_values(config_class):
             config.check()
             assert config.arm == name
             assert config.last_epoch > 0
+            assert config.rate in config.learning_rates
 
 
 def test_flags_make_the_config(tmp_path):
@@ -217,6 +222,33 @@ def test_how_a_run_ended(tmp_path):
     folder.write_diverged("loss is nan")
     assert run_folder.outcome(config) == "diverged"
     folder.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["--arms", "normal"], "or use --frozen-g and --parameterization"),
+        (["--learning-rates", "0.1"], "or use --learning-rate"),
+        (["--seeds=1"], "or use --seed"),
+        (["--jobs", "1"], "add it"),
+    ],
+)
+def test_options_of_a_sweep_are_refused_without_it(words, instead):
+    with pytest.raises(UserError, match=f"has no effect without --sweep: .*{instead}$"):
+        command_line.parse(Cifar, words)
+    with pytest.raises(UserError, match="--frozen-g has no effect with --sweep: use --arms"):
+        command_line.parse(Cifar, ["--sweep", "--no-frozen-g"])
+
+
+@pytest.mark.parametrize("config_class", [Cifar, Vae, Draw, Mechanism])
+def test_what_determines_an_epochs_length_cannot_change(config_class, tmp_path):
+    saved = config_class.of_preset("paper", out=str(tmp_path), accept_changes=True)
+    names = {"dataset", "batch_size", "train_examples", "train_images"}
+    for field in dataclasses.fields(saved):
+        if field.name in names:
+            config = dataclasses.replace(saved, **{field.name: 7})
+            with pytest.raises(UserError, match="cannot change within a run"):
+                run_folder.refuse_changes(saved, config, "--resume")
 
 
 def test_frozen_g_is_of_the_normal_parameterization():

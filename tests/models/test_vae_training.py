@@ -185,6 +185,8 @@ def test_a_learning_rate_that_is_too_high_is_named(command, tmp_path):
         (["--maps", "16", "32"], "--maps"),
         (["--stochastic-layers", "4", "0"], "--stochastic-layers"),
         (["--stochastic-layers", *"111111"], "--stochastic-layers"),
+        (["--stochastic-layers"], "--stochastic-layers takes 1 to 5 numbers"),
+        (["--made"], "--made takes at least one number"),
         (["--epochs", "0"], "--epochs"),
         (["--flow-steps", "-1"], "--flow-steps"),
         (["--preset", "smoke", "--batch-size", "2000"], "--batch-size 2000"),
