@@ -123,8 +123,8 @@ def _refuse_unused(config: SweepConfig, argv: Sequence[str]) -> None:
         if flag_of(name) in given:
             use = [flag_of(one) for one, many in single.items() if many == name]
             raise UserError(
-                f"{flag_of(name)} has no effect without --sweep: add it"
-                + (f", or use {' and '.join(use)}" if use else "")
+                f"{flag_of(name)} has no effect without --sweep: add that"
+                + (f", or for a single run, use {' and '.join(use)}" if use else "")
             )
 
 
