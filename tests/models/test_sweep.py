@@ -227,14 +227,16 @@ def test_how_a_run_ended(tmp_path):
 @pytest.mark.parametrize(
     ("words", "instead"),
     [
-        (["--arms", "normal"], "or use --frozen-g and --parameterization"),
-        (["--learning-rates", "0.1"], "or use --learning-rate"),
-        (["--seeds=1"], "or use --seed"),
-        (["--jobs", "1"], "add it"),
+        (["--arms", "normal"], "--frozen-g and --parameterization"),
+        (["--learning-rates", "0.1"], "--learning-rate"),
+        (["--seeds=1"], "--seed"),
+        (["--jobs", "1"], ""),
     ],
 )
 def test_options_of_a_sweep_are_refused_without_it(words, instead):
-    with pytest.raises(UserError, match=f"has no effect without --sweep: .*{instead}$"):
+    with pytest.raises(
+        UserError, match=f"{words[0][:5]}.* has no effect without --sweep: .*{instead}$"
+    ):
         command_line.parse(Cifar, words)
     with pytest.raises(UserError, match="--frozen-g has no effect with --sweep: use --arms"):
         command_line.parse(Cifar, ["--sweep", "--no-frozen-g"])
