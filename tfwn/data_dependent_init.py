@@ -27,7 +27,8 @@ def data_dependent_init(model, batch, *, init_scale: InitScale = 1.0, training: 
     any thread. tfwn's Dense and convolution layers, in both parameterizations, and
     `tfwn.keras.WeightNormalization` are set in the order of their calls, so each receives the
     outputs of layers that are already set. A layer that is called several times is set in its first
-    call, but a layer in `keras.layers.TimeDistributed` is called once here, with all time steps.
+    call, but a layer in `keras.layers.TimeDistributed` is set from all time steps, unless that also
+    contains batch normalization, whose statistics are those of one step.
 
     Only g (with the normal parameterization, w is scaled instead), b and the layer's flag
     `initialized` change. All other variables of the model, such as running means and random seeds,

@@ -249,7 +249,7 @@ def test_a_set_activation_is_used():
 
 @keras.saving.register_keras_serializable("tests")
 class Doubled(WeightNormalization):
-    """A subclass with a `call` of its own."""
+    """A subclass with its own `call`."""
 
     def call(self, x):
         return 2 * super().call(x)

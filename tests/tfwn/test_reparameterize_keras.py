@@ -284,7 +284,7 @@ def test_the_optimizer_restarts(name):
 
 
 class TwoOptimizers(keras.Model):
-    """Has optimizers with names of its own, as models of adversarial networks do."""
+    """Names its optimizers itself, as models of adversarial networks do."""
 
     def __init__(self):
         super().__init__()

@@ -171,12 +171,10 @@ def all_time_steps():
 
     @functools.wraps(call)
     def merged(self, inputs, training=None, mask=None):
-        kinds = map(type, layers_in(self.layer))
-        if (
-            is_initializing()
-            and tf.executing_eagerly()
-            and keras.layers.BatchNormalization not in kinds
-        ):
+        per_step = [
+            one for one in layers_in(self.layer) if isinstance(one, keras.layers.BatchNormalization)
+        ]
+        if is_initializing() and tf.executing_eagerly() and not per_step:
             one = None if mask is None else one_step(mask)
             call(self, one_step(inputs), training=training, mask=one)  # Sets the layers in it.
         return call(self, inputs, training=training, mask=mask)

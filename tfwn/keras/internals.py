@@ -258,10 +258,10 @@ def tracked_lists(layer: keras.layers.Layer) -> list:
     return [store for _, store in layer._tracker.config.values()]
 
 
-def optimizers_in(optimizer) -> list[keras.Optimizer]:
-    """Returns the optimizer and all optimizers in it, or an empty list for None."""
+def optimizers_in(values: list) -> list[keras.Optimizer]:
+    """Returns the optimizers among the values, in lists there, and in other optimizers."""
     found: dict[int, keras.Optimizer] = {}
-    stack = [optimizer]
+    stack = [*values]
     while stack:
         value = stack.pop()
         if isinstance(value, list | tuple):

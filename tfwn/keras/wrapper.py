@@ -50,8 +50,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
     recurrent layers, and layers that contain others, such as MultiHeadAttention, Bidirectional and
     TimeDistributed. Each kernel gets its own g, initialized to ||v||, so wrapping alone does not
     change the outputs. w is computed once per call, outside any loop over time. Optimizers see v
-    (the layer's own kernel variable) and g. Regularizers act on w. The wrapper has the layer's name
-    by default.
+    (the layer's own kernel variable) and g. Regularizers act on w.
 
     Arguments:
       layer: the layer to normalize, built or not.
@@ -65,8 +64,8 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
       kernel_mask: fixed array that broadcasts to v, or a dict that maps names of variables to such
         arrays. It multiplies v before the normalization, so w is 0 where the mask is 0 and the norm
         is over the other elements.
-      kwargs: name, trainable and dtype of the wrapper. trainable and dtype default to the layer's.
-        trainable=False freezes the layer, too.
+      kwargs: name, trainable and dtype of the wrapper, by default the layer's. trainable=False
+        freezes the layer, too.
 
     Inputs, outputs, masks and call arguments are those of the layer. `wrapper.layer` is the layer.
     `wrapper.normalized` contains an object for each normalized variable, with v, g, axis and w().
@@ -145,10 +144,7 @@ class WeightNormalization(keras.layers.Wrapper, internals.DropoutRNNCell):
     def build(self, *shapes, **named_shapes):
         """Builds the layer and creates a g for each of its kernels."""
         if self.normalized:
-            raise ValueError(
-                f"the wrapper {self.name!r} is built already: build or call it only once before "
-                "its variables are created"
-            )
+            raise ValueError(f"{self.name!r} is built already: call it, or build another wrapper")
         internals.build_from_shape(self.layer, *shapes, **named_shapes)
         self._build_shapes = [list(shapes), dict(named_shapes)]
         self.built_while_initializing = is_initializing()
