@@ -46,28 +46,26 @@ CUDA_KERNELS = sorted(glob("csrc/weight_norm_cuda*.cu"))
 FLAGS = ["-I.", "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
+# The paper's experiments (models/, run from a checkout).
+MODELS = [
+    "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
+    "importlib_resources",  # tensorflow-datasets imports it without requiring it
+    "ale-py>=0.11",  # Atari games, ROMs included
+    "gymnasium>=1.1",  # the games' interface
+    "tyro>=1.0",  # command lines
+    "rich>=13.9",  # progress lines and tables
+    "matplotlib>=3.9",  # the paper's figures
+    "imageio>=2.36",  # videos of games, GIFs of canvases
+    "tensorboard>=2.20",  # training curves
+]
 # Optional dependencies. The layers alone need only TensorFlow and NumPy.
 EXTRAS = {
-    # The paper's experiments (models/, run from a checkout).
-    "models": [
-        "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
-        "importlib_resources",  # tensorflow-datasets imports it without requiring it
-        "ale-py>=0.11",  # Atari games, ROMs included
-        "gymnasium>=1.1",  # the games' interface
-        "tyro>=1.0",  # command lines
-        "rich>=13.9",  # progress lines and tables
-        "matplotlib>=3.9",  # the paper's figures
-        "imageio>=2.36",  # videos of games, GIFs of canvases
-        "tensorboard>=2.20",  # training curves
-    ],
+    "models": MODELS,
     "benchmark": [
+        *MODELS,  # the programs that are timed
         "torch==2.13.0",  # the op's peer
         "stable-baselines3>=2.7",  # DQN's peer
-        "ale-py>=0.11",  # Atari games
-        "gymnasium>=1.1",  # the games' interface
-        "opencv-python-headless>=4.10",  # the games' frames
-        "rich>=13.9",  # tables
-        "matplotlib>=3.9",  # plots
+        "opencv-python-headless>=4.10",  # its games' frames
     ],
     "test": [
         "pytest>=8.3",

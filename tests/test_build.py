@@ -5,6 +5,7 @@ import importlib.machinery
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -50,6 +51,19 @@ def test_finds_the_installed_tensorflow_past_a_build_environment(setup_module, m
     found = setup_module.find_tensorflow()
     assert found.installed
     assert found.version == tf.__version__
+
+
+@pytest.mark.parametrize("extra", ["models", "benchmark"])
+def test_an_extra_holds_what_its_programs_import(setup_module, extra):
+    folders = {"models": ["models"], "benchmark": ["models", "benchmarks"]}[extra]
+    files = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
+    imports = r"^(?:import|from) (\w+)"
+    names = {n for f in files for n in re.findall(imports, f.read_text(), re.MULTILINE)}
+    names -= sys.stdlib_module_names | {"tfwn", "models", "benchmarks"}
+    names -= {"tensorflow", "numpy", "ml_dtypes"}  # TensorFlow requires the others.
+    assert {"tyro", "rich"} <= names
+    required = {Requirement(text).name.replace("-", "_") for text in setup_module.EXTRAS[extra]}
+    assert names <= required
 
 
 @pytest.fixture
