@@ -126,7 +126,7 @@ sdist: $(VENV)/.have-auditwheel
 $(VENV)/.have-benchmark: | $(VENV)/.have-torch
 
 # The libraries are already built, so only Python code is left to install.
-$(VENV)/.have-%: $(VENV)/.tools setup.py pyproject.toml | $(VENV)/.built
+$(VENV)/.have-%: $(VENV)/.tools setup.py build_backend.py pyproject.toml | $(VENV)/.built
 	@echo "Installing the requirements of $*"
 	@$(PIP) install -qq --no-build-isolation --editable '.[$*]'
 	@touch $@

@@ -1,7 +1,8 @@
-"""PEP 517 backend: setuptools, plus TensorFlow as a build requirement if none is installed.
+"""The package's requirements, and a PEP 517 backend that adds TensorFlow to setuptools' own.
 
 The op must be built against the TensorFlow that it will run in. An isolated build cannot see that
-TensorFlow, so a process that runs outside the isolation looks for it.
+TensorFlow, so a process that runs outside the isolation looks for it. If there is none, TensorFlow
+becomes a build requirement.
 """
 
 import functools
@@ -17,6 +18,44 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that need no change
 
 SUPPORTED = "tensorflow>=2.20,<2.22"
+
+# The paper's experiments (models/, run from a checkout).
+MODELS = [
+    "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
+    "importlib_resources",  # tensorflow-datasets imports it without requiring it
+    "ale-py>=0.11",  # Atari games, ROMs included
+    "gymnasium>=1.1",  # the games' interface
+    "tyro>=1.0",  # command lines
+    "rich>=13.9",  # progress lines and tables
+    "matplotlib>=3.9",  # the paper's figures
+    "imageio>=2.36",  # videos of games, GIFs of canvases
+    "tensorboard>=2.20",  # training curves
+]
+# Optional dependencies. The layers alone need only TensorFlow and NumPy.
+EXTRAS = {
+    "models": MODELS,
+    "benchmark": [
+        *MODELS,  # the programs that are timed
+        "torch==2.13.0",  # the op's peer
+        "stable-baselines3>=2.7",  # DQN's peer
+        "opencv-python-headless>=4.10",  # its games' frames
+    ],
+    "test": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",  # parallel tests
+        "hypothesis>=6.115",  # random shapes, types and magnitudes
+        "keras>=3.10",  # the layers' counterparts
+        "dm-sonnet>=2.0.2",  # modules to reparameterize
+    ],
+    "dev": [
+        "ruff>=0.14",  # lint and format
+        "mypy>=1.18",  # types
+        "clang-format>=20",  # C++ and CUDA format
+        "build>=1.2",  # wheels
+        "setuptools>=77",  # builds in place, without isolation
+        "pybind11>=2.13",  # likewise
+    ],
+}
 
 _PROBE = """
 import importlib.util, json, sys
@@ -70,6 +109,26 @@ def find_tensorflow() -> TensorFlow | None:
     hidden = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE")
     outside = {name: value for name, value in os.environ.items() if name not in hidden}
     return _probe(outside, installed=True) or _probe(dict(os.environ), installed=False)
+
+
+def requirements() -> dict:
+    """Returns the package's requirements, which depend on the TensorFlow that is installed.
+
+    The op runs only on the minor version that it was built for. However, requiring `tensorflow`
+    would make pip install it over an existing `tensorflow-cpu`, or vice versa, and a requirement
+    cannot name alternatives. So a wheel built with an installed TensorFlow pins the version in
+    extras only, and the import checks it. Without one, the wheel requires `tensorflow` itself.
+    """
+    tensorflow = find_tensorflow()
+    if tensorflow is None:
+        return {"install_requires": ["numpy", SUPPORTED], "extras_require": EXTRAS}
+    pins = {
+        "tensorflow": [f"tensorflow{tensorflow.requirement}"],
+        "tensorflow-cpu": [f"tensorflow-cpu{tensorflow.requirement}"],
+        "and-cuda": [f"tensorflow[and-cuda]{tensorflow.requirement}"],
+    }
+    install = ["numpy"] if tensorflow.installed else ["numpy", *pins["tensorflow"]]
+    return {"install_requires": install, "extras_require": pins | EXTRAS}
 
 
 def _build_requirements() -> list[str]:

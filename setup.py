@@ -35,7 +35,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_backend import SUPPORTED, TensorFlow, find_tensorflow
+from build_backend import SUPPORTED, TensorFlow, find_tensorflow, requirements
 
 CXX = shlex.split(os.environ.get("CXX", "")) or ["g++"]  # It may name a launcher: "ccache g++".
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
@@ -44,45 +44,6 @@ BUILD_INFO = "tfwn/_build_info.json"
 CPU_KERNELS = sorted(glob("csrc/weight_norm_cpu*.cc"))
 CUDA_KERNELS = sorted(glob("csrc/weight_norm_cuda*.cu"))
 FLAGS = ["-I.", "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-
-
-# The paper's experiments (models/, run from a checkout).
-MODELS = [
-    "tensorflow-datasets>=4.9.8",  # CIFAR-10 and MNIST
-    "importlib_resources",  # tensorflow-datasets imports it without requiring it
-    "ale-py>=0.11",  # Atari games, ROMs included
-    "gymnasium>=1.1",  # the games' interface
-    "tyro>=1.0",  # command lines
-    "rich>=13.9",  # progress lines and tables
-    "matplotlib>=3.9",  # the paper's figures
-    "imageio>=2.36",  # videos of games, GIFs of canvases
-    "tensorboard>=2.20",  # training curves
-]
-# Optional dependencies. The layers alone need only TensorFlow and NumPy.
-EXTRAS = {
-    "models": MODELS,
-    "benchmark": [
-        *MODELS,  # the programs that are timed
-        "torch==2.13.0",  # the op's peer
-        "stable-baselines3>=2.7",  # DQN's peer
-        "opencv-python-headless>=4.10",  # its games' frames
-    ],
-    "test": [
-        "pytest>=8.3",
-        "pytest-xdist>=3.6",  # parallel tests
-        "hypothesis>=6.115",  # random shapes, types and magnitudes
-        "keras>=3.10",  # the layers' counterparts
-        "dm-sonnet>=2.0.2",  # modules to reparameterize
-    ],
-    "dev": [
-        "ruff>=0.14",  # lint and format
-        "mypy>=1.18",  # types
-        "clang-format>=20",  # C++ and CUDA format
-        "build>=1.2",  # wheels
-        "setuptools>=77",  # builds in place, without isolation
-        "pybind11>=2.13",  # likewise
-    ],
-}
 
 
 def wanted(name: str) -> bool:
@@ -415,26 +376,6 @@ def extensions() -> list[Extension]:
         if wanted("TFWN_XLA"):
             sources["tfwn._xla"] = ["csrc/tensorflow_xla.cc", "csrc/xla_handlers.cc"]
     return [Extension(name, files) for name, files in sources.items()]
-
-
-def requirements() -> dict:
-    """Returns the package's requirements, which depend on the TensorFlow that is installed.
-
-    The op runs only on the minor version that it was built for. However, requiring `tensorflow`
-    would make pip install it over an existing `tensorflow-cpu`, or vice versa, and a requirement
-    cannot name alternatives. So a wheel built with an installed TensorFlow pins the version in
-    extras only, and the import checks it. Without one, the wheel requires `tensorflow` itself.
-    """
-    tensorflow = find_tensorflow()
-    if tensorflow is None:
-        return {"install_requires": ["numpy", SUPPORTED], "extras_require": EXTRAS}
-    pins = {
-        "tensorflow": [f"tensorflow{tensorflow.requirement}"],
-        "tensorflow-cpu": [f"tensorflow-cpu{tensorflow.requirement}"],
-        "and-cuda": [f"tensorflow[and-cuda]{tensorflow.requirement}"],
-    }
-    install = ["numpy"] if tensorflow.installed else ["numpy", *pins["tensorflow"]]
-    return {"install_requires": install, "extras_require": pins | EXTRAS}
 
 
 if __name__ == "__main__":

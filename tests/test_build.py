@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from setuptools import Distribution
 
+import build_backend
 import tfwn
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,29 +33,29 @@ def setup_module():
     return module
 
 
-def test_requires_tensorflow_where_there_is_none(setup_module, monkeypatch):
-    monkeypatch.setattr(setup_module, "find_tensorflow", lambda: None)
-    assert setup_module.SUPPORTED in setup_module.requirements()["install_requires"]
+def test_requires_tensorflow_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(build_backend, "find_tensorflow", lambda: None)
+    assert build_backend.SUPPORTED in build_backend.requirements()["install_requires"]
 
 
-def test_requires_the_tensorflow_of_an_isolated_build(setup_module, monkeypatch):
-    of_the_build = setup_module.TensorFlow("2.20.1", "", "", (), installed=False)
-    monkeypatch.setattr(setup_module, "find_tensorflow", lambda: of_the_build)
-    assert "tensorflow>=2.20,<2.21" in setup_module.requirements()["install_requires"]
+def test_requires_the_tensorflow_of_an_isolated_build(monkeypatch):
+    of_the_build = build_backend.TensorFlow("2.20.1", "", "", (), installed=False)
+    monkeypatch.setattr(build_backend, "find_tensorflow", lambda: of_the_build)
+    assert "tensorflow>=2.20,<2.21" in build_backend.requirements()["install_requires"]
 
 
-def test_finds_the_installed_tensorflow_past_a_build_environment(setup_module, monkeypatch):
+def test_finds_the_installed_tensorflow_past_a_build_environment(monkeypatch):
     """An isolated build must still see the TensorFlow that is installed outside of it."""
     for name, value in {"PYTHONPATH": "/nowhere", "PYTHONNOUSERSITE": "1"}.items():
         monkeypatch.setenv(name, value)
-    setup_module.find_tensorflow.cache_clear()
-    found = setup_module.find_tensorflow()
+    build_backend.find_tensorflow.cache_clear()
+    found = build_backend.find_tensorflow()
     assert found.installed
     assert found.version == tf.__version__
 
 
 @pytest.mark.parametrize("extra", ["models", "benchmark"])
-def test_an_extra_holds_what_its_programs_import(setup_module, extra):
+def test_an_extra_holds_what_its_programs_import(extra):
     folders = {"models": ["models"], "benchmark": ["models", "benchmarks"]}[extra]
     files = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")]
     imports = r"^(?:import|from) (\w+)"
@@ -62,7 +63,7 @@ def test_an_extra_holds_what_its_programs_import(setup_module, extra):
     names -= sys.stdlib_module_names | {"tfwn", "models", "benchmarks"}
     names -= {"tensorflow", "numpy", "ml_dtypes"}  # TensorFlow requires the others.
     assert {"tyro", "rich"} <= names
-    required = {Requirement(text).name.replace("-", "_") for text in setup_module.EXTRAS[extra]}
+    required = {Requirement(text).name.replace("-", "_") for text in build_backend.EXTRAS[extra]}
     assert names <= required
 
 
