@@ -43,6 +43,9 @@ CACHE = Path("build/objects")
 BUILD_INFO = "tfwn/_build_info.json"
 CPU_KERNELS = sorted(glob("csrc/weight_norm_cpu*.cc"))
 CUDA_KERNELS = sorted(glob("csrc/weight_norm_cuda*.cu"))
+OTHER_CUDA = (
+    "CUDA_HOME chooses another CUDA, CXX another host compiler, TFWN_CUDA=0 builds without CUDA"
+)
 FLAGS = ["-I.", "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
@@ -112,28 +115,35 @@ class Cuda:
     """An nvcc and the GPU architectures to compile for."""
 
     def __init__(self, nvcc: str):
-        self.nvcc = str(Path(nvcc).resolve())  # the real path contains the version
+        self.nvcc = str(Path(nvcc).resolve())
         self.home = Path(self.nvcc).parent.parent
-        self.version = re.findall(r"release ([\d.]+)", output_of(nvcc, "--version"))[0]
-        known = sorted(
-            int(a)
-            for a in re.findall(r"compute_(\d+)$", output_of(nvcc, "--list-gpu-arch"), re.MULTILINE)
-        )
-        chosen = re.findall(r"\d+", os.environ.get("TFWN_CUDA_ARCHITECTURES", ""))
-        if old := sorted(a for a in map(int, chosen) if a < 70):
+        try:
+            self.version = re.findall(r"release ([\d.]+)", output_of(nvcc, "--version"))[0]
+            listed = output_of(nvcc, "--list-gpu-arch")
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(
+                f"tfwn: {nvcc} does not run, or is older than CUDA 11: {error}. {OTHER_CUDA}"
+            ) from None
+        known = sorted(int(a) for a in re.findall(r"compute_(\d+)$", listed, re.MULTILINE))
+        words = re.findall(r"[^\s;,]+", os.environ.get("TFWN_CUDA_ARCHITECTURES", ""))
+        if wrong := [word for word in words if not word.isdigit()]:
+            raise SystemExit(
+                f"tfwn: TFWN_CUDA_ARCHITECTURES must list numbers, such as 80;90, but names {wrong}"
+            )
+        chosen = sorted(map(int, words))
+        if old := [a for a in chosen if a < 70]:
             raise SystemExit(
                 f"tfwn: TFWN_CUDA_ARCHITECTURES names {old}, whose blocks have too little shared "
                 "memory for the kernels. Name architectures from 70 on"
             )
-        unknown = sorted(set(map(int, chosen)) - set(known))
-        if unknown:
+        if unknown := [a for a in chosen if a not in known]:
             raise SystemExit(
                 f"tfwn: TFWN_CUDA_ARCHITECTURES names {unknown}, which {nvcc} ({self.version}) "
                 f"does not know. It knows {known}"
             )
         # Machine code also runs on later minor versions, so one architecture per major is enough.
         first = {a // 10: a for a in reversed(known) if a >= 75}
-        self.architectures = sorted(map(int, chosen) if chosen else first.values())
+        self.architectures = chosen or sorted(first.values())
 
     @classmethod
     def find(cls) -> "Cuda | None":
@@ -161,6 +171,7 @@ class Cuda:
             "-std=c++17",
             "-O3",
             "-DNDEBUG",
+            f"-DTFWN_NVCC={self.version}",  # Unused; recompiles after an upgrade.
             "--threads=0",
             f"-ccbin={next((w for w in CXX if Path(w).name not in LAUNCHERS), CXX[0])}",
             "-Xcompiler=-fPIC,-fvisibility=hidden",
@@ -170,8 +181,8 @@ class Cuda:
     @property
     def link_flags(self) -> list[str]:
         """Flags that link the CUDA runtime statically, so that it need not be installed."""
-        lib = next(d for d in (self.home / "lib64", self.home / "lib") if d.is_dir())
-        return [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        folders = [f"-L{self.home}/{lib}" for lib in ("lib64", "lib")]
+        return [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def run(command: list[str], output: Path) -> float:
@@ -180,7 +191,8 @@ def run(command: list[str], output: Path) -> float:
     part = output.with_suffix(f".{os.getpid()}.part")
     done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
     if done.returncode != 0:
-        raise SystemExit(f"tfwn: {shlex.join(command)}\n{done.stderr}tfwn: failed")
+        hint = f". {OTHER_CUDA}" if Path(command[0]).name == "nvcc" else ""
+        raise SystemExit(f"tfwn: {shlex.join(command)}\n{done.stderr}tfwn: failed{hint}")
     if done.stderr:
         sys.stderr.write(done.stderr)
     os.utime(part, (begin, begin))  # so that an edit during the compilation is newer
@@ -247,6 +259,15 @@ def replace(source: Path, destination: Path) -> None:
     part.replace(destination)
 
 
+def search(*folders: str) -> list[str]:
+    """Returns flags to search folders for headers.
+
+    Compilers search /usr/include anyway; -isystem would move it before the C++ library, whose
+    headers then do not find C's. CUDA is in /usr when it comes from Debian's own packages.
+    """
+    return [flag for f in folders if f != "/usr/include" for flag in ("-isystem", f)]
+
+
 def labels(ext: Extension) -> list[str]:
     """Returns the sources of a library, each with "@" and the tag of its Python, if any."""
     _, at, python = ext.name.partition("@")
@@ -287,7 +308,7 @@ class Build(build_ext):
             for source in labels(ext):
                 flags = self.compile_flags(ext, tensorflow, info)
                 if cuda:
-                    flags += ["-DTFWN_CUDA=1", "-isystem", f"{cuda.home}/include"]
+                    flags += ["-DTFWN_CUDA=1", *search(f"{cuda.home}/include")]
                 compile_commands[source] = base + flags
 
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -327,7 +348,7 @@ class Build(build_ext):
             if ext.name == "tfwn._xla":
                 external = f"{tensorflow.include}/external"
                 includes += [f"{external}/highwayhash", f"{external}/farmhash_archive/src"]
-        return flags + [flag for include in includes for flag in ("-isystem", include)]
+        return flags + search(*includes)
 
     @staticmethod
     def link_flags(ext: Extension, cuda: Cuda | None, tensorflow: TensorFlow | None) -> list[str]:

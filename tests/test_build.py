@@ -113,6 +113,34 @@ def test_cuda_architecture_with_too_little_shared_memory(setup_module, nvcc, mon
         setup_module.Cuda(nvcc)
 
 
+@pytest.mark.parametrize("words", ["native", "8.9", "80;90a"])
+def test_cuda_architectures_that_are_no_numbers(setup_module, nvcc, monkeypatch, words):
+    monkeypatch.setenv("TFWN_CUDA_ARCHITECTURES", words)
+    with pytest.raises(SystemExit, match="must list numbers, such as 80;90, but names"):
+        setup_module.Cuda(nvcc)
+
+
+def test_an_unusable_nvcc(setup_module, nvcc):
+    pathlib.Path(nvcc).write_text("#!/bin/sh\necho release 10.2,\ntest $1 = --version\n")
+    with pytest.raises(SystemExit, match=r"nvcc does not run, or is older.*TFWN_CUDA=0"):
+        setup_module.Cuda(nvcc)
+
+
+def test_a_failure_of_nvcc_names_the_ways_out(setup_module, nvcc, tmp_path):
+    pathlib.Path(nvcc).write_text("#!/bin/sh\necho unsupported GNU version >&2; exit 1\n")
+    with pytest.raises(SystemExit, match=r"unsupported GNU version\n.*TFWN_CUDA=0"):
+        setup_module.run([nvcc], tmp_path / "a.o")
+
+
+def test_cuda_in_usr_does_not_hide_the_c_headers(setup_module, tmp_path):
+    """Debian's own packages put CUDA's headers into /usr/include."""
+    source = tmp_path / "a.cc"
+    source.write_text("#include <cstdlib>\n")
+    flags = setup_module.search("/usr/include", str(tmp_path))
+    assert flags == ["-isystem", str(tmp_path)]
+    subprocess.run([*setup_module.CXX, *flags, "-fsyntax-only", source], check=True)
+
+
 def test_cuda_off(setup_module, nvcc, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CUDA_HOME", str(pathlib.Path(nvcc).parents[1]))
