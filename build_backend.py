@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that need no change
 
-SUPPORTED = "tensorflow>=2.20,<2.22"
+MINORS = range(20, 22)  # of TensorFlow 2
+SUPPORTED = f"tensorflow>=2.{MINORS.start},<2.{MINORS.stop}"
 
 # The paper's experiments (models/, run from a checkout).
 MODELS = [
@@ -59,7 +60,8 @@ EXTRAS = {
 
 _PROBE = """
 import importlib.util, json, sys
-if importlib.util.find_spec("tensorflow") is None:
+spec = importlib.util.find_spec("tensorflow")
+if spec is None or spec.origin is None:  # None, or a folder that pip left behind
     sys.exit(3)
 import tensorflow as tf
 print(json.dumps([
@@ -82,6 +84,12 @@ class TensorFlow:
     installed: bool  # in the user's environment, not only in the build's
 
     @property
+    def supported(self) -> bool:
+        """Whether the sources are known to compile and work with this version."""
+        major, minor = self.version.split(".")[:2]
+        return major == "2" and int(minor) in MINORS
+
+    @property
     def requirement(self) -> str:
         """The versions that can load a library built against this one: same minor, any patch."""
         major, minor = map(int, self.version.split(".")[:2])
@@ -98,7 +106,9 @@ def _probe(environment: dict[str, str], *, installed: bool) -> TensorFlow | None
         return None
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise SystemExit(f"tfwn: the installed TensorFlow cannot be imported: {last}")
+        raise SystemExit(
+            f"tfwn: the installed TensorFlow cannot be imported: {last}. Repair or uninstall it"
+        )
     version, include, lib, flags = json.loads(done.stdout.splitlines()[-1])
     return TensorFlow(version, include, lib, tuple(flags), installed)
 

@@ -101,11 +101,17 @@ def missing_tools() -> list[str]:
         if not os.path.exists(f"{python.include}/Python.h"):
             missing.append(
                 f"no Python.h in {python.include}. Install Python's headers (Debian, Ubuntu: "
-                "apt install python3-dev)"
+                f"apt install python3.{python.tag[3:]}-dev)"
             )
-    if wanted("TFWN_TENSORFLOW") and find_tensorflow() is None:
+    tensorflow = find_tensorflow() if wanted("TFWN_TENSORFLOW") else None
+    if wanted("TFWN_TENSORFLOW") and not (tensorflow and tensorflow.supported):
+        found = (
+            f"tfwn does not support TensorFlow {tensorflow.version}"
+            if tensorflow
+            else "TensorFlow is not installed"
+        )
         missing.append(
-            f"TensorFlow is not installed. Install it first: pip install '{SUPPORTED}'. "
+            f"{found}. Install a supported one first: pip install '{SUPPORTED}'. "
             "TFWN_TENSORFLOW=0 builds the kernels without it"
         )
     return missing

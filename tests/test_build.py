@@ -54,6 +54,29 @@ def test_finds_the_installed_tensorflow_past_a_build_environment(monkeypatch):
     assert found.version == tf.__version__
 
 
+def test_a_folder_without_tensorflow_is_no_tensorflow(tmp_path):
+    """pip leaves a folder behind if an uninstalled package has written files there."""
+    (tmp_path / "tensorflow").mkdir()
+    probe = [sys.executable, "-S", "-c", build_backend._PROBE]
+    done = subprocess.run(probe, env={"PYTHONPATH": str(tmp_path)}, cwd="/")
+    assert done.returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("version", "supported"),
+    [("2.19.1", False), ("2.20.0", True), ("2.21.1", True), ("2.22.0-rc0", False), ("3.20", False)],
+)
+def test_only_supported_tensorflows_are_built_for(setup_module, monkeypatch, version, supported):
+    installed = build_backend.TensorFlow(version, "", "", (), installed=True)
+    monkeypatch.setattr(setup_module, "find_tensorflow", lambda: installed)
+    monkeypatch.delenv("TFWN_TENSORFLOW", raising=False)
+    missing = setup_module.missing_tools()
+    assert len(missing) == (not supported)
+    if missing:
+        assert version in missing[0]
+        assert f"pip install '{build_backend.SUPPORTED}'" in missing[0]
+
+
 @pytest.mark.parametrize("extra", ["models", "benchmark"])
 def test_an_extra_holds_what_its_programs_import(extra):
     folders = {"models": ["models"], "benchmark": ["models", "benchmarks"]}[extra]
@@ -173,6 +196,7 @@ def test_all_that_is_missing_is_named_at_once(setup_module, monkeypatch):
     compiler, headers, tensorflow = setup_module.missing_tools()
     assert "no-such-compiler" in compiler
     assert "Python.h in /nowhere" in headers
+    assert "python3.11-dev" in headers
     assert setup_module.SUPPORTED in tensorflow
 
 
