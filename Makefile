@@ -16,6 +16,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 .PHONY: help demo test test-slow bench sanitize wheel wheels test-wheel test-wheels sdist
 .PHONY: lint format clean FORCE
 .DELETE_ON_ERROR:
+# Two installations into one environment at the same time would break it.
+.NOTPARALLEL:
 
 help:
 	@echo "make demo       learns to play an Atari game and makes a learning curve and a video"
@@ -82,10 +84,11 @@ format: $(VENV)/.have-dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info tfwn/*.so tfwn/_build_info.json
 
-# Rewritten only if TENSORFLOW has changed.
+# Rewritten only if TENSORFLOW or the version of PYTHON has changed.
 $(VENV)/.wanted: FORCE
 	@mkdir -p $(VENV)
-	@echo '$(TENSORFLOW)' | cmp -s - $@ || echo '$(TENSORFLOW)' > $@
+	@wanted="$(TENSORFLOW) for $$($(PYTHON) -V 2>&1)"; \
+	echo "$$wanted" | cmp -s - $@ || echo "$$wanted" > $@
 
 $(VENV)/.tools: $(VENV)/.wanted
 	@test -n '$(PYTHON)' || { echo "No Python 3.10 to 3.13 with the venv module found." \
@@ -94,7 +97,7 @@ $(VENV)/.tools: $(VENV)/.wanted
 	@command -v $${CXX:-g++} >/dev/null || { echo "No C++ compiler found: $${CXX:-g++}." \
 	"Install it (Debian, Ubuntu: apt install g++), or choose another one: CXX=... make" >&2; exit 1; }
 	@echo "Installing $$(cat $<) into $(VENV), which takes about a minute"
-	@$(PYTHON) -m venv --clear $(VENV) && echo '$(TENSORFLOW)' > $<
+	@wanted="$$(cat $<)" && $(PYTHON) -m venv --clear $(VENV) && echo "$$wanted" > $<
 	@$(PIP) install --quiet --upgrade pip
 	@$(PIP) install --quiet 'setuptools>=77' 'pybind11>=2.13' '$(TENSORFLOW)'
 	@touch $@

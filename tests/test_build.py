@@ -239,6 +239,28 @@ def test_a_wheel_names_the_pythons_whose_bindings_it_holds(setup_module, two_pyt
     assert (python, abi) == (f"{two_pythons[0].tag}.cp39", "none")
 
 
+def test_another_python_or_tensorflow_sets_up_another_environment(tmp_path):
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    python = tmp_path / "python"
+    wanted = tmp_path / ".venv" / ".wanted"
+    seen = set()
+    for version in ("3.10.1", "3.11.2"):
+        python.write_text(f"#!/bin/sh\necho Python {version}\n")
+        python.chmod(0o755)
+        for tensorflow in ("tensorflow>=2.21,<2.22", "tensorflow-cpu==2.20.*"):
+            times = set()
+            for _ in range(2):
+                make = ["make", ".venv/.wanted", f"PYTHON={python}", f"TENSORFLOW={tensorflow}"]
+                subprocess.run(make, cwd=tmp_path, check=True)
+                times.add(wanted.stat().st_mtime_ns)
+            assert len(times) == 1  # The second time, nothing has changed.
+            assert wanted.read_text() == f"{tensorflow} for Python {version}\n"
+            seen |= times
+    assert len(seen) == 4
+
+
 PROGRAM = """#!{python}
 import os, signal, sys, time
 

@@ -21,8 +21,9 @@ def load(name, path):
 
 @pytest.fixture(scope="session")
 def cpu():
-    (path,) = (ROOT / "tfwn").glob("native.*.so")
-    return load("tfwn.native", path)
+    # By its suffix, because the bindings of other Pythons may be there too.
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    return load("tfwn.native", ROOT / "tfwn" / f"native{suffix}")
 
 
 @pytest.fixture(scope="session")
