@@ -56,6 +56,21 @@ def test_the_versions_of_this_environment():
     )
 
 
+def test_a_fresh_environment_keeps_only_what_it_needs(tmp_path, monkeypatch):
+    program = tmp_path / "bin" / "python"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n/usr/bin/env\n")
+    program.chmod(0o755)
+    kept = {"LD_LIBRARY_PATH": "/nowhere", "PIP_PROGRESS_BAR": "off"}
+    for name, value in (kept | {"PYTHONPATH": "/nowhere", "CXX": "g++"}).items():
+        monkeypatch.setenv(name, value)
+    output, _ = try_out.call(tmp_path).communicate()
+    variables = dict(line.split("=", 1) for line in output.splitlines())
+    assert variables.items() >= kept.items()
+    assert variables["PATH"] == f"{tmp_path}/bin"
+    assert not {"PYTHONPATH", "CXX"} & set(variables)
+
+
 def test_workflows_run_only_what_can_be_run_here():
     makefile = (ROOT / "Makefile").read_text()
     commands = [

@@ -24,8 +24,12 @@ TENSORFLOWS = ("tensorflow", "tensorflow-cpu")
 
 
 def call(environment: Path, *words: object) -> subprocess.Popen:
-    """Starts an environment's Python, with no environment variables of this process but pip's."""
-    variables = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    """Starts an environment's Python with hardly any of this process's environment variables.
+
+    It keeps pip's, and where to find libpython, without which GitHub's Pythons cannot start.
+    """
+    kept = ("PIP_", "LD_LIBRARY_PATH")
+    variables = {name: value for name, value in os.environ.items() if name.startswith(kept)}
     return subprocess.Popen(
         [environment / "bin" / "python", *map(str, words)],
         env=variables | {"PATH": f"{environment}/bin", "TF_CPP_MIN_LOG_LEVEL": "3"},
@@ -98,12 +102,11 @@ def main() -> None:
         "--this", action="store_true", help="only with this environment's Python and TensorFlow"
     )
     only = this() if parser.parse_args().this else None
-    wheels = sorted((ROOT / "dist").glob("*.whl"))
+    wheels = sorted((ROOT / "dist").glob("*+tf*.whl"))
     rows = []
     for wheel in wheels:
         match = re.search(r"\+tf([\d.]+)-([\w.]+)-", wheel.name)
-        if not match:
-            continue
+        assert match
         for version, python in find_pythons().items():
             tag = "cp" + version.replace(".", "")
             if tag in match[2].split(".") and only in (None, (match[1], version)):
