@@ -12,7 +12,7 @@ import pybind11
 import tensorflow as tf
 flags = [f for f in tf.sysconfig.get_compile_flags() if f.startswith("-D")]
 print("FOUND", tf.sysconfig.get_lib(), pybind11.get_include(), sysconfig.get_path("include"),
-      tf.__version__, ",".join(flags))
+      tf.__version__, ",".join(flags), sep="\t")
 """
 
 _BUILD = """
@@ -52,12 +52,12 @@ cc_library(
 def _installed_python_impl(context):
     python = context.os.environ.get("PYTHON", "python3")
     if "/" not in python:
-        python = str(context.which(python))
+        python = str(context.which(python) or fail("no %s on PATH; set PYTHON to a path" % python))
     result = context.execute([python, "-c", _PROBE])
-    found = [line for line in result.stdout.splitlines() if line.startswith("FOUND ")]
+    found = [line for line in result.stdout.splitlines() if line.startswith("FOUND\t")]
     if not found:
         fail("%s cannot import TensorFlow and pybind11: %s" % (python, result.stderr))
-    _, tensorflow, pybind11, headers, version, flags = found[0].split(" ")
+    _, tensorflow, pybind11, headers, version, flags = found[0].split("\t")
     context.symlink(tensorflow, "tensorflow")
     context.symlink(pybind11, "pybind11")
     context.symlink(headers, "python")
