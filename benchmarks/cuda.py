@@ -1,6 +1,6 @@
 """Builds, checks and times the CUDA kernels on a machine with a GPU. Needs no TensorFlow.
 
-    pip install setuptools pybind11 numpy ml_dtypes   # and torch, for the comparison
+    pip install 'setuptools>=70.1' pybind11 numpy ml_dtypes   # and torch, for the comparison
     python -m benchmarks.cuda [--case conv] [--out build/benchmarks] [--check-only]
 
 This program compiles `native` for this GPU into build/cuda, or uses one that was built elsewhere
