@@ -16,6 +16,7 @@
 
 import filecmp
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -95,6 +96,10 @@ PYTHONS = [
 def missing_tools() -> list[str]:
     """Returns an error message for each missing requirement of the build."""
     missing = []
+    if sys.platform != "linux":
+        missing.append(f"this is {sys.platform}, but tfwn needs Linux (on Windows: WSL)")
+    if not importlib.util.find_spec("pybind11"):
+        missing.append("no pybind11. Install it: pip install 'pybind11>=2.13'")
     if not shutil.which(CXX[0]):
         missing.append(f"no C++ compiler: {CXX[0]} not found. Install g++, or set CXX")
     for python in PYTHONS:
@@ -388,11 +393,10 @@ class Wheel(bdist_wheel):
     """Names a wheel after the Pythons whose bindings it contains; the rest needs no Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Returns setuptools' tag for one Python, or all their tags without an ABI for several."""
+        """Returns setuptools' tag for this Python, or the tags of others without an ABI."""
         python, abi, platform = super().get_tag()
-        if len(PYTHONS) > 1:
-            python, abi = ".".join(sorted(python.tag for python in PYTHONS)), "none"
-        return python, abi, platform
+        held = ".".join(sorted(python.tag for python in PYTHONS))
+        return (python, abi, platform) if held == python else (held, "none", platform)
 
 
 def extensions() -> list[Extension]:

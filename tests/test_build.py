@@ -193,7 +193,11 @@ def test_all_that_is_missing_is_named_at_once(setup_module, monkeypatch):
     monkeypatch.setattr(setup_module, "find_tensorflow", lambda: None)
     monkeypatch.setattr(setup_module, "PYTHONS", [setup_module.Python("cp311", ".so", "/nowhere")])
     monkeypatch.delenv("TFWN_TENSORFLOW", raising=False)
-    compiler, headers, tensorflow = setup_module.missing_tools()
+    monkeypatch.setattr(setup_module.sys, "platform", "darwin")
+    monkeypatch.setattr(setup_module.importlib.util, "find_spec", lambda name: None)
+    system, pybind11, compiler, headers, tensorflow = setup_module.missing_tools()
+    assert "needs Linux" in system
+    assert "pip install 'pybind11" in pybind11
     assert "no-such-compiler" in compiler
     assert "Python.h in /nowhere" in headers
     assert "python3.11-dev" in headers
@@ -231,12 +235,15 @@ def test_the_bindings_are_built_for_each_python_and_the_rest_once(setup_module, 
         assert python.include in setup_module.Build.compile_flags(ext, None, info)
 
 
-def test_a_wheel_names_the_pythons_whose_bindings_it_holds(setup_module, two_pythons):
+def test_a_wheel_names_the_pythons_whose_bindings_it_holds(setup_module, two_pythons, monkeypatch):
     distribution = Distribution({"name": "x", "ext_modules": setup_module.extensions()})
     wheel = setup_module.Wheel(distribution)
     wheel.finalize_options()
     python, abi, _ = wheel.get_tag()
     assert (python, abi) == (f"{two_pythons[0].tag}.cp39", "none")
+    for number, abi_of_one in ((0, two_pythons[0].tag), (1, "none")):
+        monkeypatch.setattr(setup_module, "PYTHONS", [two_pythons[number]])
+        assert wheel.get_tag()[:2] == (two_pythons[number].tag, abi_of_one)
 
 
 def test_another_python_or_tensorflow_sets_up_another_environment(tmp_path):
