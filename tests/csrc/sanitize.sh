@@ -13,7 +13,7 @@ mkdir -p "$out"
 compile() { # name, flags...
   local name=$1
   shift
-  "${CXX:-g++}" -std=c++17 -O1 -g -pthread -Icsrc -Wno-unknown-pragmas -fno-sanitize-recover=all \
+  ${CXX:-g++} -std=c++17 -O1 -g -pthread -Icsrc -Wno-unknown-pragmas -fno-sanitize-recover=all \
     "$@" -o "$out/$name"
 }
 
