@@ -69,17 +69,18 @@ test-wheels:
 	$(PYTHON) -m wheels.try_out
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cc csrc/*.cu)
+FORMATTED := $(SOURCES) $(wildcard tests/csrc/*.cc tests/csrc/cuda_on_cpu/*)
 
 lint: $(VENV)/.have-models $(VENV)/.have-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/csrc/*.cc tests/csrc/*/*)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/.have-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/csrc/*.cc tests/csrc/*/*)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tfwn/*.so tfwn/_build_info.json
