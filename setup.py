@@ -190,10 +190,15 @@ class Cuda:
         ]
 
     @property
+    def folders(self) -> list[str]:
+        """The folders of headers and libraries. conda has them in the second one only."""
+        return [f"{self.home}", f"{self.home}/targets/{os.uname().machine}-linux"]
+
+    @property
     def link_flags(self) -> list[str]:
         """Flags that link the CUDA runtime statically, so that it need not be installed."""
-        folders = [f"-L{self.home}/{lib}" for lib in ("lib64", "lib")]
-        return [*folders, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        libraries = [f"-L{folder}/{lib}" for folder in self.folders for lib in ("lib64", "lib")]
+        return [*libraries, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
 def run(command: list[str], output: Path) -> float:
@@ -319,7 +324,8 @@ class Build(build_ext):
             for source in labels(ext):
                 flags = self.compile_flags(ext, tensorflow, info)
                 if cuda:
-                    flags += ["-DTFWN_CUDA=1", *search(f"{cuda.home}/include")]
+                    headers = search(*(f"{folder}/include" for folder in cuda.folders))
+                    flags += ["-DTFWN_CUDA=1", *headers]
                 compile_commands[source] = base + flags
 
         CACHE.mkdir(parents=True, exist_ok=True)

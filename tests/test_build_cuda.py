@@ -1,5 +1,6 @@
 """Tests how setup.py finds nvcc, its architectures and CUDA's headers."""
 
+import os
 import pathlib
 import subprocess
 
@@ -82,6 +83,16 @@ def test_cuda_in_usr_does_not_hide_the_c_headers(tmp_path):
     flags = build.search("/usr/include", str(tmp_path))
     assert flags == ["-isystem", str(tmp_path)]
     subprocess.run([*build.CXX, *flags, "-fsyntax-only", source], check=True)
+
+
+def test_cuda_from_conda(nvcc, tmp_path):
+    target = tmp_path / "cuda" / "targets" / f"{os.uname().machine}-linux"
+    for file in ("include/cuda_runtime_api.h", "lib/libcudart_static.a"):
+        (target / file).parent.mkdir(parents=True)
+        (target / file).touch()
+    cuda = build.Cuda(nvcc)
+    assert str(target) in cuda.folders
+    assert f"-L{target}/lib" in cuda.link_flags
 
 
 def test_cuda_off(nvcc, monkeypatch):
