@@ -250,7 +250,7 @@ class _Walk:
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
             if hasattr(value, "_fields"):
-                return type(value)(*items)
+                return value._make(items)  # Not type(value), which may be TensorFlow's wrapper.
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, dict):
             changed = {key: self._new(item) for key, item in value.items()}
