@@ -72,12 +72,12 @@ lint: $(VENV)/.have-models $(VENV)/.have-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/csrc/*.cc tests/csrc/*/*)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cc tests/csrc/*/*)
 
 format: $(VENV)/.have-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/csrc/*.cc tests/csrc/*/*)
+	$(BIN)/clang-format -i $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cc tests/csrc/*/*)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info tfwn/*.so tfwn/_build_info.json
