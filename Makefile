@@ -69,7 +69,7 @@ test-wheels:
 	$(PYTHON) -m wheels.try_out
 
 SOURCES := $(wildcard csrc/*.h csrc/*.cc csrc/*.cu)
-FORMATTED := $(SOURCES) $(wildcard tests/csrc/*.cc tests/csrc/cuda_on_cpu/*)
+FORMATTED := $(SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cc tests/csrc/cuda_on_cpu/*)
 
 lint: $(VENV)/.have-models $(VENV)/.have-dev
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ def fake_python(tmp_path, monkeypatch):
     return make
 
 
-def test_finds_the_pythons_with_headers(fake_python, tmp_path, capsys):
+def test_finds_the_pythons_with_headers(fake_python, capsys):
     complete = fake_python("3.11", True)
     without_headers = fake_python("3.12", False)
     fake_python("3.13", True, status=127)  # Like pyenv's shim of an inactive version.

@@ -188,7 +188,7 @@ class RNN(Layer):
         mask = tf.cast(mask, tf.bool)
         if not mask.shape.is_compatible_with(shape[:2]):
             raise ValueError(f"mask must have shape [batch, time] = {shape[:2]}, got {mask.shape}")
-        return tf.transpose(mask)[:, :, tf.newaxis]
+        return tf.transpose(tf.ensure_shape(mask, shape[:2]))[:, :, tf.newaxis]
 
 
 def _array(values, steps) -> tf.TensorArray:

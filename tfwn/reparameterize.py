@@ -249,8 +249,8 @@ class _Walk:
             items = [self._new(item) for item in value]
             if all(new is old for new, old in zip(items, value, strict=True)):
                 return value
-            if hasattr(value, "_fields"):
-                return type(value)(*items)
+            if hasattr(value, "_make"):
+                return value._make(items)  # Not type(value), which may be TensorFlow's wrapper.
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, dict):
             changed = {key: self._new(item) for key, item in value.items()}

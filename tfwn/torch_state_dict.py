@@ -88,8 +88,9 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
         (torch.nn.utils.weight_norm), or "normal" for plain weights w.
 
     Returns:
-      Arrays by name, for torch.from_numpy. Apply PyTorch's weight norm to transposed convolutions
-      with dim=1, the axis of their output channels, and to all other modules with dim=0.
+      Arrays by name, for torch.from_numpy, in the dtype of the variables, or float32 for bfloat16.
+      Apply PyTorch's weight norm to transposed convolutions with dim=1, the axis of their output
+      channels, and to all other modules with dim=0.
 
     Raises:
       ValueError: if `generation` is invalid, or a layer has no variables or no counterpart in
@@ -111,13 +112,13 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
                 raise ValueError(f"{cell.name!r} has no variables yet: call it once")
             normal = weight.parameterization == "normal" or weight.axis != matrix.axis
             if normal or generation == "normal":
-                v = np.asarray(weight()).copy()  # PyTorch expects writable arrays.
+                # Exact, though a call of the layer may compute w in half precision.
+                v = _numpy(weight(weight.dtype))
                 g = array_norm(v, matrix.axis)
             else:
-                v = np.asarray(weight.v)
-                v = masked(v, weight.mask)
+                v = _numpy(masked(tf.convert_to_tensor(weight.v), weight.mask))
                 kept = [n if a in weight.axis else 1 for a, n in enumerate(v.shape)]
-                g = np.asarray(weight.get_g()).reshape(kept)
+                g = _numpy(weight.get_g()).reshape(kept)
             if generation == "normal":
                 state[matrix.prefix + matrix.name] = matrix.to_torch(v)
                 continue
@@ -128,7 +129,7 @@ def to_torch(layers, generation: str = "parametrizations") -> dict[str, np.ndarr
             state[names[0]] = matrix.to_torch(np.broadcast_to(g, v.shape))[tuple(first)].copy()
             state[names[1]] = matrix.to_torch(v)
         if getattr(cell, "b", None) is not None:
-            state |= {module + name: value for name, value in biases.to_torch(np.asarray(cell.b))}
+            state |= {module + name: value for name, value in biases.to_torch(_numpy(cell.b))}
     return state
 
 
@@ -397,6 +398,12 @@ def as_array(value) -> np.ndarray:
         if str(value.dtype) == "torch.bfloat16":  # NumPy has no bfloat16.
             value = value.float()
     return np.asarray(value)
+
+
+def _numpy(value) -> np.ndarray:
+    """Returns a variable or tensor as a writable array that torch.from_numpy accepts."""
+    array = np.array(tf.convert_to_tensor(value))
+    return array.astype(np.float32) if array.dtype.name == "bfloat16" else array
 
 
 def array_norm(v: np.ndarray, axes) -> np.ndarray:

@@ -256,11 +256,12 @@ class Weight(tf.Module):
         """The shape of g: the sizes of v along `axis`."""
         return tf.TensorShape([self.shape[a] for a in self.axis])
 
-    def __call__(self) -> tf.Tensor:
-        """Returns w, with shape `shape` and dtype `compute_dtype`."""
+    def __call__(self, dtype=None) -> tf.Tensor:
+        """Returns w, with shape `shape`, in `dtype`, by default `compute_dtype`."""
+        dtype = dtype or self.compute_dtype
         if self.parameterization == "normal":
-            return tf.cast(masked(self.w, self.mask), self.compute_dtype)
-        return self._normalized(self.get_g())
+            return tf.cast(masked(self.w, self.mask), dtype)
+        return self._normalized(self.get_g(), dtype)
 
     def rows(self, indices) -> tf.Tensor:
         """Returns tf.gather(w, indices), normalizing only these rows; needs axis=0 and no mask."""
@@ -279,7 +280,7 @@ class Weight(tf.Module):
 
     def direction(self) -> tf.Tensor:
         """Returns v / ||v||, or w / ||w|| for "normal", in `compute_dtype`."""
-        return self._normalized(tf.ones(self.g_shape, self.dtype))
+        return self._normalized(tf.ones(self.g_shape, self.dtype), self.compute_dtype)
 
     def get_g(self) -> tf.Tensor:
         """Returns g, of shape `g_shape`: g itself, exp(s), or ||w|| for "normal"."""
@@ -320,9 +321,9 @@ class Weight(tf.Module):
         else:
             self.g.assign(g)
 
-    def _normalized(self, g):
+    def _normalized(self, g, dtype):
         v = self.w if self.parameterization == "normal" else self.v
-        return weight_norm(masked(v, self.mask), g, self.axis, out_dtype=self.compute_dtype)
+        return weight_norm(masked(v, self.mask), g, self.axis, out_dtype=dtype)
 
     def check_g(self, g) -> None:
         """Raises InvalidArgumentError if `exponential_g` is set and g is not positive."""

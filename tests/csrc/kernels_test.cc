@@ -24,22 +24,24 @@
 #include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "device.h"
+#include "tensor.h"
 #include "weight_norm.h"
-
-#ifdef TFWN_TEST_CUDA
-#include "cuda_runtime.h"
-#endif
 
 namespace {
 
 using tfwn::Backward;
+using tfwn::Buffer;
+using tfwn::DeviceName;
 using tfwn::Forward;
+using tfwn::Inline;
 using tfwn::Layout;
+using tfwn::misalignment;
 using tfwn::NormType;
-using tfwn::SizeOf;
+using tfwn::Pick;
+using tfwn::RandomThreads;
 using tfwn::Type;
 
 int failures = 0;
@@ -50,204 +52,18 @@ void Check(bool condition, const std::string& what) {
   ++failures;
 }
 
-// The exponent range and the precision fully describe a format, so this needs no bit tricks.
-struct Format {
-  int bits;   // of precision, including the hidden bit
-  int least;  // exponent of the smallest normal number
-  double most;
-};
-
-Format FormatOf(Type type) {
-  if (type == Type::kHalf) return {11, -14, 65504};
-  return {8, -126, std::ldexp(1.0 - std::ldexp(1.0, -8), 128)};
-}
-
-// Returns the nearest number of the type, ties to even.
-double Round(double value, Type type) {
-  if (type == Type::kDouble) return value;
-  if (type == Type::kFloat) return static_cast<float>(value);
-  if (value == 0 || !std::isfinite(value)) return value;
-  const Format format = FormatOf(type);
-  const int exponent = std::max(std::ilogb(value), format.least) - (format.bits - 1);
-  const double rounded = std::ldexp(std::nearbyint(std::ldexp(value, -exponent)), exponent);
-  return std::fabs(rounded) > format.most ? std::copysign(INFINITY, value) : rounded;
-}
-
-double Decode(Type type, uint16_t bits) {
-  const Format format = FormatOf(type);
-  const int stored = format.bits - 1;
-  const int mantissa = bits & ((1 << stored) - 1);
-  const int exponent = (bits & 0x7fff) >> stored;
-  double value;
-  if (exponent == (0x7fff >> stored)) {
-    value = mantissa == 0 ? INFINITY : NAN;
-  } else if (exponent == 0) {
-    value = std::ldexp(mantissa, format.least - stored);
-  } else {
-    value = std::ldexp(mantissa + (1 << stored), exponent - 1 + format.least - stored);
-  }
-  return bits & 0x8000 ? -value : value;
-}
-
-uint16_t Encode(Type type, double value) {
-  const Format format = FormatOf(type);
-  const int stored = format.bits - 1;
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  const uint16_t infinity = 0x7fff >> stored << stored;
-  if (std::isnan(value)) return sign | infinity | 1 << (stored - 1);
-  value = std::fabs(Round(value, type));
-  if (std::isinf(value)) return sign | infinity;
-  const int exponent = value == 0 ? format.least : std::max(std::ilogb(value), format.least);
-  const int mantissa = static_cast<int>(std::ldexp(value, stored - exponent));
-  // The hidden bit of a normal number adds 1 to the exponent field, which is 0 for a subnormal.
-  return sign | (((exponent - format.least) << stored) + mantissa);
-}
-
-// Number of elements by which buffers are offset from the alignment of a new allocation.
-int misalignment = 0;
-
-// A tensor in memory of exactly its size, between guard bytes unless the address sanitizer runs.
-class Buffer {
- public:
-  Buffer(Type type, int64_t size)
-      : type_(type),
-        size_(size),
-        shift_(misalignment * SizeOf(type)),
-        bytes_(new unsigned char[shift_ + Bytes() + 2 * kGuard]) {
-    std::memset(bytes_.get(), 0xa5, shift_ + Bytes() + 2 * kGuard);
-  }
-#if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kGuard = 0;
-#else
-  static constexpr size_t kGuard = 64;
-#endif
-  size_t Bytes() const { return size_ * SizeOf(type_); }
-  void* data() const { return bytes_.get() + kGuard + shift_; }
-  int64_t size() const { return size_; }
-  bool Intact() const {
-    for (size_t i = 0; i < kGuard; ++i) {
-      if (bytes_[shift_ + i] != 0xa5 || bytes_[shift_ + kGuard + Bytes() + i] != 0xa5) return false;
-    }
-    return true;
-  }
-  double operator[](int64_t i) const {
-    switch (type_) {
-      case Type::kFloat:
-        return static_cast<const float*>(data())[i];
-      case Type::kDouble:
-        return static_cast<const double*>(data())[i];
-      default: {
-        uint16_t bits;
-        std::memcpy(&bits, static_cast<const char*>(data()) + 2 * i, 2);
-        return Decode(type_, bits);
-      }
-    }
-  }
-  void Set(int64_t i, double value) {
-    switch (type_) {
-      case Type::kFloat:
-        static_cast<float*>(data())[i] = static_cast<float>(value);
-        break;
-      case Type::kDouble:
-        static_cast<double*>(data())[i] = value;
-        break;
-      default: {
-        const uint16_t bits = Encode(type_, value);
-        std::memcpy(static_cast<char*>(data()) + 2 * i, &bits, 2);
-      }
-    }
-  }
-  bool operator==(const Buffer& other) const {
-    return Bytes() == other.Bytes() && std::memcmp(data(), other.data(), Bytes()) == 0;
-  }
-
- private:
-  Type type_;
-  int64_t size_;
-  size_t shift_;
-  std::unique_ptr<unsigned char[]> bytes_;
-};
-
-// Splits [0, n) at random and runs each piece in its own thread.
-tfwn::cpu::ParallelFor RandomThreads(std::mt19937_64* random) {
-  return [random](int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) {
-    std::vector<int64_t> cuts = {0, n};
-    const int pieces = 1 + (*random)() % 6;
-    for (int i = 1; i < pieces; ++i) cuts.push_back((*random)() % (n + 1));
-    std::sort(cuts.begin(), cuts.end());
-    std::vector<std::thread> threads;
-    for (size_t i = 0; i + 1 < cuts.size(); ++i) {
-      threads.emplace_back([&body, begin = cuts[i], end = cuts[i + 1]] { body(begin, end); });
-    }
-    std::shuffle(threads.begin(), threads.end(), *random);
-    for (std::thread& thread : threads) thread.join();
-  };
-}
-
-void Inline(int64_t n, int64_t, const std::function<void(int64_t, int64_t)>& body) { body(0, n); }
-
-int64_t Pick(std::mt19937_64* random, const std::vector<int64_t>& from) {
-  return from[(*random)() % from.size()];
-}
-
-#ifdef TFWN_TEST_CUDA
-
-// Draws the device properties that decide how the work is split, and the order of the threads.
-void PickDevice(std::mt19937_64* random) {
-  cuda_on_cpu::multiprocessors = static_cast<int>(Pick(random, {1, 4, 16, 132, 400}));
-  cuda_on_cpu::architecture = static_cast<int>(Pick(random, {80, 90}));
-  cuda_on_cpu::resident = static_cast<int>(Pick(random, {1, 4}));
-  cuda_on_cpu::max_clusters = static_cast<int>(Pick(random, {0, 16, 16}));
-  cuda_on_cpu::shared_memory_per_block = Pick(random, {64, 99, 227}) << 10;
-  cuda_on_cpu::max_grid = static_cast<unsigned>(Pick(random, {3, 0x7fffffff, 0x7fffffff}));
-  cuda_on_cpu::schedule = (*random)();
-}
-
-std::string DeviceName() {
-  return "CUDA on CPU, " + std::to_string(cuda_on_cpu::multiprocessors) + " multiprocessors, " +
-         std::to_string(cuda_on_cpu::shared_memory_per_block) + " bytes shared, grid up to " +
-         std::to_string(cuda_on_cpu::max_grid) + ", sm_" +
-         std::to_string(cuda_on_cpu::architecture) + ", " + std::to_string(cuda_on_cpu::resident) +
-         " resident, " + std::to_string(cuda_on_cpu::max_clusters) + " clusters";
-}
-
-template <class Arguments>
-size_t ScratchBytes(const Arguments& arguments) {
-  return tfwn::cuda::ScratchBytes(arguments.layout);
-}
-
-template <class Arguments>
-void Run(const Arguments& arguments, void* scratch, const tfwn::cpu::ParallelFor&) {
-  cuda_on_cpu::left_by_launch = scratch;
-  cuda_on_cpu::left_by_launch_bytes = ScratchBytes(arguments);
-  const int error = tfwn::cuda::Run(arguments, scratch, nullptr);
-  Check(error == 0, tfwn::cuda::ErrorString(error));
-}
-
-#else
-
-void PickDevice(std::mt19937_64*) {}
-
-std::string DeviceName() { return std::string("SIMD level ") + tfwn::cpu::SimdLevel(); }
-
-using tfwn::cpu::Run;
-using tfwn::cpu::ScratchBytes;
-
-#endif
-
 template <class Arguments>
 void RunKernel(const Arguments& arguments, const tfwn::cpu::ParallelFor& parallel_for) {
-  const size_t bytes = ScratchBytes(arguments);
+  const size_t bytes = tfwn::ScratchBytes(arguments);
   // Exactly `bytes` bytes, aligned as the contract requires, with guard bytes after them.
   std::unique_ptr<unsigned char[]> memory(new unsigned char[bytes + 64]);
   const size_t shift = 64 - reinterpret_cast<uintptr_t>(memory.get()) % 64;
   unsigned char* scratch = memory.get() + shift % 64;
   std::memset(memory.get(), 0xff, bytes + 64);  // NaN exposes reads before writes
-  Run(arguments, scratch, parallel_for);
-  for (size_t i = shift % 64 + bytes; i < bytes + 64; ++i) {
-    Check(memory[i] == 0xff, "scratch overrun");
-    if (memory[i] != 0xff) break;
-  }
+  const std::string error = tfwn::Run(arguments, scratch, parallel_for);
+  Check(error.empty(), error);
+  Check(std::all_of(scratch + bytes, memory.get() + bytes + 64, [](int x) { return x == 0xff; }),
+        "scratch overrun");
 }
 
 struct Problem {
@@ -265,6 +81,14 @@ struct Problem {
         grad_w(w_type, layout.size()) {}
 
   int64_t Unit(int64_t i) const { return i / layout.inner % layout.units; }
+
+  // Draws normal numbers with these standard deviations.
+  void Fill(std::mt19937_64* random, double v_size = 1, double g_size = 1, double grad_size = 1) {
+    std::normal_distribution<double> normal;
+    for (int64_t i = 0; i < v.size(); ++i) v.Set(i, normal(*random) * v_size);
+    for (int64_t n = 0; n < g.size(); ++n) g.Set(n, normal(*random) * g_size);
+    for (int64_t i = 0; i < v.size(); ++i) grad_w.Set(i, normal(*random) * grad_size);
+  }
 
   std::string Name() const {
     const char* names[] = {"half", "bfloat16", "float", "double"};
@@ -320,17 +144,12 @@ void CheckInPlace(const Problem& p, const Results& expected,
 void CheckClose(const Problem& p, const char* name, const Buffer& out, Type type,
                 const std::vector<long double>& reference, bool per_unit, double bound,
                 const std::vector<long double>& sizes) {
-  const double least = type == Type::kHalf       ? std::ldexp(1.0, -24)
-                       : type == Type::kBfloat16 ? std::ldexp(1.0, -133)
-                       : type == Type::kFloat    ? std::ldexp(1.0, -149)
-                                                 : 0;
-  const double most = type == Type::kHalf     ? 65504
-                      : type == Type::kDouble ? std::numeric_limits<double>::max()
-                                              : 3e38;
+  const tfwn::Format format = tfwn::FormatOf(type);
+  const double least = std::ldexp(1.0, format.least - (format.bits - 1));
   std::vector<long double> error(p.layout.units), size(p.layout.units), floor(p.layout.units);
   for (int64_t i = 0; i < out.size(); ++i) {
     const int64_t n = per_unit ? i : p.Unit(i);
-    if (std::fabs(reference[i]) > most) continue;
+    if (std::fabs(reference[i]) > 0.9 * format.most) continue;
     error[n] += (out[i] - reference[i]) * (out[i] - reference[i]);
     size[n] += reference[i] * reference[i];
     floor[n] += static_cast<long double>(least) * least;
@@ -345,17 +164,10 @@ void CheckClose(const Problem& p, const char* name, const Buffer& out, Type type
   }
 }
 
+// A little more than half of the spacing of numbers, relative to them.
 double BoundOf(Type type) {
-  switch (type) {
-    case Type::kHalf:
-      return std::ldexp(1.0, -11);
-    case Type::kBfloat16:
-      return std::ldexp(1.0, -8);
-    case Type::kFloat:
-      return 3e-7;
-    default:
-      return 1e-14;
-  }
+  const double bounds[] = {std::ldexp(1.0, -11), std::ldexp(1.0, -8), 3e-7, 1e-14};
+  return bounds[int(type)];
 }
 
 void CheckAgainstReference(const Problem& p, const Results& results) {
@@ -418,13 +230,10 @@ Layout RandomLayout(std::mt19937_64* random) {
 // to float mostly hides.
 void TestManyCuts(uint64_t seed) {
   std::mt19937_64 random(seed);
-  std::normal_distribution<double> normal;
   for (const Layout layout : {Layout{1025, 65, 1}, Layout{70, 300, 1}, Layout{3000, 1, 1},
                               Layout{500, 7, 3}, Layout{3, 600, 20}, Layout{2, 3, 40000}}) {
     Problem p(layout, Type::kDouble, Type::kDouble, Type::kDouble);
-    for (int64_t i = 0; i < p.v.size(); ++i) p.v.Set(i, normal(random));
-    for (int64_t i = 0; i < p.v.size(); ++i) p.grad_w.Set(i, normal(random));
-    for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, normal(random));
+    p.Fill(&random);
     const auto results = RunBoth(p, Inline);
     for (int cut = 0; cut < 10; ++cut) {
       Check(*results == *RunBoth(p, RandomThreads(&random)),
@@ -437,26 +246,26 @@ void TestManyCuts(uint64_t seed) {
 void TestRandomProblems(int cases, uint64_t seed) {
   for (int i = 0; i < cases; ++i) {
     std::mt19937_64 random(seed + i);
-    PickDevice(&random);
+    tfwn::PickDevice(&random);
     misalignment = static_cast<int>(Pick(&random, {0, 0, 1}));
     const auto type = [&] { return static_cast<Type>(random() % 4); };
     const Type v_type = type();
     Problem p(RandomLayout(&random), v_type, type(), random() % 2 ? v_type : type());
-    std::normal_distribution<double> normal;
     const bool narrow_v = p.v_type == Type::kHalf, narrow_w = p.w_type == Type::kHalf;
-    // The magnitude of v varies between units. Those of g and grad_w keep all results in range.
+    // These keep all results in range. The magnitude of v varies between units.
+    const double g_size =
+        narrow_w || p.g_type == Type::kHalf ? 1 : std::pow(10.0, int(random() % 9) - 4);
+    const double grad_size = narrow_v || narrow_w ? 0.1 : std::pow(10.0, int(random() % 7) - 3);
+    p.Fill(&random, 1, g_size, grad_size);
     std::vector<double> magnitude(p.layout.units);
     for (double& m : magnitude) {
       m = std::pow(10.0, (int(random() % 59) - 29) * (narrow_v ? 0.05 : 1.0));
       if (random() % 16 == 0) m = 0;
     }
-    for (int64_t k = 0; k < p.v.size(); ++k) p.v.Set(k, normal(random) * magnitude[p.Unit(k)]);
-    const double g_size =
-        narrow_w || p.g_type == Type::kHalf ? 1 : std::pow(10.0, int(random() % 9) - 4);
-    for (int64_t n = 0; n < p.g.size(); ++n)
-      p.g.Set(n, random() % 16 ? normal(random) * g_size : 0);
-    const double grad_size = narrow_v || narrow_w ? 0.1 : std::pow(10.0, int(random() % 7) - 3);
-    for (int64_t k = 0; k < p.grad_w.size(); ++k) p.grad_w.Set(k, normal(random) * grad_size);
+    for (int64_t k = 0; k < p.v.size(); ++k) p.v.Set(k, p.v[k] * magnitude[p.Unit(k)]);
+    for (int64_t n = 0; n < p.g.size(); ++n) {
+      if (random() % 16 == 0) p.g.Set(n, 0);
+    }
 
     misalignment = static_cast<int>(Pick(&random, {0, 0, 1}));
     const auto results = RunBoth(p, Inline);
@@ -470,35 +279,31 @@ void TestRandomProblems(int cases, uint64_t seed) {
   }
 }
 
-// The results of a unit with v = 0 must be zero.
+// The results of a unit with v = 0 must be zero, except where grad_w is infinite.
 void TestZeroUnits() {
+  const int64_t unit = 2;
   for (const Type type : {Type::kHalf, Type::kBfloat16, Type::kFloat, Type::kDouble}) {
     for (const Layout layout : {Layout{70, 5, 1}, Layout{1, 5, 70}, Layout{8, 5, 40}}) {
       Problem p(layout, type, Type::kFloat, type);
       for (int64_t i = 0; i < p.v.size(); ++i) {
-        p.v.Set(i, p.Unit(i) == 2 ? 0 : 1);
+        p.v.Set(i, p.Unit(i) == unit ? 0 : 1);
         p.grad_w.Set(i, i % 7 - 60000.0);
       }
       for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, 3);
+      const auto check = [&](const Results& results) {
+        bool zero = results.norm[unit] == 0 && results.grad_g[unit] == 0;
+        for (int64_t i = 0; i < p.v.size(); ++i) {
+          if (p.Unit(i) != unit) continue;
+          zero &= results.w[i] == 0 && (std::isinf(p.grad_w[i]) || results.grad_v[i] == 0);
+        }
+        Check(zero, p.Name() + ": a zero unit has nonzero results");
+      };
       const auto results = RunBoth(p, Inline);
-      bool zero = results->norm[2] == 0 && results->grad_g[2] == 0;
-      for (int64_t i = 0; i < p.v.size(); ++i) {
-        if (p.Unit(i) == 2) zero = zero && results->w[i] == 0 && results->grad_v[i] == 0;
-      }
-      Check(zero, p.Name() + ": a zero unit has nonzero results");
+      check(*results);
       CheckAgainstReference(p, *results);
-
-      int64_t infinite = 0;  // an element of that unit
-      while (p.Unit(infinite) != 2) ++infinite;
-      p.grad_w.Set(infinite, HUGE_VAL);
-      p.g.Set(2, HUGE_VAL);
-      const auto extreme = RunBoth(p, Inline);
-      zero = extreme->norm[2] == 0 && extreme->grad_g[2] == 0;
-      for (int64_t i = 0; i < p.v.size(); ++i) {
-        if (p.Unit(i) != 2) continue;
-        zero = zero && extreme->w[i] == 0 && (i == infinite || extreme->grad_v[i] == 0);
-      }
-      Check(zero, p.Name() + ": a zero unit with infinite g and grad_w has nonzero results");
+      p.g.Set(unit, HUGE_VAL);
+      p.grad_w.Set(unit * layout.inner, HUGE_VAL);  // the first element of that unit
+      check(*RunBoth(p, Inline));
     }
   }
 }
@@ -508,11 +313,10 @@ void TestZeroUnits() {
 // if a launch uses more than the kernel's limit, or if the limit is set twice.
 void TestSharedMemory() {
   cuda_on_cpu::multiprocessors = 1;
+  std::mt19937_64 random(0);
   for (const Layout layout : {Layout{864, 16, 1}, Layout{2048, 16, 1}}) {
     Problem p(layout, Type::kFloat, Type::kFloat, Type::kFloat);
-    for (int64_t i = 0; i < p.v.size(); ++i) p.v.Set(i, i % 7 - 3.0);
-    for (int64_t i = 0; i < p.v.size(); ++i) p.grad_w.Set(i, i % 5 - 2.0);
-    for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, 1 + n % 3);
+    p.Fill(&random);
     CheckAgainstReference(p, *RunBoth(p, Inline));
   }
 }
@@ -521,16 +325,13 @@ void TestSharedMemory() {
 void TestTwoLaunches() {
   cuda_on_cpu::multiprocessors = 132;
   std::mt19937_64 random(0);
-  std::normal_distribution<double> normal;
   for (const int architecture : {80, 90}) {
     cuda_on_cpu::architecture = architecture;
     for (const Layout layout : {Layout{60000, 2, 1}, Layout{20000, 7, 1}, Layout{9000, 16, 1},
                                 Layout{8000, 3, 9}, Layout{1, 1, 150000}, Layout{3, 2, 60001}}) {
       for (const Type type : {Type::kBfloat16, Type::kFloat}) {
         Problem p(layout, type, Type::kFloat, type);
-        for (int64_t i = 0; i < p.v.size(); ++i) p.v.Set(i, normal(random));
-        for (int64_t i = 0; i < p.v.size(); ++i) p.grad_w.Set(i, normal(random));
-        for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, normal(random));
+        p.Fill(&random);
         const int64_t before = cuda_on_cpu::launches;
         const auto results = RunBoth(p, Inline);
         Check(cuda_on_cpu::launches == before + 4, p.Name() + ": not two launches each");
@@ -549,15 +350,19 @@ void TestExtremes() {
       for (const Layout layout : {Layout{70, 5, 1}, Layout{1, 5, 70}, Layout{8, 3, 40}}) {
         Problem p(layout, type, Type::kFloat, Type::kFloat);
         std::mt19937_64 random(0);
-        std::normal_distribution<double> normal;
-        for (int64_t k = 0; k < p.v.size(); ++k) {
-          p.v.Set(k, normal(random) * size);
-          p.grad_w.Set(k, normal(random) * (size < 1 ? 1e-25 : 1e20));
-        }
-        for (int64_t n = 0; n < p.g.size(); ++n) p.g.Set(n, normal(random) / std::sqrt(size));
+        p.Fill(&random, size, 1 / std::sqrt(size), size < 1 ? 1e-25 : 1e20);
         CheckAgainstReference(p, *RunBoth(p, Inline));
       }
     }
+  }
+}
+
+void CheckEqual(const Problem& p, const Buffer& out, const std::vector<double>& expected) {
+  for (int64_t i = 0; i < out.size(); ++i) {
+    if (out[i] == expected[i] || (std::isnan(out[i]) && std::isnan(expected[i]))) continue;
+    Check(false,
+          p.Name() + ": " + std::to_string(out[i]) + " instead of " + std::to_string(expected[i]));
+    return;
   }
 }
 
@@ -565,51 +370,28 @@ void TestExtremes() {
 // a number of the type or, for odd bits, the midpoint to the next one. Conversion from them: the
 // norm of a single element is its absolute value.
 void TestConversions() {
+  const int64_t size = 1 << 16;
   for (const Type type : {Type::kHalf, Type::kBfloat16}) {
-    Buffer narrow(type, 1 << 16);
-    for (int i = 0; i < 1 << 16; ++i) {
+    Problem to({1, size, 1}, Type::kDouble, Type::kDouble, type);
+    Problem from({1, size, 1}, type, Type::kFloat, Type::kFloat);
+    for (int64_t i = 0; i < size; ++i) {
       const uint16_t bits = static_cast<uint16_t>(i);
-      std::memcpy(static_cast<char*>(narrow.data()) + 2 * i, &bits, 2);
+      std::memcpy(static_cast<char*>(from.v.data()) + 2 * i, &bits, 2);
     }
-    // To the narrow type: v / ||v|| is exactly 1, so only the final rounding changes g.
-    const int64_t size = narrow.size();
-    Problem p({1, size, 1}, Type::kDouble, Type::kDouble, type);
+    std::vector<double> rounded(size), lengths(size);
     for (int64_t i = 0; i < size; ++i) {
-      const double value = narrow[i];
-      const double next = narrow[std::min<int64_t>(i + 1, size - 1)];
-      const double wanted =
-          std::isfinite(value) && std::isfinite(next) && (i & 1) ? (value + next) / 2 : value;
-      p.v.Set(i, 1);
-      p.g.Set(i, wanted);
-      p.grad_w.Set(i, 0);
+      const double value = from.v[i], next = from.v[std::min<int64_t>(i + 1, size - 1)];
+      const bool midpoint = std::isfinite(value) && std::isfinite(next) && (i & 1);
+      to.v.Set(i, 1);
+      to.g.Set(i, midpoint ? (value + next) / 2 : value);
+      to.grad_w.Set(i, 0);
+      from.g.Set(i, 1);
+      from.grad_w.Set(i, 0);
+      rounded[i] = tfwn::Round(to.g[i], type);
+      lengths[i] = std::fabs(value);
     }
-    const auto results = RunBoth(p, Inline);
-    for (int64_t i = 0; i < size; ++i) {
-      const double wanted = std::isnan(p.g[i]) ? p.g[i] : Round(p.g[i], type);
-      const bool same = std::isnan(wanted) ? std::isnan(results->w[i]) : results->w[i] == wanted;
-      if (!same) {
-        Check(false, p.Name() + ": " + std::to_string(p.g[i]) + " became " +
-                         std::to_string(results->w[i]));
-        break;
-      }
-    }
-    // From the narrow type.
-    Problem q({1, size, 1}, type, Type::kFloat, Type::kFloat);
-    std::memcpy(q.v.data(), narrow.data(), narrow.Bytes());
-    for (int64_t i = 0; i < size; ++i) {
-      q.g.Set(i, 1);
-      q.grad_w.Set(i, 0);
-    }
-    const auto norms = RunBoth(q, Inline);
-    for (int64_t i = 0; i < size; ++i) {
-      const double wanted = std::fabs(narrow[i]);
-      const bool same = std::isnan(wanted) ? std::isnan(norms->norm[i]) : norms->norm[i] == wanted;
-      if (!same) {
-        Check(false, q.Name() + ": norm of " + std::to_string(wanted) + " became " +
-                         std::to_string(norms->norm[i]));
-        break;
-      }
-    }
+    CheckEqual(to, RunBoth(to, Inline)->w, rounded);
+    CheckEqual(from, RunBoth(from, Inline)->norm, lengths);
   }
 }
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
-import time
 from typing import Annotated, ClassVar
 
 import pytest
@@ -35,13 +35,14 @@ def test_arguments_are_read_without_tensorflow(program, argv, status):
 
 
 def test_help_is_instant():
-    took = []
-    for _ in range(3):
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-m", "models.cifar", "--help"], cwd=ROOT, check=True,
-                       capture_output=True)  # fmt: skip
-        took.append(time.monotonic() - began)
-    assert min(took) < 1  # 0.2 s on an idle machine, where importing TensorFlow takes 3 s.
+    def processor_seconds():
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = processor_seconds()  # Not the time on the clock, which depends on the machine's load.
+    subprocess.run([sys.executable, "-m", "models.cifar", "--help"], cwd=ROOT, check=True,
+                   capture_output=True)  # fmt: skip
+    assert processor_seconds() - before < 1  # 0.2 s; importing TensorFlow takes 3 s.
 
 
 def test_help_has_every_option_and_the_papers_values_beside_a_presets(run):
@@ -125,7 +126,7 @@ def test_whole_numbers_may_be_written_short(line):
     assert command_line.parse(line.Config, ["--steps", "50_000"]).steps == 50_000
 
 
-def test_a_renamed_option_keeps_its_flag_and_its_key(line, tmp_path):
+def test_a_renamed_option_keeps_its_flag_and_its_key(tmp_path):
     """Old commands and old config.json files still work after an option is renamed."""
 
     @dataclasses.dataclass(frozen=True)

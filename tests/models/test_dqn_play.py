@@ -13,8 +13,8 @@ def act(states):
     return tf.tile([[0.0, 1.0, 0.0]], [len(states), 1])
 
 
-def test_a_score_has_its_standard_error():
-    scores = np.random.default_rng().normal(size=7)
+def test_a_score_has_its_standard_error(rng):
+    scores = rng.normal(size=7)
     spread = np.sqrt(((scores - scores.mean()) ** 2).sum() / 6)
     np.testing.assert_allclose(play.standard_error(list(scores)), spread / np.sqrt(7), rtol=1e-12)
     assert np.isnan(play.standard_error([5.0]))

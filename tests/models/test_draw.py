@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import draw_reference as reference
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -59,93 +60,11 @@ def trained(tmp_path_factory):
     return out
 
 
-# The DRAW paper's model in NumPy, in float64 and image by image
-
-
-def numpy_filterbank(g, log_delta, log_variance, size, side):
-    center = (g + 1) / 2 * side
-    delta = (side - 1) / (size - 1) * np.exp(log_delta)
-    f = np.zeros((size, side))
-    for i in range(size):
-        mu = center + (i - size / 2 + 0.5) * delta
-        for a in range(side):
-            f[i, a] = np.exp(-((a - mu) ** 2) / (2 * np.exp(log_variance)))
-        f[i] /= f[i].sum() + 1e-4
-    return f
-
-
-def numpy_window(parameters, size, side):
-    g_y, g_x, log_delta, log_variance, log_gamma = parameters
-    f_y = numpy_filterbank(g_y, log_delta, log_variance, size, side)
-    f_x = numpy_filterbank(g_x, log_delta, log_variance, size, side)
-    return f_y, f_x, np.exp(log_gamma)
-
-
 def gradients_of(network, x, u):
     """Returns the sum of all losses and its gradients."""
     with tf.GradientTape() as tape:
         total = sum(tf.reduce_sum(losses) for losses in network(x, u))
     return total, tape.gradient(total, network.trainable_variables)
-
-
-def sigmoid(t):
-    return 1 / (1 + np.exp(-t))
-
-
-def effective(weight):
-    """w = g v / ||v||, column by column, or w itself."""
-    if weight.parameterization == "normal":
-        return weight.w.numpy().astype(np.float64)
-    v, g = weight.v.numpy().astype(np.float64), weight.g.numpy().astype(np.float64)
-    return np.stack([g[k] * v[:, k] / np.linalg.norm(v[:, k]) for k in range(len(g))], 1)
-
-
-def numpy_lstm(cell, x, h, c):
-    gates = x @ effective(cell.weight) + h @ effective(cell.recurrent_weight) + cell.b.numpy()
-    i, f, a, o = np.split(gates, 4)
-    p_i, p_f, p_o = cell.peephole.numpy()
-    c_new = sigmoid(f + p_f * c) * c + sigmoid(i + p_i * c) * np.tanh(a)
-    return sigmoid(o + p_o * c_new) * np.tanh(c_new), c_new
-
-
-def numpy_linear(layer, h):
-    return h @ effective(layer.weight) + layer.b.numpy()
-
-
-def numpy_write(network, h_dec):
-    config, linear = network.config, numpy_linear(network.writer, h_dec)
-    if not config.attention:
-        return linear.reshape(network.side, network.side)
-    f_y, f_x, gamma = numpy_window(linear[:5], config.write_size, network.side)
-    patch = linear[5:].reshape(config.write_size, config.write_size)
-    return f_y.T @ patch @ f_x / gamma
-
-
-def numpy_losses(network, x, u):
-    """Returns the cross-entropy and all KL_t of one image x, with the noise u [T, latent]."""
-    config = network.config
-    canvas = np.zeros_like(x)
-    h_enc, c_enc = np.zeros((2, config.encoder_units))
-    h_dec, c_dec = np.zeros((2, config.decoder_units))
-    kl = []
-    for noise in u:
-        error = x - sigmoid(canvas)
-        if config.attention:
-            f_y, f_x, gamma = numpy_window(
-                numpy_linear(network.reader, h_dec), config.read_size, len(x)
-            )
-            r = [gamma * (f_y @ image @ f_x.T) for image in (x, error)]
-        else:
-            r = [x, error]
-        r = np.concatenate(r, 1).ravel()  # The two images side by side, row by row.
-        h_enc, c_enc = numpy_lstm(network.encoder, np.append(r, h_dec), h_enc, c_enc)
-        mu, log_sigma = np.split(numpy_linear(network.q, h_enc), 2)
-        kl.append(np.sum(-log_sigma + (np.exp(2 * log_sigma) + mu**2) / 2 - 0.5))
-        z = mu + np.exp(log_sigma) * noise
-        h_dec, c_dec = numpy_lstm(network.decoder, z, h_dec, c_dec)
-        canvas = canvas + numpy_write(network, h_dec)
-    p = sigmoid(canvas)
-    return -np.sum(x * np.log(p) + (1 - x) * np.log(1 - p)), np.array(kl)
 
 
 @KINDS
@@ -158,7 +77,9 @@ def test_the_bound_is_that_of_the_whole_model_in_numpy(attention, kind, jit):
     cross_entropy, kl = tf.function(network, jit_compile=jit)(x, u)
     assert kl.shape == [3, 4]
     for image in range(4):
-        expected = numpy_losses(network, x[image].numpy().astype(np.float64), u[:, image].numpy())
+        expected = reference.losses(
+            network, x[image].numpy().astype(np.float64), u[:, image].numpy()
+        )
         np.testing.assert_allclose(cross_entropy[image], expected[0], rtol=2e-5)
         np.testing.assert_allclose(kl[:, image], expected[1], rtol=2e-5)
 
@@ -176,7 +97,7 @@ def test_the_bound_is_that_of_the_whole_model_in_numpy(attention, kind, jit):
 def test_filterbanks_against_numpy(size, parameters):
     seen = draw.window(tf.constant([parameters], tf.float32), size, SIDE)
     f_y, f_x = draw.filterbanks(seen, size, SIDE)
-    expected_y, expected_x, gamma = numpy_window(parameters, size, SIDE)
+    expected_y, expected_x, gamma = reference.window(parameters, size, SIDE)
     np.testing.assert_allclose(f_y[0], expected_y, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(f_x[0], expected_x, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(seen.gamma[0], gamma, rtol=1e-6)
@@ -220,7 +141,9 @@ def test_gradients_against_differences_of_the_bound(attention, kind, rng):
     def total():
         """The total loss, computed by NumPy in float64."""
         return sum(
-            np.sum(np.concatenate([np.ravel(part) for part in numpy_losses(network, image, noise)]))
+            np.sum(
+                np.concatenate([np.ravel(part) for part in reference.losses(network, image, noise)])
+            )
             for image, noise in zip(x.numpy().astype(float), np.swapaxes(u, 0, 1), strict=True)
         )
 
@@ -234,8 +157,8 @@ def test_gradients_against_differences_of_the_bound(attention, kind, rng):
         variable.assign(value)
         slope = (outcomes[0] - outcomes[1]) / (2 * step)
         expected = np.sum(gradient * direction)
-        scale = np.linalg.norm(gradient) * np.linalg.norm(direction)
-        assert abs(slope - expected) < 1e-2 * scale + 1e-3, variable.name
+        size = np.linalg.norm(gradient)  # The slope's standard deviation over random directions.
+        assert abs(slope - expected) < 1e-2 * size, variable.name
 
 
 # Training
@@ -280,7 +203,7 @@ def losses_of(strategy=None, steps=3, **values):
     config = config_of(**values)
     images = training.load(config).train_images[:100]
     with strategy.scope():
-        network = draw.Network(config)
+        network = draw.Network(config, dtype=runtime.compute_dtype(config))
         optimizer = training.make_optimizer(config, network.trainable_variables)
     train_step, evaluate_step = training.make_steps(config, strategy, network, optimizer)
     seeds = [tf.constant([config.seed, step], tf.int64) for step in range(steps + 1)]
@@ -303,11 +226,12 @@ def test_two_replicas_train_as_one(kind):
 
 def test_bfloat16_is_near():
     options = {"initial_stddev": 0.1, "steps": 1}
-    half = losses_of(mixed_precision="bfloat16", **options)
-    np.testing.assert_allclose(half[0].sum(), losses_of(**options)[0].sum(), rtol=1e-2)
+    half, exact = losses_of(mixed_precision="bfloat16", **options), losses_of(**options)
+    np.testing.assert_allclose(half, exact, rtol=2e-2)
+    assert np.any(half != exact)  # It does compute in bfloat16.
 
 
-def test_the_gradient_is_clipped_as_a_whole(monkeypatch):
+def test_the_gradient_is_clipped_as_a_whole():
     config = config_of(clip_norm=0.01, initial_stddev=0.1)
     images = training.load(config).train_images[:100]
     network = draw.Network(config)
@@ -341,12 +265,8 @@ def test_weights_and_noise_have_different_seeds(normal_seeds):
 
 def test_adam_is_the_codes():
     adam = training.make_optimizer(Config(), [])
-    assert (float(adam.learning_rate), adam.beta_1, adam.beta_2) == (
-        pytest.approx(3e-4),
-        0.9,
-        0.999,
-    )
-    assert adam.epsilon == 1e-8
+    assert float(adam.learning_rate) == pytest.approx(3e-4)
+    assert (adam.beta_1, adam.beta_2, adam.epsilon) == (0.9, 0.999, 1e-8)
 
 
 # Data
@@ -378,7 +298,7 @@ def test_mnist_is_binarized_once_in_the_files_order(data_dir):
 # Runs
 
 
-def test_a_run_learns_logs_and_evaluates(run, trained, tmp_path):
+def test_a_run_learns_logs_and_evaluates(run, trained):
     logged = metrics.read(trained)
     assert logged["epoch"] == [1, 2]
     assert logged["loss"][1] < logged["loss"][0] - 5
@@ -473,8 +393,6 @@ def test_the_presets_are_the_codes():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--parameterization", "weightnorm"], "--parameterization"),
-        (["--glimpses", "0"], "--glimpses"),
         (["--write-size", "1"], "--write-size must be at least 2, got 1"),
         (["--train-images", "50"], "--train-images"),
         (["--strategy", "mirrored", "--jit-compile"], "--jit-compile"),
@@ -484,9 +402,7 @@ def test_the_presets_are_the_codes():
 )
 def test_a_mistake_names_the_flag_and_leaves_nothing(run, tmp_path, argv, message):
     status, _, err = run("--preset", "smoke", *argv, "--out", tmp_path / "a")
-    assert status == 2
-    assert message in err
-    assert "Traceback" not in err
+    assert (status, message in err, err.count("\n")) == (2, True, 1), err
     assert not (tmp_path / "a").exists()
 
 
@@ -500,9 +416,7 @@ def test_a_mistake_names_the_flag_and_leaves_nothing(run, tmp_path, argv, messag
 )
 def test_a_mistake_of_a_command_is_told_in_one_line(run, trained, argv, message):
     status, _, err = run(argv[0], trained, *argv[1:])
-    assert status == 2
-    assert message in err
-    assert len(err.splitlines()) == 1
+    assert (status, message in err, err.count("\n")) == (2, True, 1), err
 
 
 def test_a_learning_rate_that_is_too_high_ends_with_its_step(run, tmp_path):

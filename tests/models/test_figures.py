@@ -12,7 +12,6 @@ from support import ROOT
 
 from models import figures
 from models.cifar.config import Config as Cifar
-from models.common import figures as common
 from models.common import metrics
 from models.common.run_folder import program_of
 from models.common.sweep import Sweep
@@ -27,9 +26,9 @@ def write_run(folder, config_class, rows, preset="paper", diverged=None, caveats
     """Writes a run with a preset's values, updated by `values`. `rows`: one dict per epoch."""
     folder.mkdir(parents=True)
     config = {**config_class.PRESETS[preset].values, "preset": preset, **values}
+    session = {"command": f"-m x --out {folder}", "git": {"changed": False}}
     content = {"program": program_of(config_class), "config": config, "caveats": caveats}
-    content |= {"sessions": [{"command": f"-m x --out {folder}", "git": {"changed": False}}]}
-    content |= {"diverged": diverged} if diverged else {}
+    content |= {"sessions": [session], **({"diverged": diverged} if diverged else {})}
     (folder / "config.json").write_text(json.dumps(content))
     table = metrics.Metrics(folder)
     for epoch, row in enumerate(rows, 1):
@@ -66,18 +65,23 @@ def make_dqn_run(folder, scores, game="Breakout", kind="weight_norm", preset="pa
     return write_run(folder, Dqn, rows, preset, game=game, parameterization=kind, **config)
 
 
+def call(*words):
+    """Runs the command line and returns its exit status."""
+    with pytest.raises(SystemExit) as error:
+        figures.main([*map(str, words)])
+    return error.value.code
+
+
 @pytest.fixture
 def run(capsys, tmp_path):
     """A function that runs the command line and returns (exit status, stderr, TABLES.md)."""
 
-    def call(*argv):
-        with pytest.raises(SystemExit) as error:
-            figures.main([*map(str, argv), "--out", str(tmp_path / "out")])
+    def call_and_read(*words):
+        status = call(*words, "--out", tmp_path / "out")
         tables = tmp_path / "out" / "TABLES.md"
-        text = tables.read_text() if tables.exists() else ""
-        return error.value.code, capsys.readouterr().err, text
+        return status, capsys.readouterr().err, tables.read_text() if tables.exists() else ""
 
-    return call
+    return call_and_read
 
 
 def cells(text, label, table=0):
@@ -139,21 +143,34 @@ def test_a_seed_that_diverged_at_the_best_rate_is_counted(run, tmp_path):
     assert unit == "2 of 3 seeds, 1 diverged"
 
 
-def test_a_run_in_progress_is_blank_and_not_diverged(run, tmp_path, monkeypatch):
-    labels = []
-    savefig = matplotlib.figure.Figure.savefig
-    monkeypatch.setattr(
-        matplotlib.figure.Figure,
-        "savefig",
-        lambda self, path: [labels.extend(self.axes[0].get_legend_handles_labels()[1]),
-                            savefig(self, path)],
-    )  # fmt: skip
+@pytest.fixture
+def drawn(monkeypatch):
+    """The first axes of each figure that is saved."""
+    axes, savefig = [], matplotlib.figure.Figure.savefig
+
+    def record(self, path):
+        axes.append(self.axes[0])
+        savefig(self, path)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", record)
+    return axes
+
+
+def test_a_run_in_progress_is_blank_and_not_diverged(run, tmp_path, drawn):
     make_run(tmp_path / "runs" / "a", rate=0.001)
     make_run(tmp_path / "runs" / "b", rate=0.003, done=0)
     _, _, text = run(tmp_path / "runs")
     assert cells(text, "weight norm, seed 0") == ["**10.00**"]
+    labels = [label for axes in drawn for label in axes.get_legend_handles_labels()[1]]
     assert labels
     assert "diverged" not in labels
+
+
+def test_curves_are_the_runs_points_on_the_papers_axes(run, tmp_path, drawn):
+    make_draw_run(tmp_path / "a", "weight_norm", [-110, -100])
+    run(tmp_path / "a")
+    assert (drawn[0].get_xlim(), drawn[0].get_ylim()) == ((0, 100), (-120, -80))
+    np.testing.assert_array_equal(drawn[0].lines[0].get_xydata(), [[1, -110], [2, -100]])
 
 
 def test_the_first_seed_is_the_one_with_all_rates(run, tmp_path):
@@ -164,33 +181,14 @@ def test_the_first_seed_is_the_one_with_all_rates(run, tmp_path):
     assert cells(text, "weight norm, seed 3") == ["10.00", "**8.00**"]
 
 
-def test_changes_within_a_run_are_named(run, tmp_path):
-    folder = make_run(tmp_path / "a")
+def test_a_scaled_preset_the_runs_caveats_and_changes_within_a_run_are_named(run, tmp_path):
+    folder = make_run(tmp_path / "a", preset="cpu", kind="normal", caveats="lossy images")
     path = folder / "config.json"
     change = "from step 500: --dropout was 0.5 and is now 0.2"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"changes": [change]}))
-    assert f"; a {change}" in run(folder)[2]
-
-
-def test_presets_are_not_mixed_without_labels(run, tmp_path):
-    make_run(tmp_path / "a")
-    make_run(tmp_path / "b", preset="cpu")
-    status, err, _ = run(tmp_path / "a", tmp_path / "b")
-    assert status == 2
-    assert f"{tmp_path / 'b'} is --preset cpu" in err
-    assert "--label-presets" in err
-    status, _, text = run(tmp_path / "a", tmp_path / "b", "--label-presets")
-    assert status == 0
-    assert cells(text, "weight norm [paper preset]")[0] == "10.00"
-    assert cells(text, "weight norm [cpu preset]")[0] == "10.00"
-
-
-def test_a_scaled_preset_and_the_runs_caveats_are_named(run, tmp_path):
-    folder = make_run(tmp_path / "a", preset="cpu", kind="normal", caveats="lossy images")
     text = run(folder)[2]
-    assert "[cpu preset]" in text
-    assert "; lossy images" in text
-    assert Cifar.PRESETS["cpu"].about in text
+    for named in ("[cpu preset]", "; lossy images", Cifar.PRESETS["cpu"].about, f"; a {change}"):
+        assert named in text
 
 
 def test_folders_without_runs(run, tmp_path):
@@ -202,13 +200,6 @@ def test_folders_without_runs(run, tmp_path):
     (tmp_path / "other" / "metrics.csv").write_text("a,b")
     status, err, _ = run(tmp_path)
     assert (status, f"{tmp_path / 'other'}: not a run folder" in err) == (2, True), err
-
-
-def test_a_run_of_an_unknown_parameterization_is_named(run, tmp_path):
-    folder = make_run(tmp_path / "runs" / "a", kind="spectral_norm")
-    status, err, _ = run(tmp_path / "runs")
-    assert (status, err.count("\n")) == (2, 1), err
-    assert f"{folder}: its config.json has parameterization 'spectral_norm'" in err
 
 
 def test_a_run_and_a_seed_count_once(run, tmp_path):
@@ -230,8 +221,7 @@ def test_runs_without_an_epoch_are_left_out(run, tmp_path):
     make_run(tmp_path / "a", seed=0)
     make_run(tmp_path / "b", seed=1, done=0)
     assert cells(run(tmp_path / "a", tmp_path / "b")[2], "weight norm")[-1] == "1 seed"
-    status, err, _ = run(tmp_path / "b")
-    assert status == 2
+    err = run(tmp_path / "b")[1]
     assert "CIFAR-10: no run can be drawn: 0 diverged, 1 have not finished an epoch" in err
 
 
@@ -247,11 +237,7 @@ def test_figure_3_has_both_data_sets(run, tmp_path):
     assert cells(text, "weight norm", 0)[:4] == ["10.00", "8010", "4.240", "13.00"]
     for name in ("mnist", "cifar10"):
         assert (tmp_path / "out" / f"vae-{name}-curves.png").read_bytes().startswith(PNG)
-
-
-def test_there_is_no_figure_of_synthetic_images(run, tmp_path):
-    make_vae_run(tmp_path / "a", dataset="synthetic_mnist")
-    status, err, _ = run(tmp_path)
+    status, err, _ = run(make_vae_run(tmp_path / "synthetic", dataset="synthetic_mnist"))
     assert (status, "of synthetic images" in err) == (2, True)
 
 
@@ -293,12 +279,7 @@ def test_a_learning_rate_is_the_same_whether_given_or_not(run, tmp_path):
         ({"dataset": "synthetic_cifar10"}, "paper, changed: dataset synthetic_cifar10"),
         ({"dropout": 0.25, "whiten": False}, "paper, changed: no-whiten, dropout 0.25"),
         (
-            {
-                "mixed_precision": "bfloat16",
-                "dataset": "synthetic_cifar10",
-                "epochs": 1,
-                "leak": 0.0,
-            },
+            dict(mixed_precision="bfloat16", dataset="synthetic_cifar10", epochs=1, leak=0.0),
             "paper, changed: mixed-precision bfloat16, dataset synthetic_cifar10 and 2 more",
         ),
         (
@@ -319,15 +300,21 @@ def test_a_run_scaled_by_flags_does_not_pass_as_the_papers(run, tmp_path, change
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "told"),
+    ("make", "option", "values", "told"),
     [
-        ({}, {"binarization": "dynamic"}, "some MNIST runs have --binarization dynamic and some"),
-        ({"eval_samples": 20}, {"eval_samples": 100}, "have --eval-samples 20 and some 100"),
+        (make_vae_run, "binarization", ("static", "dynamic"), "MNIST runs have --binarization"),
+        (make_vae_run, "eval_samples", (20, 100), "have --eval-samples 20 and some 100"),
+        (
+            lambda folder, **config: make_dqn_run(folder, [10], **config),
+            "test",
+            ("nature", "paper"),
+            "some runs of Breakout have --protocol nature and some paper",
+        ),
     ],
 )
-def test_what_is_not_comparable_is_not_mixed(run, tmp_path, one, other, told):
-    make_vae_run(tmp_path / "runs" / "0", kind="normal", **one)
-    make_vae_run(tmp_path / "runs" / "1", **other)
+def test_what_is_not_comparable_is_not_mixed(run, tmp_path, make, option, values, told):
+    for kind, value in zip(("normal", "weight_norm"), values, strict=True):
+        make(tmp_path / "runs" / kind, kind=kind, **{option: value})
     status, err, _ = run(tmp_path / "runs")
     assert (status, err.count("\n"), told in err) == (2, 1, True), err
 
@@ -364,17 +351,6 @@ def test_dqn_s_rate_is_that_of_the_highest_score_in_sweep_and_table(run, tmp_pat
     assert cells(text, f"{label}, seed 0") == ["**300.0**", "200.0"]
 
 
-def test_scores_of_different_tests_are_not_drawn_together(run, tmp_path):
-    make_dqn_run(tmp_path / "runs" / "0", [10])
-    make_dqn_run(tmp_path / "runs" / "1", [10], kind="normal", test="nature")
-    status, err, _ = run(tmp_path / "runs")
-    assert (status, err.count("\n")) == (2, 1)
-    assert "some runs of Breakout have --protocol nature and some paper" in err
-    shorter = make_dqn_run(tmp_path / "2", [10], kind="normal", test_steps=20_000)
-    status, err, _ = run(tmp_path / "runs" / "0", shorter)
-    assert (status, f"{shorter} is --preset paper, changed: test-steps 20000" in err) == (2, True)
-
-
 def test_what_can_be_drawn_is_drawn_and_the_rest_reported(run, tmp_path):
     """One unusable folder must not prevent the tables of the others."""
     make_run(tmp_path / "cifar")
@@ -383,9 +359,8 @@ def test_what_can_be_drawn_is_drawn_and_the_rest_reported(run, tmp_path):
     names = ("absent", "draw", "other", "cifar")
     status, err, text = run(*(tmp_path / name for name in names))
     assert (status, err.count("\n")) == (2, 3)
-    assert "absent" in err
-    assert "spectral_norm" in err
-    assert "DRAW" in err
+    other = f"{tmp_path / 'other'}: its config.json has parameterization 'spectral_norm'"
+    assert all(named in err for named in ("absent", "DRAW", other)), err
     assert cells(text, "weight norm")[0] == "10.00"
 
 
@@ -402,18 +377,6 @@ def test_how_soon_each_is_where_the_last_one_ends(run, tmp_path):
     assert cells(text, "weight norm")[:2] == ["-95.00 ± 0.00", "1.8"]
 
 
-def test_curves_are_the_runs_points_on_the_papers_axes(tmp_path, monkeypatch):
-    saved = []
-    make_draw_run(tmp_path / "a", "weight_norm", [-110, -100])
-    output = common.Output(tmp_path / "out")
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, path: saved.append(self.axes[0])
-    )
-    figures.draw(common.find_runs([tmp_path / "a"], output), output)
-    assert (saved[0].get_xlim(), saved[0].get_ylim()) == ((0, 100), (-120, -80))
-    np.testing.assert_array_equal(saved[0].lines[0].get_xydata(), [[1, -110], [2, -100]])
-
-
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A copy of the files that `python -m models.figures` reads and writes."""
@@ -424,17 +387,11 @@ def checkout(tmp_path, monkeypatch):
     return tmp_path
 
 
-def redraw():
-    with pytest.raises(SystemExit) as error:
-        figures.main([])
-    return error.value.code
-
-
 def test_results_are_what_the_runs_in_the_repository_say(checkout):
     for path in checkout.glob("docs/figures/*.png"):
         path.unlink()
     text = (checkout / "RESULTS.md").read_text()
-    assert redraw() == 0
+    assert call() == 0
     assert (checkout / "RESULTS.md").read_text() == text
     for folder in (ROOT / "results").iterdir():
         assert f"<!-- table: {folder.name} -->" in text
@@ -446,13 +403,14 @@ def test_results_are_what_the_runs_in_the_repository_say(checkout):
 
 def test_what_a_document_lacks_or_has_no_runs_for(checkout, capsys):
     """RESULTS.md gets markers for new tables, and an error for a table without runs."""
+    for folder in (checkout / "results").iterdir():
+        shutil.rmtree(folder)  # Drawing them takes most of the time.
     document = checkout / "RESULTS.md"
     document.write_text("# A\n\n<!-- table: absent -->\nold\n<!-- end -->\n")
     make_run(checkout / "runs" / "a", rate=0.001, epochs=4)
     make_run(checkout / "runs" / "b", rate=0.003, epochs=4)
-    with pytest.raises(SystemExit, match="0"):
-        figures.main(["runs", "--keep", "new"])
-    assert redraw() == 2
+    assert call("runs", "--keep", "new") == 0
+    assert call() == 2
     assert "no runs in results for its table absent" in capsys.readouterr().err
     text = document.read_text()
     assert "old" not in text
@@ -460,7 +418,7 @@ def test_what_a_document_lacks_or_has_no_runs_for(checkout, capsys):
         assert text.count(f"<!-- table: {name} -->") == 1
     assert "](docs/figures/new-rates.png)" in text
     document.write_text(text.replace("absent", "new", 1))
-    assert redraw() == 0
+    assert call() == 0
 
 
 def test_runs_are_kept_by_arm_rate_and_seed_with_relative_paths(checkout, capsys):
@@ -474,8 +432,7 @@ def test_runs_are_kept_by_arm_rate_and_seed_with_relative_paths(checkout, capsys
     for name in "abd":
         table = metrics.Metrics(checkout / "runs" / name, 4)
         table.write(1, {"epoch": 200 if name != "b" else 2})
-    with pytest.raises(SystemExit, match="2"):
-        figures.main(["runs", "--keep", "new"])
+    assert call("runs", "--keep", "new") == 2
     err = capsys.readouterr().err
     assert "runs/c has not finished" in err
     assert "runs/d ran with uncommitted changes" in err
@@ -484,11 +441,9 @@ def test_runs_are_kept_by_arm_rate_and_seed_with_relative_paths(checkout, capsys
     kept = json.loads((checkout / "results" / "new" / names[0] / "config.json").read_text())
     assert kept["config"]["out"] == "runs/a"
     assert kept["sessions"][0]["command"] == "-m x --out runs/a"
-    with pytest.raises(SystemExit, match="2"):
-        figures.main(["runs", "--keep", "new"])  # The same run again.
+    assert call("runs", "--keep", "new") == 2  # The same run again.
     assert "a different run" not in capsys.readouterr().err
     make_run(checkout / "other" / "a", rate=0.001, out="runs/other")
     metrics.Metrics(checkout / "other" / "a", 4).write(1, {"epoch": 200})
-    with pytest.raises(SystemExit, match="2"):
-        figures.main(["other", "--keep", "new"])
+    assert call("other", "--keep", "new") == 2
     assert "holds a different run" in capsys.readouterr().err

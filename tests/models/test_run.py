@@ -72,7 +72,7 @@ def test_a_second_signal_leaves_at_once(run, tmp_path, monkeypatch):
     assert (status, "no checkpoint yet" in out) == (0, True)
 
 
-def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(line, tmp_path, monkeypatch):
+def test_a_signal_in_an_evaluation_leaves_it_to_the_resumed_run(line, tmp_path):
     """Signals arrive in an evaluation between steps and in the one after the last step."""
     before, done = signal.getsignal(signal.SIGTERM), []
 

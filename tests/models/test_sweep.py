@@ -197,7 +197,7 @@ def test_every_arm_is_a_valid_config_and_known_by_its_values(config_class):
             assert config.rate in config.learning_rates
 
 
-def test_flags_make_the_config(tmp_path):
+def test_flags_make_the_config():
     """A sweep passes a Config to each run as flags, which must parse to an equal Config."""
     default = Vae.of_preset("cpu")
     config = Vae.of_preset(

@@ -255,9 +255,6 @@ def test_embedding(rng):
     assert_equal(layer.compute_mask(ids), peer.compute_mask(ids))
 
 
-SHAPES = {"Embedding": (6, 4), "SimpleRNN": (2, 3, 5), "LSTM": (2, 3, 5), "GRU": (2, 3, 5)}
-
-
 @pytest.mark.parametrize(
     "options", [dict(exponential_g=True), dict(parameterization="normal")], ids=["exp", "normal"]
 )

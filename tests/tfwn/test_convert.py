@@ -163,6 +163,48 @@ def test_recurrent_layers(torch, kind, generation, rng):
     np.testing.assert_allclose(again, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_both_directions_of_a_bidirectional_layer(torch, rng):
+    module = torch.nn.LSTM(3, 4, batch_first=True, bidirectional=True)
+    module = normalize(torch, module, "parametrizations", ["weight_ih_l0", "weight_hh_l0_reverse"])
+    forward = tfwn.LSTM(4, return_sequences=True)
+    backward = tfwn.LSTM(4, return_sequences=True, go_backwards=True)
+    layers = {"": forward, "@l0_reverse": backward}
+    tfwn.convert.from_torch(module, layers)
+    x = rng.normal(size=[2, 5, 3]).astype(np.float32)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(x))[0].numpy()
+    found = np.concatenate([forward(x), backward(x)[:, ::-1]], -1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv2d", "depthwise", "transpose2d"])
+def test_channels_first(torch, name, rng):
+    module, make, shape, dim = modules(torch)[name]
+    module = normalize(torch, module, "weight_g", dim=dim)
+    layer, x = make(data_format="channels_first"), rng.normal(size=shape).astype(np.float32)
+    tfwn.convert.from_torch(module, layer)
+    found = tf.transpose(layer(tf.transpose(x, [0, 3, 1, 2])), [0, 2, 3, 1])
+    np.testing.assert_allclose(found, run_torch(torch, module, x), rtol=1e-4, atol=1e-5)
+
+
+@generations
+@pytest.mark.parametrize("parameterization", ["weight_norm", "normal"])
+@pytest.mark.parametrize("types", [{"compute_dtype": "bfloat16"}, {"dtype": "bfloat16"}], ids=str)
+def test_half_precision_goes_to_torch(torch, types, parameterization, generation, rng):
+    """PyTorch gets w as exact as the variables, even if a call of the layer rounds it."""
+    mask = np.tri(4, 3)
+    layer = tfwn.Dense(3, kernel_mask=mask, parameterization=parameterization, **types)
+    layer.build([None, 4])
+    variable = layer.weight.w if parameterization == "normal" else layer.weight.v
+    variable.assign_add(tf.cast(1 - mask, variable.dtype))  # Masked, so it must not count.
+    module = normalize(torch, torch.nn.Linear(4, 3), generation)
+    state = tfwn.convert.to_torch(layer, generation)
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()})
+    rtol = 1e-2 if "dtype" in types else 1e-6  # v, g and b are in bfloat16.
+    found = run_torch(torch, module, np.eye(4, dtype=np.float32))
+    np.testing.assert_allclose(found, layer.weight(tf.float32), rtol=rtol, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_cells(torch, kind, rng):
     module = getattr(torch.nn, kind)(3, 4)

@@ -45,6 +45,25 @@ def test_keras_layers(name):
     check_standard(layer.fold()(x), axis)
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("name", ["dense", "conv", "einsum"])
+def test_mixed_precision(name, policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        make, axis = KERAS_LAYERS[name]
+        layer = WeightNormalization(make())
+    finally:
+        keras.config.set_dtype_policy("float32")
+    tfwn.data_dependent_init(layer, images(channels=4))
+    assert {variable.dtype for variable in layer.trainable_variables} == {"float32"}
+    if name != "einsum":
+        layer.layer.activation = None
+    y = np.asarray(tf.cast(layer(images(channels=4)), tf.float64))
+    others = tuple(a for a in range(y.ndim) if a - y.ndim not in np.atleast_1d(axis))
+    np.testing.assert_allclose(y.mean(others), 0, atol=0.03)
+    np.testing.assert_allclose(y.std(others), 1, atol=0.02)
+
+
 @pytest.mark.parametrize("container", [list, dict])
 def test_keras_model_with_several_inputs(container):
     inputs = {"left": keras.Input((3,), name="left"), "right": keras.Input((4,), name="right")}

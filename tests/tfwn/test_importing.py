@@ -36,10 +36,12 @@ def check():
 check()
 """
 
-# Reloaded code must take effect, although TensorFlow keeps the gradient registered first.
+# One after the other in one process, with a check after each.
 AGAIN = {
-    "reload": "importlib.reload(tfwn)",
-    "reload the op": """
+    "reload": [
+        "importlib.reload(tfwn)",
+        # Reloaded code must take effect, although TensorFlow keeps the gradient registered first.
+        """
 gradient = tfwn.ops._backward
 importlib.reload(tfwn.ops)
 assert tfwn.ops._backward is not gradient
@@ -49,26 +51,30 @@ tfwn.ops._backward = lambda *arguments: calls.append(1) or new(*arguments)
 check()
 assert calls
 """,
-    "reload all": """
+        """
 for name in sorted(name for name in sys.modules if name.startswith("tfwn")):
     importlib.reload(sys.modules[name])
 """,
-    "import the package anew": """
+    ],
+    "import anew": [
+        """
 del sys.modules["tfwn"]
 import tfwn, tfwn.keras
 """,
-    "import everything anew": """
+        """
 for name in [name for name in sys.modules if name.partition(".")[0] == "tfwn"]:
     del sys.modules[name]
 import tfwn, tfwn.keras
 """,
+    ],
 }
 
 
-@pytest.mark.parametrize("again", AGAIN.values(), ids=AGAIN.keys())
-def test_import_again(again, tmp_path):
+@pytest.mark.parametrize("ways", AGAIN.values(), ids=AGAIN.keys())
+def test_import_again(ways, tmp_path):
+    code = CHECK + "".join(f"{way}\ncheck()\n" for way in ways)
     subprocess.run(
-        [sys.executable, "-c", CHECK + again + "\ncheck()\n", tmp_path / "model.keras"],
+        [sys.executable, "-c", code, tmp_path / "model.keras"],
         check=True,
         cwd=Path(__file__).parents[2],
     )

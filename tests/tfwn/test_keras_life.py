@@ -301,13 +301,3 @@ def test_quantized_dtypes_are_refused(make, dtype):
         pytest.skip("Keras has no float8 embedding")
     with pytest.raises(ValueError, match=f"quantized dtype '{dtype}'"):
         WeightNormalization(make(dtype))
-
-
-def test_keras_2_is_refused():
-    keras_2 = pytest.importorskip("tf_keras")
-    layer = keras_2.layers.Dense(4, input_shape=(6,))
-    model = keras_2.Sequential([layer])
-    for use in (WeightNormalization, tfwn.reparameterize):
-        for value in (layer, model):
-            with pytest.raises(TypeError, match="Keras 2"):
-                use(value)

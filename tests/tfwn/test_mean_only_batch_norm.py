@@ -195,7 +195,7 @@ def test_training_across_replicas():
     np.testing.assert_allclose(layer.moving_mean.numpy(), [0.3], rtol=1e-6)
 
 
-def test_initialization_centers_and_changes_nothing(rng):
+def test_initialization_centers_and_changes_nothing():
     """During data-dependent initialization, outputs are centered but no variable changes."""
     layer = tfwn.MeanOnlyBatchNormalization()
     t = tf.constant([[2.0], [4.0]])

@@ -32,8 +32,8 @@ LAYOUTS = [
     pytest.param((9, 8, 7, 6), (3, 1), id="out of order"),
 ]
 TYPES = [tf.float16, tf.bfloat16, tf.float32, tf.float64]
-# The error from rounding the result to its type, and a little for the sums.
-TOLERANCES = {tf.float16: 2e-3, tf.bfloat16: 8e-3, tf.float32: 5e-7, tf.float64: 2e-15}
+# The error from rounding the result to its type once, and a little for the sums.
+TOLERANCES = {tf.float16: 5e-4, tf.bfloat16: 4e-3, tf.float32: 5e-7, tf.float64: 2e-15}
 
 
 def g_shape(shape, axis):
@@ -63,7 +63,8 @@ def truth(v, g, grad_w, axis=-1):
 def relative_error(out, expected):
     out, expected = np.asarray(out, np.float64), np.asarray(expected)
     assert out.shape == expected.shape
-    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
+    largest = np.abs(expected).max()  # So that no square leaves the range of float64.
+    return np.linalg.norm((out - expected) / largest) / np.linalg.norm(expected / largest)
 
 
 def random_arguments(rng, shape, axis, types=(tf.float32,) * 3):
@@ -99,16 +100,6 @@ def test_types_mix(types, mode, rng):
             assert relative_error(out, truly) <= tolerance
 
 
-@pytest.mark.parametrize("w_type", [tf.bfloat16, tf.float16])
-def test_half_weights_of_float32_parameters(w_type, mode, rng):
-    arguments = random_arguments(rng, (300, 64), -1, (tf.float32, tf.float32, w_type))
-    w, grad_v, grad_g = forward_and_backward(*arguments, mode=mode)
-    expected = truth(*arguments)
-    assert relative_error(w, expected[0]) <= 2e-3
-    assert relative_error(grad_v, expected[1]) <= 5e-7
-    assert relative_error(grad_g, expected[2]) <= 5e-7
-
-
 @pytest.mark.parametrize("dtype", TYPES, ids=lambda t: t.name)
 @pytest.mark.parametrize("axis", [-1, 0, 1, None])
 def test_a_zero_unit_has_zero_weights_and_gradients(axis, dtype, mode, rng):
@@ -141,10 +132,15 @@ def test_a_zero_unit_is_zero_even_if_g_or_a_gradient_is_infinite(axis, dtype, mo
     assert not np.delete(grad_v[:, 2], 7).any()
 
 
-@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16], ids=lambda t: t.name)
-def test_norms_from_1e_minus_30_to_1e30(dtype, mode, rng):
+@pytest.mark.parametrize(
+    ("dtype", "decades"),
+    [(tf.float32, 30), (tf.bfloat16, 30), (tf.float64, 150)],
+    ids=["float32", "bfloat16", "float64"],
+)
+def test_norms_from_1e_minus_30_to_1e30(dtype, decades, mode, rng):
+    """In float64, from 1e-150 to 1e150."""
     v, g, grad_w = random_arguments(rng, (50, 7), -1, (dtype,) * 3)
-    scale = 10.0 ** np.arange(-30, 31, 10)
+    scale = 10.0 ** np.linspace(-decades, decades, 7)
     v = tf.constant(v.numpy().astype(np.float64) / reference.norm(v) * scale, dtype)
     # With a g of v's magnitude, neither w nor grad_v leaves the range of the type.
     for g_ in (g, tf.cast(scale, dtype)):
@@ -152,7 +148,8 @@ def test_norms_from_1e_minus_30_to_1e30(dtype, mode, rng):
         expected = truth(v, g_, grad_w)
         for unit in range(7):
             for out, truly in zip(outputs, expected, strict=True):
-                if np.abs(truly[..., unit]).max() < np.finfo(np.float32).max:
+                most = np.finfo(np.float64 if dtype == tf.float64 else np.float32).max
+                if np.abs(truly[..., unit]).max() < most:
                     error = relative_error(out[..., unit], truly[..., unit])
                     assert error <= TOLERANCES[dtype], f"||v|| = {scale[unit]}"
 
@@ -282,7 +279,7 @@ def test_bit_identical_for_any_number_of_threads_in_any_mode():
             text=True,
             check=True,
         ).stdout
-        for threads, mode in [(1, "eager"), (2, "function"), (1, "xla"), (2, "xla"), (7, "xla")]
+        for threads, mode in [(1, "eager"), (2, "function"), (7, "xla")]
     }
     assert len(digests) == 1
     assert len(digests.pop().strip()) == hashlib.sha256().digest_size * 2

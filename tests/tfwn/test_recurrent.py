@@ -92,6 +92,16 @@ def test_state_of_known_and_inputs_of_unknown_batch_size(rng):
     )
 
 
+def test_a_mask_of_unknown_rank():
+    layer, x = tfwn.LSTM(4), tf.random.stateless_normal([2, 5, 3], [1, 2])
+    mask = tf.constant([[1, 1, 0, 1, 0], [1, 0, 1, 1, 1]]) == 1
+    call = tf.function(
+        lambda x, mask: layer(x, mask=mask),
+        input_signature=[tf.TensorSpec([None, None, 3]), tf.TensorSpec(None, tf.bool)],
+    )
+    np.testing.assert_allclose(call(x, mask), layer(x, mask=mask), rtol=1e-5, atol=1e-6)
+
+
 def test_masked_steps_may_hold_anything(rng):
     """Masked inputs never reach the output, however large, if they are finite."""
     layer = tfwn.LSTM(4)

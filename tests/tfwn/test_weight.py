@@ -128,7 +128,7 @@ def test_mask_broadcasts(options):
 
 
 @every_parameterization
-def test_rows_are_rows_of_w(options, rng):
+def test_rows_are_rows_of_w(options):
     weight = tfwn.Weight([6, 2, 3], 0, **options)
     ids = tf.constant([[0, 5], [5, 2]])
     np.testing.assert_allclose(weight.rows(ids), tf.gather(weight(), ids), rtol=1e-6)
@@ -138,7 +138,7 @@ def test_rows_are_rows_of_w(options, rng):
         assert isinstance(gradient, tf.IndexedSlices)
 
 
-def test_exponential_g_is_the_exponential_of_s(rng):
+def test_exponential_g_is_the_exponential_of_s():
     weight = tfwn.Weight([4, 3], exponential_g=True, g_initializer=2.0)
     np.testing.assert_allclose(weight.s, np.log([2.0] * 3), rtol=1e-6)
     weight.s.assign([0.0, 1.0, -1.0])

@@ -87,8 +87,8 @@ class _Weight:
         self.get_g = lambda: normalized.g
         self._w = normalized.w
 
-    def __call__(self):
-        return self._w()
+    def __call__(self, dtype):
+        return self._w(dtype)
 
 
 class _Plain:
@@ -105,5 +105,5 @@ class _Plain:
         self.dtype = tf.as_dtype(variable._dtype)
         self.assign = variable.assign
 
-    def __call__(self):
-        return self._variable.value
+    def __call__(self, dtype):
+        return tf.cast(self._variable.value, dtype)

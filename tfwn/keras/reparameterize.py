@@ -231,8 +231,8 @@ def _replace_attributes(holder, layers):
             items = [replaced(item) for item in value]
             if all(a is b for a, b in zip(items, value, strict=True)):
                 return value
-            if hasattr(value, "_fields"):
-                return type(value)(*items)
+            if hasattr(value, "_make"):
+                return value._make(items)  # Not type(value), which may be TensorFlow's wrapper.
             return tuple(items) if isinstance(value, tuple) else items
         if isinstance(value, dict):
             kind = OrderedDict if isinstance(value, OrderedDict) else dict  # Keras has only these.
