@@ -3,9 +3,10 @@
     python -m benchmarks.cifar [--dtype float32] [--width 96] [--batch-size 100] [--rounds 7]
 
 Every contender trains the same network on the same batch: noise, dropout, loss, gradients, Adam.
-Our normal parameterization is compared with the other four and with weight norm in plain TensorFlow
-as users write it. Our weight norm is compared with PyTorch's, which is
-torch.nn.utils.parametrizations.weight_norm, with channels last and with channels first.
+Our normal parameterization is compared with the other four and with weight norm in plain
+TensorFlow. Our weight norm is compared with PyTorch's, which is
+torch.nn.utils.parametrizations.weight_norm: with channels last (also under torch.compile) and with
+channels first.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from models.cifar.training import make_optimizer, make_steps
 from models.common import runtime
 
 LAST, FIRST = "PyTorch channels-last", "PyTorch channels-first"
+COMPILED = f"{LAST}, torch.compile"
 
 
 def tensorflow_step(config: Config, images, labels):
@@ -76,17 +78,18 @@ def torch_network(width: int) -> torch.nn.Sequential:
     return network
 
 
-def torch_step(config: Config, images, labels, memory_format):
+def torch_step(config: Config, images, labels, memory_format, compiled: bool = False):
     network = torch_network(config.width).to(memory_format=memory_format)
-    adam = torch.optim.Adam(network.parameters(), lr=0.003)
+    adam = torch.optim.Adam(network.parameters(), lr=0.003, fused=True)
     x = torch.from_numpy(images.transpose(0, 3, 1, 2)).contiguous(memory_format=memory_format)
     y = torch.from_numpy(labels)
     half = config.mixed_precision == "bfloat16"
+    forward = torch.compile(network) if compiled else network
 
     def run():
         adam.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            logits = network(x)
+            logits = forward(x)
         loss = torch.nn.functional.cross_entropy(logits.float(), y)
         loss.backward()
         adam.step()
@@ -127,11 +130,12 @@ def main() -> None:
         with plain.weight_norm():
             contenders[plain.NAME] = ours("weight_norm")
     if options.only != "parameterizations":
-        for name, memory_format in (
+        for name, *how in (
             (LAST, torch.channels_last),
+            (COMPILED, torch.channels_last, True),
             (FIRST, torch.contiguous_format),
         ):
-            contenders[name] = torch_step(config, images, labels, memory_format)
+            contenders[name] = torch_step(config, images, labels, *how)
 
     times = timing.interleave(contenders, rounds=options.rounds)
     title = f"A training step, {options.dtype}, width {options.width}, batch {options.batch_size}"

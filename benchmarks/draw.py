@@ -3,10 +3,9 @@
     python -m benchmarks.draw [--glimpses 64] [--batch-size 100] [--rounds 7] [--no-compile]
 
 Every contender trains the same model on the same batch: noise, bound, gradients, clipping, Adam.
-Our weight norm is compared with our normal parameterization, with weight norm in plain TensorFlow
-as users write it, and with PyTorch's torch.nn.utils.parametrizations.weight_norm. Ours runs with
-and without --jit-compile, PyTorch with and without torch.compile on its glimpse. All compute w once
-per step.
+Our weight norm is compared with our normal parameterization, with weight norm in plain TensorFlow,
+and with PyTorch's torch.nn.utils.parametrizations.weight_norm. Ours runs with and without
+--jit-compile, PyTorch with and without torch.compile on its glimpse. All compute w once per step.
 """
 
 import argparse
@@ -127,7 +126,7 @@ class TorchDraw(torch.nn.Module):
 
 def torch_step(config: Config, images, compiled: bool = False):
     network = TorchDraw(config, compiled)
-    adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate)
+    adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
     x = torch.from_numpy(images).float()
 
     def run():

@@ -4,8 +4,8 @@
 
 Every contender trains the same network on the same batch: sampling of z, loss, gradients, Adamax
 and the average of the parameters. The contenders are ours, normal and with weight norm, with and
-without XLA; weight norm in plain TensorFlow as users write it; and, for MNIST in float32, PyTorch,
-normal and with torch.nn.utils.parametrizations.weight_norm, with and without torch.compile.
+without XLA; weight norm in plain TensorFlow; and, for MNIST in float32, PyTorch, normal and with
+torch.nn.utils.parametrizations.weight_norm, with and without torch.compile.
 """
 
 import argparse
