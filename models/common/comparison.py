@@ -217,6 +217,8 @@ class Comparison:
 
     def draw_rates(self) -> None:
         """Draws the measure by learning rate; crosses mark diverged runs."""
+        import matplotlib.ticker
+
         column = self.experiment.columns[0]
         with self.output.figure(
             f"{self.name}-rates", self.title, "learning rate", column.label
@@ -224,6 +226,10 @@ class Comparison:
             # Errors are compared by their ratio, bounds and scores by their difference.
             errors = self.arms[0].config.LOWER_IS_BETTER
             axes.set(xscale="log", yscale="log" if errors else "linear")
+            if errors:  # 40, not 4 x 10^1
+                axes.yaxis.set_major_formatter("{x:g}")
+                formatter = matplotlib.ticker.LogFormatter(minor_thresholds=(2, 0.5))
+                axes.yaxis.set_minor_formatter(formatter)
             rates = sorted({rate for arm in self.arms for rate in arm.rates})
             axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
             axes.set_xticks([], minor=True)
