@@ -171,10 +171,13 @@ def all_time_steps():
 
     @functools.wraps(call)
     def merged(self, inputs, training=None, mask=None):
-        per_step = [
-            one for one in layers_in(self.layer) if isinstance(one, keras.layers.BatchNormalization)
-        ]
-        if is_initializing() and tf.executing_eagerly() and not per_step:
+        if (
+            is_initializing()
+            and tf.executing_eagerly()
+            and not any(
+                isinstance(one, keras.layers.BatchNormalization) for one in layers_in(self.layer)
+            )
+        ):
             one = None if mask is None else one_step(mask)
             call(self, one_step(inputs), training=training, mask=one)  # Sets the layers in it.
         return call(self, inputs, training=training, mask=mask)
